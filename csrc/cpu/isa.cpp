@@ -1,0 +1,77 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace fastfuse {
+namespace {
+
+bool processor_has(Isa isa) {
+#ifdef FASTFUSE_X86
+  switch (isa) {
+    case Isa::portable:
+      return true;
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512dq");
+  }
+  return false;
+#else
+  return isa == Isa::portable;
+#endif
+}
+
+Isa parse(const std::string& name, const char* who) {
+  std::string names;
+  for (Isa isa : supported_isas()) {
+    if (name == isa_name(isa)) return isa;
+    names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+  }
+  throw std::invalid_argument(std::string(who) +
+                              ": expected an instruction set of this processor and build (" +
+                              names + "); got '" + name + "'");
+}
+
+Isa initial_isa() {
+  const char* forced = std::getenv("FASTFUSE_ISA");
+  return forced && *forced ? parse(forced, "FASTFUSE_ISA") : supported_isas().back();
+}
+
+std::atomic<Isa>& chosen_isa() {
+  static std::atomic<Isa> isa{initial_isa()};
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+std::vector<Isa> supported_isas() {
+  std::vector<Isa> isas;
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
+    if (processor_has(isa)) isas.push_back(isa);
+  return isas;
+}
+
+Isa current_isa() { return chosen_isa().load(std::memory_order_relaxed); }
+
+void set_isa(const std::string& name) {
+  chosen_isa().store(parse(name, "set_isa"), std::memory_order_relaxed);
+}
+
+}  // namespace fastfuse

@@ -1,0 +1,57 @@
+// What the host function of upsample_equalize_concat tells its vector bodies.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/bilinear.h"
+
+namespace fastfuse {
+
+// An (N, C, height, width) image; strides in elements.
+struct Image {
+  void* data;
+  int64_t stride_n, stride_c, stride_h, stride_w;
+  int64_t height, width;
+};
+
+// One level: `source` is the feature (or its gradient), `target` its slice of the channels of the
+// concatenation (or of that one's gradient). Forward reads source and writes target, backward
+// reads target and writes source.
+struct EqualizedLevel {
+  int64_t batch, channels;
+  Image source, target;
+  double mean, inverse_std;
+  bool stream;    // write past the caches: the output is large and made of whole cache lines
+  Sampling y, x;  // forward
+  AdjointSampling adjoint_y, adjoint_x;  // backward
+};
+
+// A body does the units [begin, end) of a level; a unit's result does not depend on who does it.
+using UpsampleEqualizeConcatBody = void (*)(const EqualizedLevel&, int64_t begin, int64_t end,
+                                            void* scratch);
+
+// The units of one level, and the scratch its body needs, in elements of the compute type.
+struct UpsampleEqualizeConcatKernel {
+  UpsampleEqualizeConcatBody body;
+  int64_t (*units)(const EqualizedLevel&);
+  int64_t (*scratch)(const EqualizedLevel&);
+};
+
+enum UpsampleEqualizeConcatDtype { kFloat64, kFloat32, kBFloat16, kFloat16, kNumDtypes };
+
+struct UpsampleEqualizeConcatKernels {
+  UpsampleEqualizeConcatKernel forward[2][kNumDtypes];  // [channels_last][dtype]
+  UpsampleEqualizeConcatKernel backward[2][kNumDtypes];
+};
+
+namespace portable {
+extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
+}
+namespace avx2 {
+extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
+}
+namespace avx512 {
+extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
+}
+
+}  // namespace fastfuse

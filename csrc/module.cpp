@@ -1,0 +1,34 @@
+// fastfuse._C: what Python asks of the compiled module besides the ops, which register themselves
+// with PyTorch's dispatcher (STABLE_TORCH_LIBRARY_IMPL in every host file) when it loads.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "fastfuse's compiled kernels";
+  m.attr("version") = FASTFUSE_VERSION;
+  m.attr("compiler") = FASTFUSE_COMPILER;
+  m.attr("build_type") = FASTFUSE_BUILD_TYPE;
+  m.attr("torch_build_version") = FASTFUSE_TORCH_VERSION;
+  m.attr("torch_target_version") = "2.10";
+
+  m.def(
+      "supported_isas",
+      [] {
+        std::vector<std::string> names;
+        for (fastfuse::Isa isa : fastfuse::supported_isas())
+          names.emplace_back(fastfuse::isa_name(isa));
+        return names;
+      },
+      "Instruction sets of this build that this processor has, slowest first.");
+  m.def(
+      "isa", [] { return std::string(fastfuse::isa_name(fastfuse::current_isa())); },
+      "The instruction set in force; raises ValueError for a FASTFUSE_ISA that cannot run here.");
+  m.def("set_isa", &fastfuse::set_isa, pybind11::arg("name"),
+        "Choose the instruction set; raises ValueError for one that cannot run here.");
+}

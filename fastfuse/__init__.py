@@ -1,0 +1,27 @@
+"""Fused kernels for multi-level feature fusion in dense-prediction networks.
+
+>>> import torch, fastfuse
+>>> levels = [torch.randn(1, 16, 64 >> i, 64 >> i) for i in range(4)]
+>>> fused = fastfuse.upsample_equalize_concat(levels, std=[0.9, 0.8, 0.7, 0.6])
+"""
+
+import importlib.metadata
+
+from fastfuse import nn
+from fastfuse._info import Info, info
+from fastfuse.backends import BackendError, backend
+from fastfuse.ops import upsample_equalize_concat
+
+try:
+    __version__ = importlib.metadata.version("fastfuse")
+except importlib.metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "BackendError",
+    "Info",
+    "backend",
+    "info",
+    "nn",
+    "upsample_equalize_concat",
+]

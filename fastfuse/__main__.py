@@ -1,0 +1,5 @@
+import sys
+
+from fastfuse.cli import main
+
+sys.exit(main())

@@ -1,0 +1,190 @@
+"""Which backend runs an op, and why.
+
+``reference`` is plain PyTorch and always there; ``cpu`` is C++ for CPU tensors; ``triton`` and
+``cuda`` are for CUDA tensors. ``auto`` takes the first backend of an op that does not refuse the
+input and falls back to the reference with one logged line per reason. A backend asked for by name
+runs or raises :class:`BackendError`.
+
+Environment variables, read once at import:
+
+=====================  =============================================================================
+``FASTFUSE_BACKEND``   the backend at start (default ``auto``)
+``FASTFUSE_ISA``       the instruction set of the CPU kernels (default: the fastest supported)
+``FASTFUSE_EXTENSION`` path of another build of the compiled module, such as a sanitizer build
+=====================  =============================================================================
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastfuse import _extension
+
+if TYPE_CHECKING:
+    from fastfuse.ops.sample import Sample
+
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT",
+    "BackendError",
+    "Operation",
+    "backend",
+    "cpu_refusal",
+    "explain",
+    "requested_backend",
+    "select",
+    "triton_refusal",
+]
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+ENVIRONMENT = ("FASTFUSE_BACKEND", "FASTFUSE_ISA", "FASTFUSE_EXTENSION")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+logger = logging.getLogger("fastfuse")
+
+Refusal = Callable[[Tensor], "str | None"]
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An op as the dispatcher, ``info`` and ``verify`` see it.
+
+    ``refusals`` maps its fused backends, fastest first, to functions that return None ("I can run
+    this tensor") or a sentence that says why not.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    refusals: dict[str, Refusal]
+    samples: Callable[..., Iterator[Sample]] = field(repr=False)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}; got {name!r}")
+    return name
+
+
+# A plain module global: Dynamo guards on it, so that compiled code follows the choice.
+_requested = _checked(os.environ.get("FASTFUSE_BACKEND") or "auto", "FASTFUSE_BACKEND")
+
+
+def requested_backend() -> str:
+    return _requested
+
+
+class backend(ContextDecorator):  # noqa: N801  (used like a function)
+    """Run fastfuse's ops on one backend within a ``with`` block or a decorated function.
+
+    The choice is process-wide, not per thread. Backward runs on forward's backend.
+
+    Args:
+        name: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: for an unknown name.
+
+    >>> import torch, fastfuse
+    >>> x = torch.randn(1, 2, 4, 4)
+    >>> with fastfuse.backend("reference"):
+    ...     y = fastfuse.upsample_equalize_concat([x], size=(8, 8))
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked(name, "backend")
+        self._previous: list[str] = []
+
+    def __enter__(self) -> backend:
+        global _requested
+        self._previous.append(_requested)
+        _requested = self.name
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        global _requested
+        _requested = self._previous.pop()
+
+
+def _common_refusal(tensor: Tensor) -> str | None:
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "expected plain tensors, got tensors inside a torch.func transform"
+    return None
+
+
+def cpu_refusal(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"expected CPU tensors, got {tensor.device}"
+    if _extension.module is None:
+        return f"expected the compiled module fastfuse._C, got {_extension.failure}"
+    return _common_refusal(tensor)
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_MIN_CAPABILITY = (8, 0)  # the oldest one the kernels are compiled for in the tests
+
+
+def triton_refusal(tensor: Tensor) -> str | None:
+    if tensor.device.type != "cuda":
+        return f"expected CUDA tensors, got {tensor.device}"
+    if not _HAS_TRITON:
+        return "expected the package triton, got no such module (pip install 'fastfuse[gpu]')"
+    if torch.version.hip is not None:
+        return f"expected an NVIDIA GPU, got ROCm {torch.version.hip}"
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability < _MIN_CAPABILITY:
+        return f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    return _common_refusal(tensor)
+
+
+def explain(operation: Operation, tensor: Tensor) -> dict[str, str | None]:
+    """Every fused backend of an op with its refusal of `tensor`, None where it would run."""
+    return {name: refuse(tensor) for name, refuse in operation.refusals.items()}
+
+
+def select(operation: Operation, tensor: Tensor) -> str:
+    """The backend that runs ``operation`` on inputs like ``tensor``."""
+    if _requested == "reference":
+        return "reference"
+    if _requested != "auto":
+        refuse = operation.refusals.get(_requested)
+        if refuse is None:
+            reason = f"expected one of its backends ({', '.join(operation.refusals)}, reference)"
+        else:
+            reason = refuse(tensor) or ""
+        if reason:
+            raise BackendError(f"{operation.name}: backend {_requested!r} cannot run: {reason}")
+        return _requested
+    for name, refuse in operation.refusals.items():
+        if refuse(tensor) is None:
+            return name
+    if not torch.compiler.is_compiling():
+        _log_fallback(operation, tensor)
+    return "reference"
+
+
+_logged: set[str] = set()
+
+
+def _log_fallback(operation: Operation, tensor: Tensor) -> None:
+    reasons = "; ".join(f"{name}: {why}" for name, why in explain(operation, tensor).items())
+    line = f"{operation.name} runs on the reference backend ({reasons})"
+    if line not in _logged:
+        _logged.add(line)
+        logger.warning(line)

@@ -1,0 +1,119 @@
+"""``python -m fastfuse info | verify | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastfuse._info import info
+from fastfuse.backends import DTYPES
+from fastfuse.ops import OPERATIONS
+from fastfuse.verify import BACKENDS, self_test, verify
+
+__all__ = ["main"]
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def _info(args: argparse.Namespace) -> int:
+    print(info())
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    console = Console()
+    run = self_test if args.self_test else verify
+    dtypes = [_DTYPES[name] for name in args.dtype] if args.dtype else None
+    title = "verify --self-test" if args.self_test else "verify"
+
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    for op in args.op or OPERATIONS:
+        table = Table(title=f"{title}: {op}")
+        for column in ("backend", "dtype", "layout", "status"):
+            table.add_column(column, no_wrap=True)
+        table.add_column("detail", overflow="fold")
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(op)
+            for check in run(ops=[op], backends=args.backend, dtypes=dtypes):
+                counts[check.status] += 1
+                style = _STYLES[check.status]
+                where = (check.backend, check.dtype, check.layout)
+                table.add_row(*where, f"[{style}]{check.status}[/]", escape(check.detail))
+                progress.update(task, description=" ".join((op, *where)))
+        console.print(table)
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if counts["failed"]:
+        return 1
+    if not counts["passed"]:
+        console.print("nothing could run: see the reasons above")
+        return 1
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    suite = _benchmark_folder()
+    missing = [p for p in ("pytest", "pytest_benchmark", "matplotlib") if not _installed(p)]
+    if suite is None or missing:
+        reason = f"{', '.join(missing)} not installed" if missing else "no benchmark suite found"
+        print(f"bench: {reason}; pip install 'fastfuse[bench]'", file=sys.stderr)
+        return 2
+    command = [sys.executable, str(suite / "report.py"), "--out", str(args.out)]
+    command += ["--quick"] if args.quick else []
+    for name in args.op or ():
+        command += ["--op", name]
+    return subprocess.run(command, check=False).returncode
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _benchmark_folder() -> Path | None:
+    """The suite beside the package in a source tree, or inside it when installed from a wheel."""
+    here = Path(__file__).resolve().parent
+    for folder in (here.parent / "benchmarks", here / "_benchmarks"):
+        if (folder / "report.py").exists():
+            return folder
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastfuse", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser("info", help="versions, devices, and what each op runs, and why")
+    command.set_defaults(run=_info)
+
+    def add_op_choice(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--op", action="append", choices=list(OPERATIONS), help="only this op (repeatable)"
+        )
+
+    command = commands.add_parser("verify", help="check every op against its exact definition")
+    add_op_choice(command)
+    command.add_argument("--backend", action="append", choices=BACKENDS)
+    command.add_argument("--dtype", action="append", choices=list(_DTYPES))
+    command.add_argument(
+        "--self-test", action="store_true", help="plant faults and demand that they are caught"
+    )
+    command.set_defaults(run=_verify)
+
+    command = commands.add_parser("bench", help="run the benchmark suite, write a report")
+    command.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
+    add_op_choice(command)
+    command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")
+    command.set_defaults(run=_bench)
+
+    args = parser.parse_args(argv)
+    return args.run(args)

@@ -1,0 +1,60 @@
+"""Convolution, normalization, activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+__all__ = ["ConvUnit"]
+
+
+class ConvUnit(nn.Module):
+    """Conv2d without bias, normalization, activation; "same" padding; keys ``conv.*``, ``bn.*``.
+
+    Args:
+        in_channels, out_channels: as in ``nn.Conv2d``.
+        kernel_size: odd.
+        dilation, groups: as in ``nn.Conv2d``.
+        norm: called with out_channels, e.g. ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``.
+        activation: called without arguments, e.g. ``nn.ReLU``.
+
+    Shape: (N, in_channels, H, W) -> (N, out_channels, H, W).
+
+    Raises:
+        ValueError: an even kernel_size, or what ``nn.Conv2d`` raises.
+
+    >>> import torch, fastfuse
+    >>> fastfuse.nn.ConvUnit(8, 16, 3)(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 16, 5, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"{name}: kernel_size must be odd; got {kernel_size}")
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        self.bn = norm(out_channels)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.bn(self.conv(x)))

@@ -1,0 +1,34 @@
+"""Autocast, by hand: an op casts its features and weights, never statistics such as mean and std.
+
+(``torch.library.register_autocast`` would cast every floating-point argument.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["cast_for_autocast", "without_autocast"]
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors in autocast's dtype if autocast is on for their device; float64 stays."""
+    dtype = _autocast_dtype(tensors[0].device.type)
+    if dtype is None:
+        return list(tensors)
+    return [
+        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    ]
+
+
+def without_autocast(device_type: str) -> torch.autocast:
+    """A context in which what was cast stays as it is."""
+    return torch.autocast(device_type, enabled=False)

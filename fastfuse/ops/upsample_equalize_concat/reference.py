@@ -1,0 +1,41 @@
+"""The definition of upsample_equalize_concat, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfuse.ops.layout import is_channels_last, memory_format
+
+__all__ = ["reference"]
+
+
+def reference(
+    features: Sequence[Tensor],
+    size: tuple[int, int],
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """``concat_i((UP(features[i]) - mean[i]) / std[i])`` along the channels."""
+    levels = []
+    for i, feature in enumerate(features):
+        level = _upsample(feature, size, align_corners)
+        if mean is not None:
+            level = level - mean[i]
+        if std is not None:
+            level = level / std[i]
+        levels.append(level)
+    output = torch.cat(levels, dim=1)
+    return output.contiguous(memory_format=memory_format(is_channels_last(features)))
+
+
+def _upsample(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if x.shape[0] == 0 or x.shape[1] == 0:  # nothing to interpolate, which PyTorch refuses to do
+        return x.sum(dim=(2, 3), keepdim=True).expand(-1, -1, *size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)

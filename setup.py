@@ -1,0 +1,53 @@
+"""Builds fastfuse._C with CMake and Ninja; everything else about the build is in CMakeLists.txt.
+
+Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import torch
+            from torch.utils.cpp_extension import include_paths
+        except ImportError as error:
+            raise SystemExit(
+                "fastfuse builds against the torch you run: install torch first, then use "
+                f"`pip install --no-build-isolation` ({error})"
+            ) from error
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        tag = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
+        build = ROOT / "build" / tag
+        configure = {
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
+            "CMAKE_BUILD_TYPE": "Release",
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "FASTFUSE_TORCH_INCLUDE": ";".join(include_paths()),
+            "FASTFUSE_TORCH_LIB": Path(torch.__file__).parent / "lib",
+            "FASTFUSE_TORCH_VERSION": torch.__version__,
+            "FASTFUSE_VERSION": self.distribution.get_version(),
+        }
+        definitions = [f"-D{name}={value}" for name, value in configure.items()]
+        subprocess.run(
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], check=True
+        )
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+
+skip_native = os.environ.get("FASTFUSE_SKIP_NATIVE", "") not in ("", "0")
+setup(
+    ext_modules=[] if skip_native else [Extension("fastfuse._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
