@@ -41,7 +41,7 @@ test-all: $(BUILT)
 	$(BIN)/python -m pytest
 
 test-sanitize: $(BUILT)
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/sanitizer.py
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

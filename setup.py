@@ -1,9 +1,11 @@
 """Builds fastfuse._C with CMake and Ninja; everything else about the build is in CMakeLists.txt.
 
-Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only).
+Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
+FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`).
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +30,8 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         tag = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
-        build = ROOT / "build" / tag
+        sanitize = os.environ.get("FASTFUSE_SANITIZE", "")
+        build = ROOT / "build" / (f"{tag}-sanitize" if sanitize else tag)
         configure = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "CMAKE_BUILD_TYPE": "Release",
@@ -37,13 +40,19 @@ class CMakeBuild(build_ext):
             "FASTFUSE_TORCH_INCLUDE": ";".join(include_paths()),
             "FASTFUSE_TORCH_LIB": Path(torch.__file__).parent / "lib",
             "FASTFUSE_TORCH_VERSION": torch.__version__,
+            "FASTFUSE_SANITIZE": sanitize,
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }
         definitions = [f"-D{name}={value}" for name, value in configure.items()]
-        subprocess.run(
-            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions], check=True
-        )
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        # cmake and ninja may be installed beside this Python without being on the path.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        environment = {**os.environ, "PATH": path}
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *definitions],
+            ["cmake", "--build", str(build)],
+        ):
+            executable = shutil.which(command[0], path=path) or command[0]
+            subprocess.run([executable, *command[1:]], env=environment, check=True)
 
 
 skip_native = os.environ.get("FASTFUSE_SKIP_NATIVE", "") not in ("", "0")

@@ -14,12 +14,16 @@ one rounding for the multiply-add, as PyTorch's kernels do: the weights equal th
 
 from __future__ import annotations
 
+from fractions import Fraction
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 __all__ = ["axis_table", "interpolate_exactly"]
 
 
+@lru_cache(maxsize=256)
 def axis_table(
     in_size: int, out_size: int, *, align_corners: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,17 +37,19 @@ def axis_table(
     ([0, 0, 0, 1], [1, 1, 1, 1], [0.0, 0.25, 0.75, 0.25])
     """
     coordinates = torch.float64 if dtype == torch.float64 else torch.float32
-    target = torch.arange(out_size, dtype=torch.float64)
+    target = torch.arange(out_size, dtype=coordinates)
     if in_size == out_size:
         source = target
     elif align_corners:
         steps = torch.tensor([in_size - 1, max(out_size - 1, 1)], dtype=coordinates)
-        source = (steps[0] / steps[1]) * target.to(coordinates)
+        source = (steps[0] / steps[1]) * target
     else:
         sizes = torch.tensor([in_size, out_size], dtype=coordinates)
-        scale = (sizes[0] / sizes[1]).double()
-        # Float32 products are exact in float64, so this rounds once, like a fused multiply-add.
-        source = (scale * (target + 0.5) - 0.5).to(coordinates).clamp(min=0)
+        scale = Fraction((sizes[0] / sizes[1]).item())
+        exact = [scale * Fraction(2 * d + 1, 2) - Fraction(1, 2) for d in range(out_size)]
+        # Rounded once. (For float32 twice, but a float32 product is exact in float64.)
+        source = torch.tensor([float(x) for x in exact], dtype=torch.float64).to(coordinates)
+        source = source.clamp(min=0)
     lower = source.to(torch.int64).clamp(max=in_size - 1)
     upper = (lower + 1).clamp(max=in_size - 1)
     return lower, upper, (source.double() - lower).clamp(0, 1)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastfuse import _extension
+from fastfuse.backends import backend
+
+ISAS = _extension.module.supported_isas() if _extension.module else []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from one seed and leaves threads and compiled graphs as it found them."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this processor in turn."""
+    assert _extension.module is not None
+    before = _extension.module.isa()
+    _extension.module.set_isa(request.param)
+    yield request.param
+    _extension.module.set_isa(before)

@@ -1,0 +1,149 @@
+"""Choosing a backend: refusals with reasons, fallbacks that are logged, environment variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastfuse
+from fastfuse import BackendError, _extension, backend, backends, upsample_equalize_concat
+from fastfuse.ops import OPERATIONS
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+CALL = (
+    "import torch, fastfuse\n"
+    "x = torch.randn(1, 2, 4, 4, requires_grad=True)\n"
+    "fastfuse.upsample_equalize_concat([x], size=(8, 8)).sum().backward()\n"
+    "print(fastfuse.info())\n"
+)
+
+
+def test_backend_nests_and_restores() -> None:
+    assert backends.requested_backend() == "auto"
+    with backend("cpu"):
+        with backend("reference"):
+            assert backends.requested_backend() == "reference"
+        assert backends.requested_backend() == "cpu"
+        with pytest.raises(ZeroDivisionError), backend("reference"):
+            raise ZeroDivisionError
+        assert backends.requested_backend() == "cpu"
+    assert backends.requested_backend() == "auto"
+
+
+def test_backend_decorates() -> None:
+    @backend("reference")
+    def requested() -> str:
+        return backends.requested_backend()
+
+    assert requested() == "reference"
+    assert requested() == "reference"
+    assert backends.requested_backend() == "auto"
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of auto, .*; got 'fast'"):
+        backend("fast")
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_named_backend_that_cannot_run_says_why(op: str) -> None:
+    x = torch.randn(1, 2, 4, 4)
+    assert op == "upsample_equalize_concat"
+    with (
+        backend("triton"),
+        pytest.raises(
+            BackendError,
+            match=rf"{op}: backend 'triton' cannot run: expected CUDA tensors, got cpu",
+        ),
+    ):
+        upsample_equalize_concat([x])
+    with (
+        backend("cuda"),
+        pytest.raises(
+            BackendError, match=rf"{op}: backend 'cuda' cannot run: expected one of its backends"
+        ),
+    ):
+        upsample_equalize_concat([x])
+    with backend("cpu"), pytest.raises(BackendError, match="expected CPU tensors, got meta"):
+        upsample_equalize_concat([x.to("meta")])
+
+
+def test_fallback_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_extension, "module", None)
+    monkeypatch.setattr(_extension, "failure", "ImportError: some missing symbol")
+    monkeypatch.setattr(backends, "_logged", set())
+    x = torch.randn(1, 2, 4, 4)
+    with caplog.at_level(logging.WARNING, logger="fastfuse"):
+        for _ in range(3):
+            upsample_equalize_concat([x])
+    (record,) = caplog.records
+    assert "runs on the reference backend" in record.message
+    assert "some missing symbol" in record.message
+    with backend("cpu"), pytest.raises(BackendError, match="some missing symbol"):
+        upsample_equalize_concat([x])
+
+
+def test_info() -> None:
+    info = fastfuse.info()
+    assert info.backend_of("upsample_equalize_concat", "cpu") == "cpu"
+    assert info.isa in info.supported_isas
+    text = str(info)
+    assert torch.__version__ in text
+    assert "triton: expected CUDA tensors, got cpu" in text
+
+
+def test_works_without_the_compiled_module() -> None:
+    run = python(CALL, FASTFUSE_EXTENSION="/nowhere/_C.so")
+    assert run.returncode == 0, run.stderr
+    assert "upsample_equalize_concat on cpu: reference" in run.stdout
+    assert "/nowhere/_C.so" in run.stdout  # the loader's own words
+    assert run.stderr.count("runs on the reference backend") == 1
+
+
+def test_a_broken_compiled_module_shows_the_loaders_words(tmp_path: Path) -> None:
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not an ELF file")
+    run = python(CALL, FASTFUSE_EXTENSION=str(broken))
+    assert run.returncode == 0, run.stderr
+    assert "invalid ELF header" in run.stdout or "file too short" in run.stdout
+
+
+def test_environment_chooses_the_backend() -> None:
+    run = python(CALL, FASTFUSE_BACKEND="reference")
+    assert "backend: reference" in run.stdout
+    run = python(CALL, FASTFUSE_BACKEND="fastest")
+    assert run.returncode != 0
+    assert "FASTFUSE_BACKEND: expected one of auto, reference, cpu" in run.stderr
+
+
+def test_environment_chooses_the_instruction_set() -> None:
+    run = python(CALL, FASTFUSE_ISA="portable")
+    assert "instruction set: portable" in run.stdout
+    run = python(CALL, FASTFUSE_ISA="avx1024")
+    assert run.returncode != 0
+    assert "FASTFUSE_ISA: expected an instruction set of this processor and build" in run.stderr
+    assert "got 'avx1024'" in run.stderr
+
+
+def test_set_isa_refuses() -> None:
+    assert _extension.module is not None
+    with pytest.raises(ValueError, match=r"set_isa: expected an instruction set .*; got 'sse9'"):
+        _extension.module.set_isa("sse9")

@@ -1,0 +1,77 @@
+"""``python -m fastfuse``, and that verify finds what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastfuse import cli, verify
+from fastfuse.ops import OPERATIONS
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    assert "upsample_equalize_concat on cpu: cpu" in capsys.readouterr().out
+
+
+def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify"]) == 0
+    output = capsys.readouterr().out
+    assert "0 failed" in output
+    assert "skipped" in output
+    assert "expected CUDA tensors" in " ".join(output.split()) or torch.cuda.is_available()
+
+
+def test_self_test_catches_every_planted_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--self-test"]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
+def test_verify_fails_on_a_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that is wrong in one value of a hundred thousand makes the exit code 1."""
+    original = torch.ops.fastfuse.upsample_equalize_concat
+
+    class Wrong:
+        def __call__(self, *args: object) -> torch.Tensor:
+            output = original(*args)
+            with torch.no_grad():
+                output[-1, -1, -1, -1] += 0.1
+            return output
+
+    monkeypatch.setattr(torch.ops.fastfuse, "upsample_equalize_concat", Wrong())
+    assert cli.main(["verify", "--backend", "cpu", "--dtype", "float32"]) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "0 passed, 2 failed" in output
+    assert "relative error" in output
+
+
+def test_nothing_to_run_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("triton can run here")
+    assert cli.main(["verify", "--backend", "triton"]) == 1
+    assert "nothing could run" in capsys.readouterr().out
+
+
+def test_self_test_fails_if_a_fault_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    harmless = verify.Fault("no fault at all", lambda x, tol: x)
+    monkeypatch.setattr(verify, "FAULTS", (harmless,))
+    checks = list(verify.self_test(backends=["cpu"], dtypes=[torch.float32]))
+    assert checks
+    assert all(check.status == "failed" for check in checks)
+    assert "no fault at all in output was not caught" in checks[0].detail
+
+
+def test_every_operation_has_samples() -> None:
+    for operation in OPERATIONS.values():
+        arguments = {"device": "cpu", "dtype": torch.float32, "channels_last": False}
+        assert next(operation.samples(**arguments, small=True)).inputs
+        assert next(operation.samples(**arguments)).inputs
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["verify", "--op", "nonsense"]])
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2

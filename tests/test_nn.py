@@ -1,0 +1,148 @@
+"""ScaleEqualizer, ConvUnit and MultiLevelFusion."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfuse import backend
+from fastfuse.nn import ConvUnit, MultiLevelFusion, ScaleEqualizer
+
+
+def levels() -> list[Tensor]:
+    return [torch.randn(2, 4, 12, 16), torch.randn(2, 6, 6, 8), torch.randn(2, 2, 3, 4)]
+
+
+# ---- ScaleEqualizer -----------------------------------------------------------------------------
+
+
+def test_equalizer_starts_as_the_identity() -> None:
+    equalizer = ScaleEqualizer(2)
+    assert dict(equalizer.state_dict()).keys() == {"mean", "std"}
+    assert not equalizer.calibrated
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    for before, after in zip((x, y), equalizer([x, y]), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_equalizer_equalizes_and_round_trips() -> None:
+    equalizer = ScaleEqualizer(2)
+    equalizer.set_statistics([0.5, -1.0], torch.tensor([2.0, 4.0]))
+    assert equalizer.calibrated
+    copy = ScaleEqualizer(2)
+    copy.load_state_dict(equalizer.state_dict())
+    x = torch.randn(1, 1, 2, 2)
+    torch.testing.assert_close(copy([x, x])[1], (x + 1.0) / 4.0)
+    assert "calibrated=True" in repr(copy)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.0], [1.0, 1.0], r"mean must have one value per level, shape \(2,\); got shape \(1,\)"),
+        ([0.0, 0.0], [1.0, 0.0], r"std must be positive; got \[1.0, 0.0\]"),
+        ([0.0, 0.0], [1.0, -2.0], r"std must be positive"),
+        ([0.0, 0.0], [1.0, float("nan")], r"std must be finite"),
+        ([float("inf"), 0.0], [1.0, 1.0], r"mean must be finite"),
+    ],
+)
+def test_bad_statistics(mean: list[float], std: list[float], message: str) -> None:
+    """Refused where they are written, by hand or from a checkpoint; nothing is half-loaded."""
+    equalizer = ScaleEqualizer(2)
+    with pytest.raises(ValueError, match=f"ScaleEqualizer: {message}"):
+        equalizer.set_statistics(mean, std)
+    fusion = MultiLevelFusion([4, 6], 8, scale_equalizer=True)
+    state = fusion.state_dict()
+    state |= {"equalizer.mean": torch.tensor(mean), "equalizer.std": torch.tensor(std)}
+    with pytest.raises(RuntimeError, match=rf"equalizer\.\w+: ScaleEqualizer: {message}"):
+        fusion.load_state_dict(state)
+    assert fusion.equalizer is not None
+    for module in (equalizer, fusion.equalizer):
+        assert not module.calibrated
+
+
+def test_equalizer_counts_levels() -> None:
+    with pytest.raises(ValueError, match="num_levels must be at least 1; got 0"):
+        ScaleEqualizer(0)
+    with pytest.raises(ValueError, match="expected 2 levels; got 1"):
+        ScaleEqualizer(2)([torch.zeros(1, 1, 2, 2)])
+
+
+# ---- ConvUnit -----------------------------------------------------------------------------------
+
+
+def test_conv_unit() -> None:
+    unit = ConvUnit(4, 6, 3, dilation=2, groups=2, activation=nn.GELU)
+    assert {k.split(".")[0] for k in unit.state_dict()} == {"conv", "bn"}
+    assert unit.conv.bias is None
+    x = torch.randn(2, 4, 9, 7)
+    expected = F.gelu(unit.bn(F.conv2d(x, unit.conv.weight, padding=2, dilation=2, groups=2)))
+    torch.testing.assert_close(unit(x), expected)
+    with pytest.raises(ValueError, match="ConvUnit: kernel_size must be odd; got 4"):
+        ConvUnit(4, 6, 4)
+
+
+# ---- MultiLevelFusion ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("equalized", [False, True])
+def test_fusion_equals_its_plain_composition(kernel_size: int, equalized: bool) -> None:
+    fusion = MultiLevelFusion([4, 6, 2], 8, kernel_size, scale_equalizer=equalized).double()
+    mean, std = [0.1, 0.2, 0.3], [0.5, 2.0, 3.0]
+    if fusion.equalizer is not None:
+        fusion.equalizer.set_statistics(mean, std)
+        mean, std = fusion.equalizer.mean.tolist(), fusion.equalizer.std.tolist()
+    else:
+        mean, std = [0.0] * 3, [1.0] * 3
+
+    def plain(features: list[Tensor], size: tuple[int, int]) -> Tensor:
+        up = [F.interpolate(f, size=size, mode="bilinear") for f in features]
+        fused = torch.cat([(u - m) / s for u, m, s in zip(up, mean, std, strict=True)], dim=1)
+        conv = F.conv2d(fused, fusion.conv.weight, padding=kernel_size // 2)
+        return F.relu(fusion.bn(conv))
+
+    for size in (None, (10, 9)):
+        results = []
+        for function in (fusion, plain):
+            torch.manual_seed(0)
+            features = [f.double().requires_grad_() for f in levels()]
+            output = function(features, size or ((12, 16) if function is plain else None))
+            parameters = [*features, *fusion.parameters()]
+            results.append([output, *torch.autograd.grad(output.square().sum(), parameters)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_fusion_keys() -> None:
+    plain = MultiLevelFusion([4, 6], 8)
+    equalized = MultiLevelFusion([4, 6], 8, scale_equalizer=True)
+    extra = set(equalized.state_dict()) - set(plain.state_dict())
+    assert extra == {"equalizer.mean", "equalizer.std"}
+    assert tuple(plain.conv.weight.shape) == (8, 10, 3, 3)
+
+
+def test_fusion_compiles_and_deep_copies() -> None:
+    import copy
+
+    torch._dynamo.reset()
+    fusion = MultiLevelFusion([4, 6, 2], 8, scale_equalizer=True).eval()
+    twin = copy.deepcopy(fusion)
+    features = levels()
+    with torch.no_grad():
+        compiled = torch.compile(fusion, fullgraph=True)(features)
+        torch.testing.assert_close(compiled, twin(features), rtol=1e-4, atol=1e-5)
+        with backend("reference"):
+            torch.testing.assert_close(compiled, twin(features), rtol=1e-4, atol=1e-5)
+
+
+def test_fusion_names_what_does_not_fit() -> None:
+    fusion = MultiLevelFusion([4, 6], 8)
+    with pytest.raises(ValueError, match=r"levels with \(4, 6\) channels; got \(4, 6, 2\)"):
+        fusion(levels())
+    with pytest.raises(ValueError, match=r"in_channels must be positive.*; got \[4, 0\]"):
+        MultiLevelFusion([4, 0], 8)
+    with pytest.raises(ValueError, match=r"in_channels must be positive"):
+        MultiLevelFusion([], 8)
