@@ -6,8 +6,7 @@ import shutil
 import sys
 
 import pytest
-
-from tests import sanitizer
+import sanitizer
 
 WALKS = "definition or strides or written or empty or guards or any_levels or streaming"
 

@@ -21,7 +21,7 @@ struct Equalizer {
 
 template <class A>
 FASTFUSE_INLINE Vec<A> interpolate(Vec<A> a, Vec<A> b, Vec<A> weight_of_b) {
-  return a + weight_of_b * (b - a);
+  return (A(1) - weight_of_b) * a + weight_of_b * b;  // not a + w * (b - a): that may overflow
 }
 
 bool same_size(const EqualizedLevel& level) {
@@ -71,7 +71,7 @@ void equalize_pixels(const EqualizedLevel& level, const Image& from, const Image
   }
 }
 
-// to[0, n) = a + weight * (b - a)
+// to[0, n) = a and b interpolated
 template <bool Stream, class S, class A>
 FASTFUSE_INLINE void interpolate_to(const A* a, const A* b, A weight, S* to, int64_t n) {
   for_each_vector<A, Stream>(n, [&](int64_t i, auto load, auto store) {

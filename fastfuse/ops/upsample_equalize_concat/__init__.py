@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
 from fastfuse.ops.autocast import cast_for_autocast, without_autocast
 from fastfuse.ops.checks import check_constants, check_features, check_size, feature_list
 from fastfuse.ops.layout import is_channels_last
-from fastfuse.ops.upsample_equalize_concat import autograd  # noqa: F401  (defines the op)
+from fastfuse.ops.upsample_equalize_concat.autograd import call
 from fastfuse.ops.upsample_equalize_concat.reference import reference
 from fastfuse.ops.upsample_equalize_concat.samples import samples
 
@@ -69,9 +68,7 @@ def upsample_equalize_concat(
     if select(OPERATION, features[0]) == "reference":
         with without_autocast(features[0].device.type):
             return reference(features, (height, width), mean, std, align_corners)
-    return torch.ops.fastfuse.upsample_equalize_concat(
-        features, height, width, mean, std, align_corners, is_channels_last(features)
-    )
+    return call(features, height, width, mean, std, align_corners, is_channels_last(features))
 
 
 OPERATION = Operation(

@@ -98,9 +98,9 @@ def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
     ctx.save_for_backward(std)
 
 
-def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     (std,) = ctx.saved_tensors
-    needed = [i for i, needs in enumerate(ctx.needs_input_grad[0]) if needs]
+    needed = [i for i, need in enumerate(needs) if need]
     gradients: list[Tensor | None] = [None] * len(ctx.shapes)
     if needed:
         channels = [shape[1] for shape in ctx.shapes]
@@ -118,6 +118,11 @@ def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         )
         for i, gradient in zip(needed, computed, strict=True):
             gradients[i] = gradient
+    return gradients
+
+
+def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    gradients = _gradients(ctx, grad_output, ctx.needs_input_grad[0])
     return gradients, None, None, None, None, None, None
 
 
@@ -156,6 +161,31 @@ torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forw
 torch.library.register_autograd(
     _BACKWARD, _backward_backward, setup_context=_backward_setup_context
 )
+
+
+class UpsampleEqualizeConcat(torch.autograd.Function):
+    """The formula registered above, for eager mode.
+
+    ``register_autograd`` flattens an op's arguments with pytrees to support tensor lists, which
+    takes longer than all of a small call; here the tensors are the arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, arguments: tuple[Any, ...], *features: Tensor) -> Tensor:
+        output = torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
+        _forward_setup_context(ctx, (features, *arguments), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return None, *_gradients(ctx, grad_output, ctx.needs_input_grad[1:])
+
+
+def call(features: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """The op with its autograd, by the shortest way."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
+    return UpsampleEqualizeConcat.apply(arguments, *features)
 
 
 def _flops(channels: int, source: Sequence[int], target: Sequence[int], equalized: bool) -> int:

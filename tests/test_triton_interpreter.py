@@ -1,0 +1,260 @@
+"""The Triton kernels against the float64 oracle, on CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from triton_interpreter import INTERPRETING, interpreted
+
+from fastfuse.ops.bilinear import axis_table, interpolate_exactly
+from fastfuse.tolerances import relative_error, tolerance
+
+if INTERPRETING:
+    import triton
+    import triton.language as tl
+
+    from fastfuse.ops.bilinear_triton import sample_axis, target_range, weight_of
+    from fastfuse.ops.upsample_equalize_concat import triton as kernels
+
+    @triton.jit
+    def sampling_kernel(
+        lower_out, upper_out, weight_out, in_size, out_size,
+        ALIGN_CORNERS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        DTYPE: tl.constexpr = weight_out.dtype.element_ty
+        target = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = target < out_size
+        lower, upper, weight = sample_axis(target, in_size, out_size, ALIGN_CORNERS, DTYPE)
+        tl.store(lower_out + target, lower, mask=mask)
+        tl.store(upper_out + target, upper, mask=mask)
+        tl.store(weight_out + target, weight, mask=mask)
+
+    @triton.jit
+    def adjoint_kernel(
+        first_out, last_out, weight_out, in_size, out_size,
+        ALIGN_CORNERS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    ):  # fmt: skip
+        DTYPE: tl.constexpr = weight_out.dtype.element_ty
+        source = tl.arange(0, BLOCK_IN)
+        mask = source < in_size
+        first, last = target_range(source, in_size, out_size, ALIGN_CORNERS, DTYPE)
+        tl.store(first_out + source, first, mask=mask)
+        tl.store(last_out + source, last, mask=mask)
+        target = tl.arange(0, BLOCK_OUT)[None, :]
+        source = source[:, None]
+        weight = weight_of(target, source, in_size, out_size, ALIGN_CORNERS, DTYPE)
+        mask = (source < in_size) & (target < out_size)
+        tl.store(weight_out + source * out_size + target, weight, mask=mask)
+
+
+SIZES = [(1, 1), (1, 7), (7, 1), (2, 4), (4, 2), (7, 7), (3, 17), (17, 3), (31, 97), (97, 31),
+         (32, 128), (333, 1000), (6, 512), (512, 6)]  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+# The target's height and width, and (channels, height, width) of every level.
+CASES = {
+    "up": ((16, 16), [(16, 16, 16), (8, 8, 8), (5, 2, 2)]),
+    "down": ((4, 4), [(8, 8, 8), (4, 12, 10)]),
+    "primes": ((13, 17), [(5, 7, 5), (3, 13, 17), (4, 19, 11)]),
+    "one axis": ((12, 9), [(4, 12, 5), (4, 6, 9)]),
+    "one pixel": ((5, 40), [(4, 1, 1), (2, 5, 40)]),
+    "to one pixel": ((1, 1), [(4, 1, 1), (3, 5, 6)]),
+    "one channel": ((10, 6), [(1, 5, 3)]),
+    "many channels": ((4, 4), [(48, 4, 4), (70, 2, 2)]),
+}
+VARIANTS = [
+    ("contiguous", False),
+    ("contiguous", True),
+    ("channels_last", False),
+    ("channels_last", True),
+    ("sliced", False),
+]
+
+
+def _id(value: object) -> str:
+    return str(value).removeprefix("torch.").replace(" ", "_")
+
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+# float16 and float64 differ from these by loads, stores and the accumulator only.
+every_case = pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)]
+    + [(case, dtype) for case in ("up", "primes") for dtype in (torch.float16, torch.float64)],
+    ids=_id,
+)
+every_variant = pytest.mark.parametrize(
+    ("layout", "align_corners"), VARIANTS, ids=lambda v: {False: "half", True: "corners"}.get(v, v)
+)
+both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN, and numbers repeat."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    if layout == "sliced":
+        n, c, h, w = shape
+        return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
+    x = torch.randn(shape).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def _constants(levels: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(levels), torch.rand(levels) + 0.5
+
+
+def _assert_close(result: Tensor, expected: Tensor, reduction: float = 1.0) -> None:
+    error, limit = relative_error(result, expected), tolerance(result.dtype, reduction=reduction)
+    assert error <= limit, f"relative error {error:.3g} exceeds {limit:.3g}"
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=_id)
+@both_corners
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s[0]}-{s[1]}")
+def test_sampling_rule(sizes: tuple[int, int], align_corners: bool, dtype: torch.dtype) -> None:
+    in_size, out_size = sizes
+    lower, upper = torch.empty(2, out_size, dtype=torch.int32)
+    weight = torch.empty(out_size, dtype=dtype)
+    sampling_kernel[(triton.cdiv(out_size, 256),)](
+        lower, upper, weight, in_size, out_size, align_corners, 256
+    )
+    expected = axis_table(in_size, out_size, align_corners=align_corners, dtype=dtype)
+    assert torch.equal(lower.long(), expected[0])
+    assert torch.equal(upper.long(), expected[1])
+    if dtype == torch.float32:  # bit for bit
+        assert torch.equal(weight.double(), expected[2])
+    else:  # float64 products of the table are rounded before the sum
+        assert torch.allclose(weight, expected[2], rtol=0, atol=1e-12)
+
+
+@interpreted
+@both_corners
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s[0]}-{s[1]}")
+def test_adjoint_of_the_sampling_rule(sizes: tuple[int, int], align_corners: bool) -> None:
+    """Every reader lies in the range, few others do, and its weight is the forward's."""
+    in_size, out_size = sizes
+    lower, upper, weight = axis_table(in_size, out_size, align_corners=align_corners)
+    dense = torch.zeros(in_size, out_size, dtype=torch.float64)
+    target = torch.arange(out_size)
+    dense.index_put_((lower, target), 1 - weight, accumulate=True)
+    dense.index_put_((upper, target), weight, accumulate=True)
+
+    first, last = torch.empty(2, in_size, dtype=torch.int32)
+    result = torch.empty(in_size, out_size)
+    adjoint_kernel[(1,)](
+        first, last, result, in_size, out_size, align_corners,
+        triton.next_power_of_2(in_size), triton.next_power_of_2(out_size),
+    )  # fmt: skip
+    assert torch.allclose(result.double(), dense, rtol=0, atol=2**-24)
+    inside = (target >= first[:, None]) & (target <= last[:, None])
+    assert not (dense > 0)[~inside].any()
+    readers = (dense > 0).sum(1)
+    assert ((last - first + 1).clamp(min=0) <= readers + 2).all()
+
+
+@interpreted
+@every_variant
+@every_case
+def test_forward(case: str, dtype: torch.dtype, align_corners: bool, layout: str) -> None:
+    size, levels = CASES[case]
+    features = [_image((2, *shape), dtype, layout) for shape in levels]
+    mean, std = _constants(len(levels))
+    channels_last = layout == "channels_last"
+    result = kernels.forward(features, *size, mean, std, align_corners, channels_last)
+    expected = torch.cat(
+        [
+            (interpolate_exactly(f, size, align_corners=align_corners) - m) / s
+            for f, m, s in zip(features, mean.double(), std.double(), strict=True)
+        ],
+        dim=1,
+    )
+    _assert_close(result, expected)
+    assert result.is_contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+@interpreted
+@every_variant
+@every_case
+def test_backward(case: str, dtype: torch.dtype, align_corners: bool, layout: str) -> None:
+    size, levels = CASES[case]
+    channels, heights, widths = (list(values) for values in zip(*levels, strict=True))
+    offsets = [sum(channels[:i]) for i in range(len(levels))]
+    grad_output = _image((2, sum(channels), *size), dtype, layout)
+    _, std = _constants(len(levels))
+    channels_last = layout == "channels_last"
+    results = kernels.backward(
+        grad_output, offsets, channels, heights, widths, std, align_corners, channels_last
+    )
+    slices = grad_output.double().split(channels, dim=1)
+    for result, shape, grad, s in zip(results, levels, slices, std.double(), strict=True):
+        x = torch.zeros(2, *shape, dtype=torch.float64, requires_grad=True)
+        interpolate_exactly(x, size, align_corners=align_corners, coordinates=dtype).backward(grad)
+        reduction = max(size[0] * size[1] / (shape[1] * shape[2]), 1)
+        _assert_close(result, x.grad / s, reduction)
+        assert result.is_contiguous(
+            memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        )
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@every_dtype
+def test_equal_sizes_are_exact(dtype: torch.dtype, channels_last: bool) -> None:
+    features = [_image((2, c, 7, 5), dtype, "contiguous") for c in (3, 16)]
+    result = kernels.forward(features, 7, 5, None, None, False, channels_last)
+    assert torch.equal(result, torch.cat(features, dim=1))
+    gradients = kernels.backward(
+        result, [0, 3], [3, 16], [7, 7], [5, 5], None, False, channels_last
+    )
+    assert all(torch.equal(g, f) for g, f in zip(gradients, features, strict=True))
+
+
+@interpreted
+def test_mixed_strides_and_constants() -> None:
+    """Expanded and permuted inputs, mean without std, float64 constants, a strided std."""
+    features = [
+        torch.randn(1, 4, 3, 5).expand(2, 4, 3, 5),
+        torch.randn(2, 1, 1, 1).expand(2, 3, 4, 4),
+        torch.randn(6, 6, 2, 4).permute(2, 3, 1, 0),
+    ]
+    size = (8, 10)
+    up = [interpolate_exactly(f, size) for f in features]
+    mean = torch.randn(3, dtype=torch.float64)
+    expected = torch.cat([u - m for u, m in zip(up, mean, strict=True)], dim=1)
+    _assert_close(kernels.forward(features, *size, mean, None, False, False), expected)
+    std = (torch.rand(6) + 0.5)[::2]
+    expected = torch.cat([u / s for u, s in zip(up, std.double(), strict=True)], dim=1)
+    _assert_close(kernels.forward(features, *size, None, std, False, True), expected)
+
+
+@interpreted
+def test_some_levels_of_a_gradient() -> None:
+    """Only the levels asked for, from an expanded gradient as sum().backward() makes it."""
+    grad_output = torch.ones(()).expand(2, 9, 6, 6)
+    (result,) = kernels.backward(grad_output, [4], [3], [3], [3], None, False, False)
+    assert torch.equal(result, torch.full((2, 3, 3, 3), 4.0))
+
+
+@interpreted
+def test_nothing_to_do() -> None:
+    empty = torch.empty
+    assert kernels.forward([empty(0, 3, 2, 2)], 4, 4, None, None, False, True).shape == (0, 3, 4, 4)
+    features = [empty(2, 0, 2, 2), torch.ones(2, 3, 2, 2)]
+    result = kernels.forward(features, 4, 4, None, None, False, False)
+    assert torch.equal(result, torch.ones(2, 3, 4, 4))
+    gradients = kernels.backward(result, [0, 0], [0, 3], [2, 2], [2, 2], None, False, False)
+    assert [g.shape for g in gradients] == [(2, 0, 2, 2), (2, 3, 2, 2)]
+    (gradient,) = kernels.backward(empty(0, 3, 4, 4), [0], [3], [2], [2], None, False, False)
+    assert gradient.shape == (0, 3, 2, 2)
