@@ -73,13 +73,14 @@ def test_a_level_of_the_target_size_passes_unchanged(channels_last: bool) -> Non
     assert result.data_ptr() != x.data_ptr()
 
 
-def test_the_largest_values_do_not_overflow(any_backend: str) -> None:
-    for dtype in DTYPES:
-        largest = 0.9 * torch.finfo(dtype).max  # differences overflow, interpolated values do not
-        x = torch.tensor([largest, -largest] * 8, dtype=dtype).reshape(1, 1, 4, 4)
+@every_dtype
+def test_large_values_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
+    largest = 0.9 * torch.finfo(dtype).max  # differences overflow, interpolated values do not
+    x = torch.tensor([largest, -largest] * 8, dtype=dtype).reshape(1, 1, 4, 4)
+    with backend("cpu"):
         output = upsample_equalize_concat([x], size=(9, 11))
-        assert output.isfinite().all()
-        assert output.abs().max() <= largest
+    assert output.isfinite().all()
+    assert output.abs().max() <= x.abs().max()
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,9 +296,8 @@ def test_backward_runs_on_forwards_backend() -> None:
     x.requires_grad_()
     with backend("cpu"):
         output = upsample_equalize_concat([x], size=(8, 8))
-    with backend("reference"):
-        with FlopCounterMode(display=False) as counter:  # counts the op's backward, or nothing
-            output.sum().backward()
+    with backend("reference"), FlopCounterMode(display=False) as counter:
+        output.sum().backward()  # counted if it is the op's, not if it were PyTorch's
     assert "UpsampleEqualizeConcat" in output.grad_fn.name()
     assert counter.get_total_flops() > 0
     assert x.grad is not None
