@@ -12,6 +12,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,8 +56,20 @@ class CMakeBuild(build_ext):
             subprocess.run([executable, *command[1:]], env=environment, check=True)
 
 
+class BuildPython(build_py):
+    """Puts the benchmark suite into wheels, for `python -m fastfuse bench`."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "fastfuse" / "_benchmarks"
+            target.mkdir(parents=True, exist_ok=True)
+            for source in (ROOT / "benchmarks").glob("*.py"):
+                shutil.copy(source, target)
+
+
 skip_native = os.environ.get("FASTFUSE_SKIP_NATIVE", "") not in ("", "0")
 setup(
     ext_modules=[] if skip_native else [Extension("fastfuse._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildPython},
 )
