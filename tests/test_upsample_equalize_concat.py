@@ -427,6 +427,9 @@ def test_torch_func_transforms() -> None:
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(loss(leaf), leaf)
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    stacked = torch.randn(3, 2, 3, 4, 4)
+    mapped = torch.vmap(lambda x: upsample_equalize_concat([x], size=(8, 8)))(stacked)
+    torch.testing.assert_close(mapped[1], upsample_equalize_concat([stacked[1]], size=(8, 8)))
     with backend("cpu"), pytest.raises(BackendError, match=r"inside a torch.func transform"):
         torch.func.grad(loss)(x)
 

@@ -19,14 +19,11 @@ def is_channels_last(images: Sequence[Tensor]) -> bool:
     True
     """
     for image in images:
-        contiguous = image.is_contiguous()
-        channels_last = image.is_contiguous(memory_format=torch.channels_last)
-        if contiguous and channels_last:
+        _, channels, height, width = image.shape
+        if channels == 1 or height * width == 1:
             continue
-        if contiguous or channels_last:
-            return channels_last
-        if image.shape[1] > 1:
-            return image.stride(1) == 1 and image.stride(3) != 1
+        to_next_pixel = image.stride(3) if width > 1 else image.stride(2)
+        return 0 < image.stride(1) < to_next_pixel
     return False
 
 
