@@ -417,6 +417,15 @@ def test_flop_formula() -> None:
     assert counter.get_total_flops() == forward + 2 * 4 * 2 * 64
 
 
+def test_trace_and_meta() -> None:
+    features = [f.requires_grad_() for f in pyramid()]
+    with pytest.warns():  # torch.jit is deprecated, and shapes become constants
+        traced = torch.jit.trace(lambda *f: upsample_equalize_concat(f), tuple(features))
+    torch.testing.assert_close(traced(*features), upsample_equalize_concat(features))
+    on_meta = upsample_equalize_concat([f.detach().to("meta") for f in features], size=(7, 9))
+    assert on_meta.shape == (2, 42, 7, 9)
+
+
 def test_torch_func_transforms() -> None:
     """They run on the reference; a fused backend asked for by name says why it cannot."""
     (x,) = images((2, 3, 4, 4))
@@ -551,6 +560,16 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: upsample_equalize_concat([_one()[0].to(torch.complex64)]),
         ValueError,
         r"got complex64",
+    ),
+    "float8": (
+        lambda: upsample_equalize_concat([_one()[0].to(torch.float8_e4m3fn)]),
+        ValueError,
+        r"must be float64, float32, bfloat16 or float16; got float8_e4m3fn",
+    ),
+    "sparse": (
+        lambda: upsample_equalize_concat([_one()[0].to_sparse()]),
+        ValueError,
+        r"features\[0\] must be a dense tensor; got layout torch.sparse_coo",
     ),
     "no height": (
         lambda: upsample_equalize_concat([_one()[0][:, :, :0]], size=(4, 4)),

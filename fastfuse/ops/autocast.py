@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def without_autocast(device_type: str) -> torch.autocast:
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which what was cast stays as it is."""
-    return torch.autocast(device_type, enabled=False)
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfuse.backends import DTYPES
+
 __all__ = ["check_constants", "check_features", "check_size", "feature_list"]
 
 
@@ -44,7 +46,11 @@ def check_features(op: str, features: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{op}: features[{i}] must have 4 dimensions (N, C, H, W); got shape {shape}"
             )
-        if not feature.is_floating_point():
+        if feature.layout != torch.strided:
+            raise ValueError(
+                f"{op}: features[{i}] must be a dense tensor; got layout {feature.layout}"
+            )
+        if feature.dtype not in DTYPES:
             raise ValueError(
                 f"{op}: features[{i}] must be float64, float32, bfloat16 or float16; "
                 f"got {_name(feature.dtype)}"

@@ -183,7 +183,8 @@ class UpsampleEqualizeConcat(torch.autograd.Function):
 
 def call(features: Sequence[Tensor], *arguments: Any) -> Tensor:
     """The op with its autograd, by the shortest way."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    records_grad = torch.is_grad_enabled() and any(f.requires_grad for f in features)
+    if not records_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
     return UpsampleEqualizeConcat.apply(arguments, *features)
 
