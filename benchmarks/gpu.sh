@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# Builds, checks and measures fastfuse on a machine with an NVIDIA GPU, without a network.
+#
+#   bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--wheels DIR]
+#
+# The machine brings Python with a CUDA build of torch (and its triton), nvcc and a C++ compiler;
+# what else is needed comes as wheels, downloaded beforehand for its Python and platform:
+#
+#   pip download --dest wheels --only-binary=:all: --python-version 3.12 \
+#       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+#       --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 \
+#       "setuptools>=77" wheel cmake ninja pybind11 rich pytest pytest-benchmark hypothesis \
+#       matplotlib "numpy<2.4"
+#
+# matplotlib is optional (without it there is no plot). The quick benchmarks are the default;
+# --full takes longer than the rest together. Without --full everything ends within 10 minutes.
+# --dry-run walks what can run without a GPU: the build, and collecting tests and benchmarks.
+#
+# A step that fails does not stop the others; the exit code then is not zero. OUT_DIR gets gpu.log,
+# summary.txt and the benchmarks' report.
+set -uo pipefail
+
+usage() {
+  echo "usage: bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--wheels DIR]" >&2
+  exit 2
+}
+
+out="" dry_run=false full=false wheels=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --dry-run) dry_run=true ;;
+    --full) full=true ;;
+    --wheels) [ $# -gt 1 ] || usage; wheels=$(realpath "$2"); shift ;;
+    -*) usage ;;
+    *) [ -z "$out" ] || usage; out="$1" ;;
+  esac
+  shift
+done
+[ -n "$out" ] || usage
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mkdir -p "$out"
+out=$(realpath "$out")
+log="$out/gpu.log" summary="$out/summary.txt"
+: > "$log"
+: > "$summary"
+cd "$root" || exit 2
+
+python=${PYTHON:-python3}
+site="$root/build/gpu-site" # packages of this script alone; the machine's own stay as they are
+export PYTHONPATH="$root:$site${PYTHONPATH:+:$PYTHONPATH}"
+export PATH="$site/bin:$PATH"
+export PYTHONUNBUFFERED=1 COLUMNS=150
+
+failed=0
+# step NAME SECONDS COMMAND...
+step() {
+  local name="$1" limit="$2" began=$SECONDS status line
+  shift 2
+  printf '\n=== %s: %s\n' "$name" "$*" | tee -a "$log"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$log"
+  status=${PIPESTATUS[0]}
+  line="ok"
+  if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then line="TIMED OUT after $limit s"
+  elif [ "$status" -ne 0 ]; then line="FAILED with exit code $status"; fi
+  [ "$status" -eq 0 ] || failed=$((failed + 1))
+  printf '%-22s %4d s  %s\n' "$name" $((SECONDS - began)) "$line" | tee -a "$summary"
+}
+
+# Names of packages that Python cannot import.
+missing() {
+  "$python" - "$@" <<'PYTHON'
+import importlib.util, sys
+
+modules = {"pytest-benchmark": "pytest_benchmark"}
+found = (p for p in sys.argv[1:] if importlib.util.find_spec(modules.get(p, p)) is None)
+print(*found)
+PYTHON
+}
+
+install() { # packages that must be there; then those that may be
+  local packages
+  local needed="setuptools wheel cmake ninja pybind11 rich pytest pytest-benchmark hypothesis"
+  read -ra packages <<< "$(missing $needed)"
+  # An older setuptools cannot read pyproject.toml.
+  "$python" -c 'import setuptools as s; assert int(s.__version__.split(".")[0]) >= 77' 2> /dev/null ||
+    packages+=("setuptools>=77")
+  local from=(--no-index --find-links "$wheels" --target "$site" --upgrade --quiet)
+  if [ ${#packages[@]} -gt 0 ]; then
+    [ -n "$wheels" ] || { echo "not installed: ${packages[*]}; give --wheels DIR"; return 1; }
+    "$python" -m pip install "${from[@]}" "${packages[@]}" || return 1
+  fi
+  local optional
+  optional=$(missing matplotlib)
+  if [ -n "$optional" ]; then
+    { [ -n "$wheels" ] && "$python" -m pip install "${from[@]}" "$optional"; } ||
+      echo "matplotlib is missing: there will be no plot"
+  fi
+}
+
+tools() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || echo "no nvidia-smi"
+  nvcc --version | tail -n 2 || echo "no nvcc"
+  "$python" -c 'import sys, torch; print(sys.version, "torch", torch.__version__)'
+}
+
+export -f install missing
+export python site wheels
+step "packages" 60 bash -c install
+tools 2>&1 | tee -a "$log"
+step "build" 100 "$python" setup.py build_ext --inplace
+step "info" 30 "$python" -m fastfuse info
+if $dry_run; then
+  step "collect GPU tests" 60 "$python" -m pytest tests -m gpu --collect-only -q
+  step "collect benchmarks" 60 "$python" -m pytest benchmarks -o "python_files=bench_*.py" \
+    --quick --device cuda --collect-only -q
+else
+  step "GPU tests" 130 "$python" -m pytest tests -m gpu -q
+  step "verify" 60 "$python" -m fastfuse verify --backend triton
+  if $full; then
+    step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out"
+  else
+    step "benchmarks" 200 "$python" benchmarks/report.py --device cuda --out "$out" --quick
+  fi
+fi
+
+printf '\n'
+cat "$summary"
+if [ "$failed" -gt 0 ]; then echo "$failed step(s) failed; see $log" | tee -a "$summary"; exit 1; fi
+echo "all steps ended well" | tee -a "$summary"

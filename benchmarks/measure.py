@@ -1,0 +1,342 @@
+"""Measures variants of one computation against each other; every op's benchmark is built on this.
+
+:func:`compare` first checks that the variants agree and raises ``MismatchError`` otherwise: a
+wrong kernel is not timed. It then runs rounds in which every variant runs once. pytest-benchmark
+times fastfuse; the set-up of each of its rounds runs and times every rival, in rotating order, and
+one copy for the roof. Drift of the machine thus meets all of them alike. Everything else ends in
+``benchmark.extra_info``, ready for JSON.
+
+A time spans a call up to its result; freeing the result is not in it. On CUDA devices it lies
+between two events, with the L2 cache flushed before.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfuse.verify import MismatchError
+
+__all__ = [
+    "REGIMES",
+    "Clock",
+    "CopyRoof",
+    "Variant",
+    "check_agreement",
+    "compare",
+    "current_regime",
+    "gemm_rate",
+]
+
+# How large results get their memory on the CPU; the same for every variant of a run.
+REGIMES: dict[str, dict[str, str]] = {
+    "fresh": {},  # as installed: fresh pages; fastfuse asks for huge ones
+    "huge pages": {"THP_MEM_ALLOC_ENABLE": "1"},  # PyTorch asks for huge pages for everyone
+    "warm": {  # the allocator keeps what it once had
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        "MALLOC_TOP_PAD_": str(1 << 30),
+    },
+}
+COPY_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of one buffer; far beyond the caches
+COPY_PAIRS = 2  # freshly allocated per cell: which pages a buffer gets decides its rate
+L2_FLUSH_BYTES = 256 << 20
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+
+MIN_ROUNDS = 5
+MAX_WARM_UP_CALLS, WARM_UP_S = 2, 0.2  # of a variant, after the call whose result was checked
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a cell. ``call`` takes nothing and returns a tensor or several.
+
+    Args:
+        layout: of inputs and results; for the tables.
+        rival: False for fastfuse itself.
+        differs: why its values are not ours by definition; only shapes and dtypes are then checked.
+        optional: needs what a machine may lack (a compiler); left out with the reason if it raises.
+        timed: False for one that only checks the others.
+    """
+
+    name: str
+    call: Callable[[], Any] = field(repr=False)
+    layout: str = ""
+    rival: bool = True
+    differs: str = ""
+    optional: bool = False
+    timed: bool = True
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.layout}" if self.layout else self.name
+
+
+def current_regime() -> str:
+    """The regime this process was started in, from its environment."""
+    names = {name for variables in REGIMES.values() for name in variables}
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    return next((regime for regime, variables in REGIMES.items() if variables == found), "custom")
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """Seconds of one call on a device; with ``host``, until the call returns to Python."""
+
+    def __init__(self, device: str, *, host: bool = False) -> None:
+        self.device, self.host = device, host
+        if device == "cuda" and not host:
+            self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if self.device == "cuda" and not self.host:
+            start, stop = self.events
+            self.flush.zero_()
+            start.record()
+            result = call()
+            stop.record()
+            stop.synchronize()
+            del result
+            return start.elapsed_time(stop) / 1e3
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        synchronize(self.device)
+        del result
+        return seconds
+
+
+class CopyRoof:
+    """The copy rate, in bytes read and written per second: the best of many large float32 copies.
+
+    ``sample`` makes one copy between warmed buffers, so that copies interleave with variants.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.clock = Clock(device)
+        self.rate = 0.0
+        count = COPY_BYTES[device] // 4
+        block = torch.rand(1 << 20, device=device)
+        self.pairs = [
+            (block.repeat(count // block.numel()), torch.ones(count, device=device))
+            for _ in range(COPY_PAIRS)
+        ]
+        for i in range(2 * COPY_PAIRS):
+            self.sample(i)
+
+    def sample(self, round_index: int) -> None:
+        source, target = self.pairs[round_index % COPY_PAIRS]
+        seconds = self.clock(lambda: target.copy_(source))
+        self.rate = max(self.rate, 2 * source.nbytes / seconds)
+
+
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large square product: the better of ``F.linear`` and a 1x1 conv2d."""
+    n = GEMM_SIZE[device]
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    weight = torch.randn(n, n, device=device, dtype=dtype)
+    pixels = x.view(1, n // 32, 32, n).permute(0, 3, 1, 2)  # channels_last
+    clock = Clock(device)
+    with torch.no_grad():
+        best = min(
+            clock(call)
+            for _ in range(5)
+            for call in (
+                lambda: F.linear(x, weight),
+                lambda: F.conv2d(pixels, weight[:, :, None, None]),
+            )
+        )
+    return 2 * n**3 / best
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _relative_error(result: Tensor, expected: Tensor) -> float:
+    """As in ``fastfuse.tolerances``, one image and a few channels at a time to stay small."""
+    difference, scale = 0.0, 1e-30
+    wide = torch.promote_types(result.dtype, torch.float32)
+    for a, b in zip(result.split(64, dim=1), expected.split(64, dim=1), strict=True):
+        error = (a.to(wide) - b.to(wide)).abs_().max().item()
+        if error != error:  # NaN
+            return float("inf")
+        difference, scale = max(difference, error), max(scale, b.abs().max().item())
+    return difference / scale
+
+
+def check_agreement(
+    variants: Sequence[Variant], tolerances: Sequence[float]
+) -> tuple[list[Variant], dict[str, str]]:
+    """Runs every variant once and holds its tensors against the first variant's.
+
+    Tensors beyond ``tolerances`` (gradients of a rival's own parameters) are not compared.
+
+    Returns:
+        the variants that can run, and for each other one why it cannot.
+
+    Raises:
+        MismatchError: with what differs and by how much; or when nothing could be compared.
+    """
+    ours = variants[0]
+    expected = _tensors(ours.call())
+    usable, left_out, compared = [ours], {}, 0
+    for variant in variants[1:]:
+        try:
+            results = _tensors(variant.call())
+        except Exception as reason:
+            if not variant.optional:
+                raise
+            first_line = str(reason).partition("\n")[0]
+            left_out[variant.title] = f"{type(reason).__name__}: {first_line[:200]}"
+            continue
+        for i, tolerance in enumerate(tolerances):
+            a, b = results[i], expected[i]
+            if a.shape != b.shape or a.dtype != b.dtype:
+                raise MismatchError(
+                    f"{variant.title}: tensor {i} is {a.dtype} {tuple(a.shape)}; "
+                    f"{ours.title} has {b.dtype} {tuple(b.shape)}"
+                )
+            if not variant.differs and not (error := _relative_error(a, b)) <= tolerance:
+                raise MismatchError(
+                    f"{variant.title} and {ours.title} differ in tensor {i}: relative error "
+                    f"{error:.2e} > {tolerance:.2e}"
+                )
+        compared += variant.rival and not variant.differs
+        usable.append(variant)
+    if not compared:
+        raise MismatchError(f"{ours.title}: no variant computes the same, so nothing was checked")
+    return usable, left_out
+
+
+def compare(
+    benchmark: Any,
+    variants: Sequence[Variant],
+    *,
+    info: Mapping[str, Any],
+    tolerances: Sequence[float],
+    budget_s: float,
+    max_rounds: int = 30,
+    device: str = "cpu",
+    nbytes: int | None = None,
+    flops: int | None = None,
+    host: bool = False,
+    memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Checks, times and records the variants of one cell. The first variant must be fastfuse.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; its own statistics are those of the fastfuse that
+            was faster while warming up.
+        info: what names the cell (op, shape, dtype, mode), copied to ``extra_info``.
+        tolerances: largest relative error of each compared tensor of a result.
+        budget_s: about how long the rounds may take; at least ``MIN_ROUNDS`` are run.
+        nbytes: bytes that must move: each input read once, each result written once.
+        flops: floating-point operations of fastfuse's way.
+        host: time until a call returns to Python: the dispatch overhead of a tiny call.
+        memory: the peak extra memory of each variant, in bytes.
+        progress: told what is being done.
+
+    Returns:
+        ``benchmark.extra_info``: ``ours`` (title of the faster fastfuse), ``copy_gbs`` (this cell's
+        roof), ``variants`` (median_ms, iqr_ms, speedup of ours over it, gbs, share of the copy
+        roof, gflops, peak_bytes), ``left_out``.
+    """
+    progress("checks that the variants agree")
+    variants, left_out = check_agreement(variants, tolerances)
+    variants = [variant for variant in variants if variant.timed]
+    clock = Clock(device, host=host)
+    roof = CopyRoof(device) if nbytes else None
+
+    progress("warms up")
+    estimates = {v.title: _estimate(clock, v.call) for v in variants}
+    first = min((v for v in variants if not v.rival), key=lambda v: estimates[v.title])
+    others = [v for v in variants if v is not first]
+    rounds = int(budget_s / max(sum(estimates.values()), 1e-6))
+    rounds = max(MIN_ROUNDS, min(rounds, max_rounds))
+    seconds: dict[str, list[float]] = {v.title: [] for v in variants}
+    done = 0
+
+    def run_others() -> None:
+        nonlocal done
+        if done % max(1, rounds // 10) == 0:
+            progress(f"round {done + 1} of {rounds}")
+        for variant in _rotated(others, done):
+            seconds[variant.title].append(clock(variant.call))
+        if roof:
+            roof.sample(done)
+        done += 1
+
+    def run_ours() -> None:
+        seconds[first.title].append(clock(first.call))
+
+    benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, iterations=1)
+
+    progress("measures peak memory")
+    peaks = memory(variants) if memory else [None] * len(variants)
+
+    medians = {title: statistics.median(times) for title, times in seconds.items()}
+    ours = min((v.title for v in variants if not v.rival), key=medians.__getitem__)
+    rows = []
+    for variant, peak in zip(variants, peaks, strict=True):
+        times, median = seconds[variant.title], medians[variant.title]
+        quartiles = (
+            statistics.quantiles(times, n=4, method="inclusive") if rounds > 1 else times * 3
+        )
+        rows.append(
+            {
+                "title": variant.title,
+                "name": variant.name,
+                "layout": variant.layout,
+                "rival": variant.rival,
+                "differs": variant.differs,
+                "median_ms": median * 1e3,
+                "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3,
+                "min_ms": min(times) * 1e3,
+                "speedup": median / medians[ours],
+                "gbs": nbytes / median / 1e9 if nbytes else None,
+                "share": nbytes / median / roof.rate if nbytes and roof else None,
+                "gflops": flops / median / 1e9 if flops else None,
+                "peak_bytes": peak,
+            }
+        )
+    benchmark.extra_info.update(
+        info,
+        device=device,
+        regime=current_regime(),
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        bytes=nbytes,
+        host=host,
+        copy_gbs=roof.rate / 1e9 if roof else None,
+        ours=ours,
+        variants=rows,
+        left_out=left_out,
+    )
+    return benchmark.extra_info
+
+
+def _estimate(clock: Clock, call: Callable[[], Any]) -> float:
+    times = [clock(call)]
+    while len(times) < MAX_WARM_UP_CALLS and sum(times) < WARM_UP_S:
+        times.append(clock(call))
+    return min(times)
+
+
+def _rotated(variants: Sequence[Variant], by: int) -> Iterator[Variant]:
+    for i in range(len(variants)):
+        yield variants[(i + by) % len(variants)]

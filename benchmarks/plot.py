@@ -1,0 +1,161 @@
+"""Draws a report: speedups over each rival, shares of the roof, and time per byte as maps grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+__all__ = ["draw"]
+
+COLORS = {"fresh": "#1f5fa8", "huge pages": "#6fa8dc", "warm": "#e69138"}
+OTHER_COLOR = "#888888"
+PANEL_WIDTH, ROW_HEIGHT, PANEL_MARGIN = 6.2, 0.26, 1.1  # inches
+
+Cell = dict[str, Any]
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """One row of panels per op, shape and mode: a panel per dtype, then shares of the roof."""
+    cells = [c for c in report["cells"] if c["series"] == "main"]
+    growth = [c for c in report["cells"] if c["series"] == "growth"]
+    if not cells:
+        return False
+    rows = list(dict.fromkeys((c["op"], c["shape"], c["mode"]) for c in cells))
+    dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
+    regimes = list(dict.fromkeys(c["regime"] for c in cells))
+    of = {row: [c for c in cells if (c["op"], c["shape"], c["mode"]) == row] for row in rows}
+    bars = [max(len(_rivals(of[row])), 3) * len(regimes) for row in rows]
+    heights = [n * ROW_HEIGHT + PANEL_MARGIN for n in bars] + ([3.6] if growth else [])
+
+    figure, axes = plt.subplots(
+        len(heights),
+        len(dtypes) + 1,
+        figsize=(PANEL_WIDTH * (len(dtypes) + 0.8), sum(heights) + 1.2),
+        gridspec_kw={"height_ratios": heights, "width_ratios": [1] * len(dtypes) + [0.8]},
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, line in zip(rows, axes, strict=False):
+        op, shape, mode = row
+        for dtype, axis in zip(dtypes, line, strict=False):
+            here = [c for c in of[row] if c["dtype"] == dtype]
+            _speedups(axis, here, _rivals(of[row]), regimes)
+            axis.set_title(f"{op}\n{shape}, {mode}, {dtype}", fontsize=10, loc="left")
+        _shares(line[-1], of[row], dtypes, regimes)
+    if growth:
+        _growth(axes[-1], growth, regimes)
+    about = report["environment"]
+    figure.suptitle(
+        f"Speedup of fastfuse over each rival, and the share of the copy rate "
+        f"({about['copy_gbs'] or 0:.0f} GB/s) that it reaches\n{about['name']}, {about['threads']} "
+        f"threads, torch {about['versions']['torch']}, {about['date'][:10]}",
+        fontsize=12,
+    )
+    if len(regimes) > 1:
+        handles = [plt.Rectangle((0, 0), 1, 1, color=_color(regime)) for regime in regimes]
+        labels = [f"memory: {regime}" for regime in regimes]
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def _color(regime: str) -> str:
+    return COLORS.get(regime, OTHER_COLOR)
+
+
+def _rivals(cells: list[Cell]) -> list[str]:
+    return list(dict.fromkeys(v["title"] for c in cells for v in c["variants"] if v["rival"]))
+
+
+def _bars(
+    axis: Axes,
+    labels: list[str],
+    values: dict[tuple[str, str], float],
+    regimes: list[str],
+    text: str,
+) -> None:
+    """Horizontal bars: a group per label, in it a bar per regime; ``values[label, regime]``."""
+    thickness = 0.8 / len(regimes)
+    for i, label in enumerate(labels):
+        present = [regime for regime in regimes if (label, regime) in values]
+        for j, regime in enumerate(present):
+            y = i + (j - (len(present) - 1) / 2) * thickness
+            value = values[label, regime]
+            axis.barh(y, value, height=thickness * 0.92, color=_color(regime))
+            axis.annotate(
+                text.format(value),
+                (value, y),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+            )
+    axis.set_yticks(range(len(labels)), labels, fontsize=9)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.margins(x=0.14)
+
+
+def _speedups(axis: Axes, cells: list[Cell], rivals: list[str], regimes: list[str]) -> None:
+    values = {
+        (v["title"], c["regime"]): v["speedup"] for c in cells for v in c["variants"] if v["rival"]
+    }
+    _bars(
+        axis,
+        [r for r in rivals if any(r == title for title, _ in values)],
+        values,
+        regimes,
+        "{:.1f}x",
+    )
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_xlabel("median of the rival / median of fastfuse (1: as fast)", fontsize=8)
+
+
+def _shares(axis: Axes, cells: list[Cell], dtypes: list[str], regimes: list[str]) -> None:
+    values = {}
+    for c in cells:
+        for v in c["variants"]:
+            if not v["rival"] and v["share"] is not None:
+                values[f"{c['dtype']}\n{v['layout']}", c["regime"]] = 100 * v["share"]
+    labels = list(dict.fromkeys(label for label, _ in values))
+    _bars(axis, labels, values, regimes, "{:.0f} %")
+    axis.axvline(100, color="black", linewidth=1)
+    axis.set_title("fastfuse: share of the copy rate", fontsize=10, loc="left")
+    axis.set_xlabel("bytes that must move / median / copy rate, in %", fontsize=8)
+
+
+def _growth(axes: Any, cells: list[Cell], regimes: list[str]) -> None:
+    """Flat lines: the time grows as the bytes do."""
+    modes = list(dict.fromkeys(c["mode"] for c in cells))
+    for axis, mode in zip(axes, modes, strict=False):
+        for regime in regimes:
+            here = [c for c in cells if c["mode"] == mode and c["regime"] == regime]
+            points = []
+            for c in here:
+                ours = next(v for v in c["variants"] if v["title"] == c["ours"])
+                points.append((c["bytes"] / 1e6, ours["median_ms"] * 1e9 / c["bytes"]))
+            if points:
+                axis.plot(*zip(*sorted(points), strict=True), "o-", color=_color(regime))
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.yaxis.set_major_locator(MaxNLocator(5))
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{cells[0]['op']}\ntime per byte, {mode}", fontsize=10, loc="left")
+        axis.set_xlabel("MB that must move", fontsize=8)
+        axis.set_ylabel("ps per byte", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(modes) :]:
+        axis.set_visible(False)
