@@ -123,7 +123,7 @@ def _common_refusal(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return "expected plain tensors, got tensors inside a torch.func transform"
     return None
 

@@ -7,6 +7,7 @@ the forward op without a mean: derivatives of every order come from these two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
+from fastfuse.ops.dispatch import below_autograd
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
@@ -98,6 +100,11 @@ def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
     ctx.save_for_backward(std)
 
 
+def _recording(wanted: bool) -> Any:
+    """A context for a call whose own derivative is wanted or not; compiled graphs keep the op."""
+    return nullcontext() if wanted or torch.compiler.is_compiling() else below_autograd()
+
+
 def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     (std,) = ctx.saved_tensors
     needed = [i for i, need in enumerate(needs) if need]
@@ -106,8 +113,7 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Ten
         channels = [shape[1] for shape in ctx.shapes]
         if std is not None and len(needed) < len(ctx.shapes):
             std = torch.stack([std[i] for i in needed])
-        computed = torch.ops.fastfuse.upsample_equalize_concat_backward(
-            grad_output,
+        arguments = (
             [sum(channels[:i]) for i in needed],
             [channels[i] for i in needed],
             [ctx.shapes[i][2] for i in needed],
@@ -116,6 +122,8 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Ten
             ctx.align_corners,
             is_channels_last([grad_output]),
         )
+        with _recording(torch.is_grad_enabled()):
+            computed = torch.ops.fastfuse.upsample_equalize_concat_backward(grad_output, *arguments)
         for i, gradient in zip(needed, computed, strict=True):
             gradients[i] = gradient
     return gradients
@@ -172,7 +180,8 @@ class UpsampleEqualizeConcat(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, arguments: tuple[Any, ...], *features: Tensor) -> Tensor:
-        output = torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
+        with below_autograd():
+            output = torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
         _forward_setup_context(ctx, (features, *arguments), output)
         return output
 
@@ -183,10 +192,12 @@ class UpsampleEqualizeConcat(torch.autograd.Function):
 
 def call(features: Sequence[Tensor], *arguments: Any) -> Tensor:
     """The op with its autograd, by the shortest way."""
-    records_grad = torch.is_grad_enabled() and any(f.requires_grad for f in features)
-    if not records_grad or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
-    return UpsampleEqualizeConcat.apply(arguments, *features)
+    if torch.is_grad_enabled() and any(f.requires_grad for f in features):
+        return UpsampleEqualizeConcat.apply(arguments, *features)
+    with below_autograd():
+        return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
 
 
 def _flops(channels: int, source: Sequence[int], target: Sequence[int], equalized: bool) -> int:
