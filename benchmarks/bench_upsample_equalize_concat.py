@@ -73,7 +73,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
             for mode in (FORWARD, BOTH):
                 rivals = _quick_rivals(dtype, mode, regime) if quick else _every("naive", *_SAME)
                 found.append(Cell(shape, dtype, mode, rivals))
-    if not quick:
+    if not quick and regime == "fresh":
         found += [Cell(shape, "float32", mode) for shape in GROWTH for mode in (FORWARD, BOTH)]
     if regime != "huge pages":  # a tiny call has nothing to do with pages
         found += [Cell("tiny", "float32", m, (("eager", CONTIGUOUS),)) for m in (FORWARD, BOTH)]
@@ -265,7 +265,7 @@ def test_upsample_equalize_concat(
         },
         tolerances=_tolerances(cell),
         budget_s=2 if tiny else 5 if quick else 8,
-        max_rounds=2000 if tiny else 20 if quick else 40,
+        max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
         host=tiny,

@@ -3,8 +3,9 @@
 :func:`compare` first checks that the variants agree and raises ``MismatchError`` otherwise: a
 wrong kernel is not timed. It then runs rounds in which every variant runs once. pytest-benchmark
 times fastfuse; the set-up of each of its rounds runs and times every rival, in rotating order, and
-one copy for the roof. Drift of the machine thus meets all of them alike. Everything else ends in
-``benchmark.extra_info``, ready for JSON.
+one copy for the roof. Drift of the machine thus meets all of them alike. Each timed call follows an
+untimed one of the same variant: it finds caches and free pages as in a loop of its own, not as
+another variant left them. Everything else ends in ``benchmark.extra_info``, ready for JSON.
 
 A time spans a call up to its result; freeing the result is not in it. On CUDA devices it lies
 between two events, with the L2 cache flushed before.
@@ -266,7 +267,7 @@ def compare(
     estimates = {v.title: _estimate(clock, v.call) for v in variants}
     first = min((v for v in variants if not v.rival), key=lambda v: estimates[v.title])
     others = [v for v in variants if v is not first]
-    rounds = int(budget_s / max(sum(estimates.values()), 1e-6))
+    rounds = int(budget_s / max(2 * sum(estimates.values()), 1e-6))
     rounds = max(MIN_ROUNDS, min(rounds, max_rounds))
     seconds: dict[str, list[float]] = {v.title: [] for v in variants}
     done = 0
@@ -276,9 +277,11 @@ def compare(
         if done % max(1, rounds // 10) == 0:
             progress(f"round {done + 1} of {rounds}")
         for variant in _rotated(others, done):
+            variant.call()
             seconds[variant.title].append(clock(variant.call))
         if roof:
             roof.sample(done)
+        first.call()
         done += 1
 
     def run_ours() -> None:

@@ -73,6 +73,22 @@ def test_a_level_of_the_target_size_passes_unchanged(channels_last: bool) -> Non
     assert result.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.parametrize("std", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_precision_value(isa: str, dtype: torch.dtype, std: float) -> None:
+    """All 65536 bit patterns are widened, divided and rounded as PyTorch does."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(dtype).reshape(1, 1, 256, 256)
+    with backend("cpu"):
+        result = upsample_equalize_concat([x], std=[std])
+    expected = (x.float() * (1 / torch.tensor(std, dtype=torch.float64)).float()).to(dtype)
+    assert torch.equal(result.isnan(), expected.isnan())
+    same = (result.view(torch.int16) == expected.view(torch.int16)) | expected.isnan()
+    if isa == "avx512_bf16" and dtype == torch.bfloat16:  # takes subnormal values for zero
+        same |= (expected.abs() < torch.finfo(dtype).tiny) & (result == 0)
+    assert same.all()
+
+
 @every_dtype
 def test_large_values_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
     largest = 0.9 * torch.finfo(dtype).max  # differences overflow, interpolated values do not

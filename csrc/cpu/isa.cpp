@@ -19,11 +19,11 @@ bool processor_has(Isa isa) {
       return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq");
+    case Isa::avx512_bf16:
+      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
-  return false;
-#else
-  return isa == Isa::portable;
 #endif
+  return isa == Isa::portable;
 }
 
 Isa parse(const std::string& name, const char* who) {
@@ -51,20 +51,21 @@ std::atomic<Isa>& chosen_isa() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
-    case Isa::portable:
-      return "portable";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
+#define FASTFUSE_ISA_NAME(isa) \
+  case Isa::isa:               \
+    return #isa;
+    FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME)
+#undef FASTFUSE_ISA_NAME
   }
   return "unknown";
 }
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512})
-    if (processor_has(isa)) isas.push_back(isa);
+#define FASTFUSE_ADD_SUPPORTED(isa) \
+  if (processor_has(Isa::isa)) isas.push_back(Isa::isa);
+  FASTFUSE_FOR_EACH_ISA(FASTFUSE_ADD_SUPPORTED)
+#undef FASTFUSE_ADD_SUPPORTED
   return isas;
 }
 

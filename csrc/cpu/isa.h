@@ -1,17 +1,12 @@
-// Instruction sets: which exist in this build, which this processor has, which one runs.
-//
-// A vector body (cpu/<op>_simd.cpp) is compiled once per instruction set, each time inside the
-// namespace fastfuse::FASTFUSE_ISA with that set's flags. Nothing in it may have external weak
-// linkage (no std:: templates, everything in anonymous namespaces), or the linker could pick the
-// AVX-512 copy of a shared inline function for every processor.
+// Instruction sets: which this processor has and which one runs.
 #pragma once
 
 #include <string>
 #include <vector>
 
-namespace fastfuse {
+#include "cpu/isa_list.h"
 
-enum class Isa { portable, avx2, avx512 };
+namespace fastfuse {
 
 // Compiled in and supported by this processor, slowest first.
 std::vector<Isa> supported_isas();

@@ -25,16 +25,11 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "upsample_equalize_concat";
 
 const UpsampleEqualizeConcatKernels& kernels() {
-#ifdef FASTFUSE_X86
   switch (current_isa()) {
-    case Isa::avx512:
-      return avx512::upsample_equalize_concat_kernels;
-    case Isa::avx2:
-      return avx2::upsample_equalize_concat_kernels;
-    case Isa::portable:
-      break;
+#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, upsample_equalize_concat_kernels)
+    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
+#undef FASTFUSE_CASE
   }
-#endif
   return portable::upsample_equalize_concat_kernels;
 }
 

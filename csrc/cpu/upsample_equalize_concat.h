@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/bilinear.h"
+#include "cpu/isa_list.h"
 
 namespace fastfuse {
 
@@ -44,14 +45,9 @@ struct UpsampleEqualizeConcatKernels {
   UpsampleEqualizeConcatKernel backward[2][kNumDtypes];
 };
 
-namespace portable {
-extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
-}
-namespace avx2 {
-extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
-}
-namespace avx512 {
-extern const UpsampleEqualizeConcatKernels upsample_equalize_concat_kernels;
-}
+#define FASTFUSE_DECLARE(isa) \
+  FASTFUSE_DECLARE_KERNELS(isa, UpsampleEqualizeConcatKernels, upsample_equalize_concat_kernels)
+FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
+#undef FASTFUSE_DECLARE
 
 }  // namespace fastfuse

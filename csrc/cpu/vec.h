@@ -88,6 +88,12 @@ FASTFUSE_INLINE Vec<float> widen(HalfBits h, bfloat16) {
   return (Vec<float>)(__builtin_convertvector(h, Bits) << 16);
 }
 
+#if defined(__AVX512BF16__)
+// One instruction for ten. It takes subnormal values (below 1.2e-38) for zero.
+FASTFUSE_INLINE HalfBits narrow(Vec<float> v, bfloat16) {
+  return (HalfBits)_mm512_cvtneps_pbh((__m512)v);
+}
+#else
 FASTFUSE_INLINE HalfBits narrow(Vec<float> v, bfloat16) {
   const Bits u = (Bits)v;
   const Bits upper = u >> 16;
@@ -95,6 +101,7 @@ FASTFUSE_INLINE HalfBits narrow(Vec<float> v, bfloat16) {
   const Bits quiet = upper | 0x40u;  // a NaN stays a NaN of the same sign
   return __builtin_convertvector(v == v ? rounded : quiet, HalfBits);
 }
+#endif
 
 #if defined(__AVX512F__)
 FASTFUSE_INLINE Vec<float> widen(HalfBits h, float16) {

@@ -1,0 +1,34 @@
+// Instruction sets that a build is made for, and kernel tables for each.
+//
+// A vector body (cpu/<op>_simd.cpp) is compiled once per instruction set, each time inside the
+// namespace fastfuse::FASTFUSE_ISA with that set's flags. Nothing in it may have external weak
+// linkage (no std:: templates, everything in anonymous namespaces), or the linker could pick the
+// AVX-512 copy of a shared inline function for every processor.
+#pragma once
+
+namespace fastfuse {
+
+// Slowest first. Other processors than x86-64 have one build, the portable one.
+#ifdef FASTFUSE_X86
+#define FASTFUSE_FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512) DO(avx512_bf16)
+#else
+#define FASTFUSE_FOR_EACH_ISA(DO) DO(portable)
+#endif
+
+#define FASTFUSE_ISA_NAME(isa) isa,
+enum class Isa { FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME) };
+#undef FASTFUSE_ISA_NAME
+
+// A kernel table `name` that every instruction set's vector body defines is declared with
+//   #define DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, Type, name)
+//   FASTFUSE_FOR_EACH_ISA(DECLARE)
+// and the one in force is chosen by a switch over current_isa() of FASTFUSE_KERNEL_CASE(isa, name).
+#define FASTFUSE_DECLARE_KERNELS(isa, Type, name) \
+  namespace isa {                                 \
+  extern const Type name;                         \
+  }
+#define FASTFUSE_KERNEL_CASE(isa, name) \
+  case Isa::isa:                        \
+    return isa::name;
+
+}  // namespace fastfuse
