@@ -58,4 +58,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist bench-results fastfuse/_C*.so *.egg-info
+	rm -rf build dist bench-results fastfuse/_C*.so *.egg-info $(BUILT)

@@ -3,9 +3,9 @@
 :func:`compare` first checks that the variants agree and raises ``MismatchError`` otherwise: a
 wrong kernel is not timed. It then runs rounds in which every variant runs once. pytest-benchmark
 times fastfuse; the set-up of each of its rounds runs and times every rival, in rotating order, and
-one copy for the roof. Drift of the machine thus meets all of them alike. Each timed call follows an
-untimed one of the same variant: it finds caches and free pages as in a loop of its own, not as
-another variant left them. Everything else ends in ``benchmark.extra_info``, ready for JSON.
+one copy for the roof. Drift of the machine thus meets all of them alike. Each timed call follows
+untimed ones of the same variant (``_settle``): it finds caches and free pages as in a loop of its
+own, not as another variant left them. Everything else ends in ``benchmark.extra_info``, as JSON.
 
 A time spans a call up to its result; freeing the result is not in it. On CUDA devices it lies
 between two events, with the L2 cache flushed before.
@@ -13,6 +13,7 @@ between two events, with the L2 cache flushed before.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -54,6 +55,9 @@ GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 
 MIN_ROUNDS = 5
 MAX_WARM_UP_CALLS, WARM_UP_S = 2, 0.2  # of a variant, after the call whose result was checked
+# Before every timed call. A virtual machine may give free pages back to its host, and fetching one
+# takes milliseconds: with fewer calls that is what is measured, at random.
+MAX_SETTLING_CALLS, SETTLING_S = 4, 0.1
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,8 @@ def compare(
     estimates = {v.title: _estimate(clock, v.call) for v in variants}
     first = min((v for v in variants if not v.rival), key=lambda v: estimates[v.title])
     others = [v for v in variants if v is not first]
-    rounds = int(budget_s / max(2 * sum(estimates.values()), 1e-6))
+    per_round = sum(t + _settling_time(t) for t in estimates.values())
+    rounds = int(budget_s / max(per_round, 1e-6))
     rounds = max(MIN_ROUNDS, min(rounds, max_rounds))
     seconds: dict[str, list[float]] = {v.title: [] for v in variants}
     done = 0
@@ -277,11 +282,11 @@ def compare(
         if done % max(1, rounds // 10) == 0:
             progress(f"round {done + 1} of {rounds}")
         for variant in _rotated(others, done):
-            variant.call()
+            _settle(variant.call)
             seconds[variant.title].append(clock(variant.call))
         if roof:
             roof.sample(done)
-        first.call()
+        _settle(first.call)
         done += 1
 
     def run_ours() -> None:
@@ -297,9 +302,7 @@ def compare(
     rows = []
     for variant, peak in zip(variants, peaks, strict=True):
         times, median = seconds[variant.title], medians[variant.title]
-        quartiles = (
-            statistics.quantiles(times, n=4, method="inclusive") if rounds > 1 else times * 3
-        )
+        quartiles = statistics.quantiles(times, n=4, method="inclusive")
         rows.append(
             {
                 "title": variant.title,
@@ -338,6 +341,19 @@ def _estimate(clock: Clock, call: Callable[[], Any]) -> float:
     while len(times) < MAX_WARM_UP_CALLS and sum(times) < WARM_UP_S:
         times.append(clock(call))
     return min(times)
+
+
+def _settle(call: Callable[[], Any]) -> None:
+    until = time.perf_counter() + SETTLING_S
+    for _ in range(MAX_SETTLING_CALLS):
+        call()
+        if time.perf_counter() >= until:
+            break
+
+
+def _settling_time(seconds: float) -> float:
+    """What ``_settle`` takes for a call of so many seconds."""
+    return seconds * min(MAX_SETTLING_CALLS, math.ceil(SETTLING_S / max(seconds, 1e-9)))
 
 
 def _rotated(variants: Sequence[Variant], by: int) -> Iterator[Variant]:

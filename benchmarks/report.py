@@ -85,8 +85,11 @@ def _percent(value: float | None) -> str:
 def _speedup(variant: dict[str, Any], ours: str) -> str:
     if variant["title"] == ours:
         return "1"
-    ratio = _number(variant["speedup"], "x")
-    return f"{ratio} ({SLOWER})" if variant["speedup"] < 1 else ratio
+    return _ratio(variant["speedup"])
+
+
+def _ratio(speedup: float) -> str:
+    return _number(speedup, "x") + (f" ({SLOWER})" if speedup < 1 else "")
 
 
 def cell_name(cell: dict[str, Any]) -> str:
@@ -121,11 +124,9 @@ def _summary(op: str, cells: Iterable[dict[str, Any]]) -> Table:
                 c["regime"],
                 _number(ours["median_ms"]),
                 _percent(ours["share"]),
-                *(_number(speedups[r], "x") if r in speedups else "" for r in rivals),
+                *(_ratio(speedups[r]) if r in speedups else "" for r in rivals),
             ]
         )
-        if min(speedups.values()) < 1:
-            table.rows[-1][-1] += f" ({SLOWER})"
     return table
 
 
@@ -239,7 +240,7 @@ def _describe(environment: dict[str, Any]) -> list[str]:
 
 
 _READING = """\
-Medians of interleaved rounds in one process: every round runs each variant once, and one copy.
+Medians of interleaved rounds in one process: every round times each variant once, and one copy.
 Every rival's result was compared with fastfuse's before it was timed; naive (BatchNorm) computes
 something else by definition, so only its shapes were. A speedup is the variant's median over that
 of the faster fastfuse layout. GB/s are the bytes that must move (each input read once, each result

@@ -10,7 +10,7 @@ import importlib.metadata
 from fastfuse import nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
-from fastfuse.ops import upsample_equalize_concat
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 try:
     __version__ = importlib.metadata.version("fastfuse")

@@ -31,9 +31,13 @@ class Info:
     operations: dict[str, dict[str, dict[str, str | None]]] = field(repr=False)
 
     def backend_of(self, op: str, device: str) -> str:
-        """The backend that "auto" takes for an op on a device."""
-        refusals = self.operations[op][device]
-        return next((name for name, reason in refusals.items() if reason is None), "reference")
+        """The backend that runs an op on a device, as things are asked for now."""
+        refusals, asked = self.operations[op][device], self.requested_backend
+        if asked == "auto":
+            return next((name for name, reason in refusals.items() if reason is None), "reference")
+        if asked == "reference" or refusals.get(asked, "no such kernel") is None:
+            return asked
+        return f"none ({asked} was asked for and cannot run)"
 
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]

@@ -16,16 +16,18 @@ Environment variables, read once at import:
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastfuse import _extension
 
@@ -67,8 +69,6 @@ class Operation:
     """
 
     name: str
-    function: Callable[..., Any]
-    reference: Callable[..., Any]
     refusals: dict[str, Refusal]
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
 
@@ -80,7 +80,9 @@ def _checked(name: str, source: str) -> str:
 
 
 # A plain module global: Dynamo guards on it, so that compiled code follows the choice.
-_requested = _checked(os.environ.get("FASTFUSE_BACKEND") or "auto", "FASTFUSE_BACKEND")
+_at_start = _checked(os.environ.get("FASTFUSE_BACKEND") or "auto", "FASTFUSE_BACKEND")
+_requested = _at_start
+_entered: list[backend] = []
 
 
 def requested_backend() -> str:
@@ -106,17 +108,17 @@ class backend(ContextDecorator):  # noqa: N801  (used like a function)
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "backend")
-        self._previous: list[str] = []
 
     def __enter__(self) -> backend:
         global _requested
-        self._previous.append(_requested)
+        _entered.append(self)
         _requested = self.name
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         global _requested
-        _requested = self._previous.pop()
+        _entered.remove(self)  # not always the last: other threads enter and leave too
+        _requested = _entered[-1].name if _entered else _at_start
 
 
 def _common_refusal(tensor: Tensor) -> str | None:
@@ -125,6 +127,8 @@ def _common_refusal(tensor: Tensor) -> str | None:
         return f"expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}"
     if torch._C._are_functorch_transforms_active():
         return "expected plain tensors, got tensors inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "expected no forward-mode differentiation, got a call inside a dual level"
     return None
 
 
@@ -136,15 +140,23 @@ def cpu_refusal(tensor: Tensor) -> str | None:
     return _common_refusal(tensor)
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _MIN_CAPABILITY = (8, 0)  # the oldest one the kernels are compiled for in the tests
+
+
+@lru_cache
+def _triton_failure() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def triton_refusal(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"expected CUDA tensors, got {tensor.device}"
-    if not _HAS_TRITON:
-        return "expected the package triton, got no such module (pip install 'fastfuse[gpu]')"
+    if failure := _triton_failure():
+        return f"expected the package triton (pip install 'fastfuse[gpu]'), got {failure}"
     if torch.version.hip is not None:
         return f"expected an NVIDIA GPU, got ROCm {torch.version.hip}"
     capability = torch.cuda.get_device_capability(tensor.device)

@@ -232,6 +232,10 @@ def _checks(
         operation = OPERATIONS[name]
         for which in backends or BACKENDS:
             if which != "reference" and which not in operation.refusals:
+                if backends:  # asked for by name
+                    has = ", ".join(operation.refusals)
+                    reason = f"expected one of its backends: {has}"
+                    yield Check(name, which, "", "", "skipped", reason)
                 continue
             refusals = {}
             for device in _devices():

@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("upsample_equalize_concat", "upsample_equalize_concat_errors", "nn", "golden")
+]
 # Inductor compiles code of its own, and peak memory means nothing with redzones around it.
 DESELECT = "not compile and not export and not peak and not without_the_compiled and not broken"
 
@@ -56,5 +60,4 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 if __name__ == "__main__":
-    files = ["tests/test_upsample_equalize_concat.py", "tests/test_nn.py", "tests/test_golden.py"]
-    sys.exit(run(sys.argv[1:] or ["-m", "not slow", *files]).returncode)
+    sys.exit(run(sys.argv[1:] or ["-m", "not slow", *TESTS]).returncode)

@@ -13,7 +13,6 @@ import torch
 
 import fastfuse
 from fastfuse import BackendError, _extension, backend, backends, upsample_equalize_concat
-from fastfuse.ops import OPERATIONS
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,10 +60,19 @@ def test_unknown_backend() -> None:
         backend("fast")
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_a_named_backend_that_cannot_run_says_why(op: str) -> None:
-    x = torch.randn(1, 2, 4, 4)
-    assert op == "upsample_equalize_concat"
+def test_backends_may_be_left_in_any_order() -> None:
+    """As two threads do."""
+    first, second = backend("cpu"), backend("reference")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert backends.requested_backend() == "reference"
+    second.__exit__()
+    assert backends.requested_backend() == "auto"
+
+
+def test_a_named_backend_that_cannot_run_says_why() -> None:
+    x, op = torch.randn(1, 2, 4, 4), "upsample_equalize_concat"
     with (
         backend("triton"),
         pytest.raises(
@@ -129,6 +137,7 @@ def test_a_broken_compiled_module_shows_the_loaders_words(tmp_path: Path) -> Non
 def test_environment_chooses_the_backend() -> None:
     run = python(CALL, FASTFUSE_BACKEND="reference")
     assert "backend: reference" in run.stdout
+    assert "upsample_equalize_concat on cpu: reference" in run.stdout
     run = python(CALL, FASTFUSE_BACKEND="fastest")
     assert run.returncode != 0
     assert "FASTFUSE_BACKEND: expected one of auto, reference, cpu" in run.stderr

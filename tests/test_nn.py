@@ -35,15 +35,28 @@ def test_equalizer_equalizes_and_round_trips() -> None:
     copy.load_state_dict(equalizer.state_dict())
     x = torch.randn(1, 1, 2, 2)
     torch.testing.assert_close(copy([x, x])[1], (x + 1.0) / 4.0)
-    assert "calibrated=True" in repr(copy)
+    assert repr(copy) == "ScaleEqualizer(2)"
+
+
+def test_equalizer_on_meta() -> None:
+    """Modules may be built without memory, printed, and given their values later."""
+    with torch.device("meta"):
+        equalizer = ScaleEqualizer(2)
+    assert repr(equalizer) == "ScaleEqualizer(2)"
+    real = ScaleEqualizer(2)
+    real.set_statistics([1.0, 2.0], [3.0, 4.0])
+    equalizer.load_state_dict(real.state_dict(), assign=True)
+    assert equalizer.std.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
     [
         ([0.0], [1.0, 1.0], r"mean must have one value per level, shape \(2,\); got shape \(1,\)"),
-        ([0.0, 0.0], [1.0, 0.0], r"std must be positive; got \[1.0, 0.0\]"),
+        ([0.0, 0.0], [1.0, 0.0], r"std must be positive .*; got \[1.0, 0.0\]"),
         ([0.0, 0.0], [1.0, -2.0], r"std must be positive"),
+        ([0.0, 0.0], [1.0, 1e-46], r"std must be positive .* in torch.float32"),
+        ([1e39, 0.0], [1.0, 1.0], r"mean must be finite in torch.float32"),
         ([0.0, 0.0], [1.0, float("nan")], r"std must be finite"),
         ([float("inf"), 0.0], [1.0, 1.0], r"mean must be finite"),
     ],
@@ -55,7 +68,8 @@ def test_bad_statistics(mean: list[float], std: list[float], message: str) -> No
         equalizer.set_statistics(mean, std)
     fusion = MultiLevelFusion([4, 6], 8, scale_equalizer=True)
     state = fusion.state_dict()
-    state |= {"equalizer.mean": torch.tensor(mean), "equalizer.std": torch.tensor(std)}
+    bad = {"equalizer.mean": mean, "equalizer.std": std}
+    state |= {name: torch.tensor(value, dtype=torch.float64) for name, value in bad.items()}
     with pytest.raises(RuntimeError, match=rf"equalizer\.\w+: ScaleEqualizer: {message}"):
         fusion.load_state_dict(state)
     assert fusion.equalizer is not None
@@ -144,5 +158,12 @@ def test_fusion_names_what_does_not_fit() -> None:
         fusion(levels())
     with pytest.raises(ValueError, match=r"in_channels must be positive.*; got \[4, 0\]"):
         MultiLevelFusion([4, 0], 8)
-    with pytest.raises(ValueError, match=r"in_channels must be positive"):
-        MultiLevelFusion([], 8)
+    for wrong in ([], 4):
+        with pytest.raises(ValueError, match=r"in_channels must be positive"):
+            MultiLevelFusion(wrong, 8)
+    with pytest.raises(TypeError, match="features must be a sequence of tensors"):
+        fusion(levels()[0])
+    with pytest.raises(TypeError, match=r"features\[1\] must be a tensor; got int"):
+        fusion([levels()[0], 3])
+    with pytest.raises(ValueError, match=r"features\[1\] must have 4 dimensions"):
+        fusion([levels()[0], torch.zeros(3)])

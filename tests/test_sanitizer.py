@@ -15,7 +15,5 @@ WALKS = "definition or strides or written or empty or guards or any_levels or st
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
 )
 def test_sanitizers_find_nothing() -> None:
-    result = sanitizer.run(
-        ["-s", "-k", WALKS, "-m", "not slow", "tests/test_upsample_equalize_concat.py"]
-    )
+    result = sanitizer.run(["-s", "-k", WALKS, "-m", "not slow", *sanitizer.TESTS])
     assert result.returncode == 0, "see the sanitizer's report above"

@@ -1,44 +1,25 @@
-"""upsample_equalize_concat, in the order: values, inputs, derivatives, PyTorch's machinery,
-determinism, memory, bad input."""
+"""upsample_equalize_concat: values, inputs, derivatives, determinism, memory."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inputs import both_layouts, every_dtype, images, pyramid
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastfuse
 from fastfuse import backend, upsample_equalize_concat
-from fastfuse.backends import DTYPES, BackendError
 from fastfuse.ops.upsample_equalize_concat.samples import exact, samples
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
-
-OP = "upsample_equalize_concat"
-both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-def images(
-    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_last: bool = False
-) -> list[Tensor]:
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return [torch.randn(s).to(dtype).contiguous(memory_format=memory_format) for s in shapes]
-
-
-def pyramid(**options: Any) -> list[Tensor]:
-    return images((2, 20, 12, 16), (2, 17, 6, 8), (2, 5, 3, 4), **options)
-
 
 # ---- values -------------------------------------------------------------------------------------
 
@@ -149,6 +130,53 @@ def test_streaming_stores_write_the_same_bits(channels_last: bool, width: int) -
     for i in range(0, 40, 13):
         part = upsample_equalize_concat([f[i : i + 1] for f in features])
         assert torch.equal(whole[i : i + 1], part)
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [(1, 1), (2, 2), (1, 2), (3, 2)])
+def test_streaming_stores_write_the_same_gradients(
+    isa: str, dtype: torch.dtype, channels_last: bool, ratio: tuple[int, int]
+) -> None:
+    """A level's gradient of 16 MiB or more bypasses the caches; that of a single image does not."""
+    batch = 72
+    (x,) = images((batch, 64, 32, 64), dtype=dtype, channels_last=channels_last)
+    assert x.numel() * x.element_size() >= 16 << 20
+    size = (32 * ratio[0], 64 * ratio[1])
+    (grad,) = images((batch, 64, *size), dtype=dtype, channels_last=channels_last)
+
+    def gradient(x: Tensor, grad: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        output = upsample_equalize_concat([leaf], size=size, std=[3.0])
+        return torch.autograd.grad(output, leaf, grad)[0]
+
+    whole = gradient(x, grad)
+    for i in (0, batch // 2, batch - 1):
+        assert torch.equal(whole[i : i + 1], gradient(x[i : i + 1], grad[i : i + 1]))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("sizes", [(333, 1000), (7, 50), (129, 65), (16, 64)])
+def test_float32_weights_are_pytorchs_to_the_bit(
+    isa: str, sizes: tuple[int, int], align_corners: bool
+) -> None:
+    """One-hot rows read the weights out."""
+    source, target = sizes
+    one_hot = torch.eye(source).reshape(1, source, 1, source)
+    for rows in (one_hot, one_hot.contiguous(memory_format=torch.channels_last)):
+        with backend("cpu"):
+            ours = upsample_equalize_concat([rows], size=(1, target), align_corners=align_corners)
+        theirs = F.interpolate(
+            one_hot, size=(1, target), mode="bilinear", align_corners=align_corners
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_equal_sizes_are_the_identity_however_large() -> None:
+    """Coordinates beyond 2^24 are no float32 numbers."""
+    x = torch.randint(0, 256, (1, 1, 2**24 + 9, 1)).to(torch.bfloat16)
+    output = upsample_equalize_concat([x], size=(2**24 + 9, 2))
+    assert torch.equal(output[..., 1:], x)
 
 
 # ---- inputs -------------------------------------------------------------------------------------
@@ -319,146 +347,6 @@ def test_backward_runs_on_forwards_backend() -> None:
     assert x.grad is not None
 
 
-# ---- PyTorch's machinery ------------------------------------------------------------------------
-
-
-def _op_inputs() -> list[tuple[Tensor, tuple[Any, ...]]]:
-    forward = torch.ops.fastfuse.upsample_equalize_concat.default
-    backward = torch.ops.fastfuse.upsample_equalize_concat_backward.default
-    features = [f.requires_grad_() for f in pyramid()]
-    std = torch.tensor([0.5, 2.0, 3.0])
-    grad = torch.randn(2, 42, 12, 16, requires_grad=True)
-    shapes = ([0, 20, 37], [20, 17, 5], [12, 6, 3], [16, 8, 4])
-    last = [f.detach().contiguous(memory_format=torch.channels_last) for f in features]
-    return [
-        (forward, (features, 12, 16, None, std, False, False)),
-        (forward, (last, 9, 20, std, std, True, True)),
-        (backward, (grad, *shapes, std, False, False)),
-        (backward, (grad, *(s[1:] for s in shapes), None, True, True)),
-    ]
-
-
-@pytest.mark.parametrize("case", range(4))
-def test_opcheck(case: int) -> None:
-    op, args = _op_inputs()[case]
-    torch.library.opcheck(op, args)
-
-
-def _step(features: list[Tensor], mean: Tensor, std: Tensor) -> Tensor:
-    return upsample_equalize_concat(features, mean=mean, std=std).relu() * 2
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(any_backend: str, dynamic: bool) -> None:
-    """One graph, forward and backward, static and dynamic shapes."""
-    torch._dynamo.reset()
-    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic)
-    mean, std = torch.randn(3), torch.rand(3) + 0.5
-    for height in (12, 20) if dynamic else (12,):
-        features = images((2, 20, height, 16), (2, 17, height // 2, 8), (2, 5, 3, 4))
-        results = []
-        for function in (_step, compiled):
-            leaves = [f.clone().requires_grad_() for f in features]
-            output = function(leaves, mean, std)
-            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
-        for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(graph, eager)
-
-
-def test_compile_with_floats_and_a_backend_inside() -> None:
-    @torch.compile(fullgraph=True)
-    def step(features: list[Tensor]) -> Tensor:
-        with backend("cpu"):
-            return upsample_equalize_concat(features, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
-
-    features = pyramid()
-    expected = upsample_equalize_concat(features, mean=[0.1, 0.2, 0.3], std=[1.0, 2.0, 3.0])
-    torch.testing.assert_close(step(features), expected)
-
-
-def test_compiled_code_follows_the_backend() -> None:
-    compiled = torch.compile(lambda f: upsample_equalize_concat(f), fullgraph=True)
-    features = pyramid()
-    with backend("cpu"):
-        fused = compiled(features)
-    with backend("reference"):
-        plain = compiled(features)
-    torch.testing.assert_close(fused, plain)
-    with backend("triton"), pytest.raises(Exception, match="backend 'triton' cannot run"):
-        compiled(features)
-
-
-def test_export() -> None:
-    class Neck(torch.nn.Module):
-        def forward(self, p2: Tensor, p3: Tensor) -> Tensor:
-            return upsample_equalize_concat([p2, p3], std=[0.5, 2.0])
-
-    p2, p3 = images((2, 4, 8, 8), (2, 6, 4, 4))
-    batch = torch.export.Dim("batch", min=1, max=8)
-    program = torch.export.export(
-        Neck(), (p2, p3), dynamic_shapes={"p2": {0: batch}, "p3": {0: batch}}
-    )
-    assert any("upsample_equalize_concat" in str(node.target) for node in program.graph.nodes)
-    p2, p3 = images((5, 4, 8, 8), (5, 6, 4, 4))
-    torch.testing.assert_close(program.module()(p2, p3), Neck()(p2, p3))
-
-
-def test_autocast_casts_features_only(any_backend: str) -> None:
-    """bfloat16 in and out; mean and std keep their digits."""
-    features = [f.requires_grad_() for f in pyramid()]
-    mean = torch.tensor([1.00390625, 0.0, 0.0])  # 1 + 2^-8: 1 in bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = upsample_equalize_concat(features, mean=mean)
-        mixed = upsample_equalize_concat([features[0], features[1].bfloat16()])
-        wide = upsample_equalize_concat([features[0].double()])
-    assert output.dtype == torch.bfloat16
-    assert mixed.dtype == torch.bfloat16
-    assert wide.dtype == torch.float64
-    halves = [f.detach().bfloat16() for f in features]
-    with torch.no_grad():
-        assert torch.equal(output, upsample_equalize_concat(halves, mean=mean))
-    output.float().sum().backward()
-    assert all(f.grad is not None and f.grad.dtype == torch.float32 for f in features)
-
-
-def test_flop_formula() -> None:
-    p2, p3 = images((2, 4, 8, 8), (2, 6, 4, 4))
-    with FlopCounterMode(display=False) as counter:
-        upsample_equalize_concat([p2, p3])
-    # x: 4 rows of 8 values, y: 8 rows of 8 values, a multiply-add per weight, 2 weights
-    assert counter.get_total_flops() == 2 * 6 * 4 * (4 * 8 + 8 * 8)
-    with FlopCounterMode(display=False) as counter:
-        upsample_equalize_concat([p2.requires_grad_(), p3], std=[1.0, 2.0]).sum().backward()
-    forward = 2 * (4 * 2 * 64 + 6 * (2 * 16 + 4 * 96))
-    assert counter.get_total_flops() == forward + 2 * 4 * 2 * 64
-
-
-def test_trace_and_meta() -> None:
-    features = [f.requires_grad_() for f in pyramid()]
-    with pytest.warns():  # torch.jit is deprecated, and shapes become constants
-        traced = torch.jit.trace(lambda *f: upsample_equalize_concat(f), tuple(features))
-    torch.testing.assert_close(traced(*features), upsample_equalize_concat(features))
-    on_meta = upsample_equalize_concat([f.detach().to("meta") for f in features], size=(7, 9))
-    assert on_meta.shape == (2, 42, 7, 9)
-
-
-def test_torch_func_transforms() -> None:
-    """They run on the reference; a fused backend asked for by name says why it cannot."""
-    (x,) = images((2, 3, 4, 4))
-
-    def loss(x: Tensor) -> Tensor:
-        return upsample_equalize_concat([x], size=(8, 8)).square().sum()
-
-    leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
-    stacked = torch.randn(3, 2, 3, 4, 4)
-    mapped = torch.vmap(lambda x: upsample_equalize_concat([x], size=(8, 8)))(stacked)
-    torch.testing.assert_close(mapped[1], upsample_equalize_concat([stacked[1]], size=(8, 8)))
-    with backend("cpu"), pytest.raises(BackendError, match=r"inside a torch.func transform"):
-        torch.func.grad(loss)(x)
-
-
 # ---- determinism --------------------------------------------------------------------------------
 
 
@@ -522,197 +410,3 @@ def test_more_than_2_to_the_31_values() -> None:
     for channel in (0, 1047, 2099):
         expected = upsample_equalize_concat([low[:, channel : channel + 1]], size=(1024, 1024))
         assert torch.equal(output[:, channel], expected[:, 0])
-
-
-# ---- bad input ----------------------------------------------------------------------------------
-
-
-def _one() -> list[Tensor]:
-    return images((2, 3, 4, 4), (2, 5, 2, 2))
-
-
-BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no features": (
-        lambda: upsample_equalize_concat([]),
-        ValueError,
-        r"features must have at least one level; got none",
-    ),
-    "one tensor": (
-        lambda: upsample_equalize_concat(_one()[0]),
-        TypeError,
-        r"features must be a sequence of tensors, one per level; got Tensor",
-    ),
-    "a non-tensor": (
-        lambda: upsample_equalize_concat([_one()[0], 3.0]),
-        TypeError,
-        r"features\[1\] must be a tensor; got float",
-    ),
-    "rank 3": (
-        lambda: upsample_equalize_concat([_one()[0][0]]),
-        ValueError,
-        r"features\[0\] must have 4 dimensions \(N, C, H, W\); got shape \(3, 4, 4\)",
-    ),
-    "differing N": (
-        lambda: upsample_equalize_concat([_one()[0], _one()[1][:1]]),
-        ValueError,
-        r"share one batch size N; features\[0\] has 2, features\[1\] has 1",
-    ),
-    "differing device": (
-        lambda: upsample_equalize_concat([_one()[0], _one()[1].to("meta")]),
-        ValueError,
-        r"features\[0\] is on cpu, features\[1\] is on meta",
-    ),
-    "differing dtype": (
-        lambda: upsample_equalize_concat([_one()[0], _one()[1].double()]),
-        ValueError,
-        r"features\[0\] is float32, features\[1\] is float64",
-    ),
-    "integers": (
-        lambda: upsample_equalize_concat([_one()[0].int()]),
-        ValueError,
-        r"features\[0\] must be float64, float32, bfloat16 or float16; got int32",
-    ),
-    "complex": (
-        lambda: upsample_equalize_concat([_one()[0].to(torch.complex64)]),
-        ValueError,
-        r"got complex64",
-    ),
-    "float8": (
-        lambda: upsample_equalize_concat([_one()[0].to(torch.float8_e4m3fn)]),
-        ValueError,
-        r"must be float64, float32, bfloat16 or float16; got float8_e4m3fn",
-    ),
-    "sparse": (
-        lambda: upsample_equalize_concat([_one()[0].to_sparse()]),
-        ValueError,
-        r"features\[0\] must be a dense tensor; got layout torch.sparse_coo",
-    ),
-    "no height": (
-        lambda: upsample_equalize_concat([_one()[0][:, :, :0]], size=(4, 4)),
-        ValueError,
-        r"features\[0\] must be at least 1 pixel high and wide; got shape \(2, 3, 0, 4\)",
-    ),
-    "size of one": (
-        lambda: upsample_equalize_concat(_one(), size=(4,)),
-        ValueError,
-        r"size must be two positive ints \(height, width\); got \(4,\)",
-    ),
-    "size an int": (
-        lambda: upsample_equalize_concat(_one(), size=4),
-        ValueError,
-        r"size must be two positive ints \(height, width\); got 4",
-    ),
-    "size of floats": (
-        lambda: upsample_equalize_concat(_one(), size=(4.0, 4)),
-        ValueError,
-        r"size must be two positive ints",
-    ),
-    "size zero": (
-        lambda: upsample_equalize_concat(_one(), size=(4, 0)),
-        ValueError,
-        r"size must be two positive ints",
-    ),
-    "mean too long": (
-        lambda: upsample_equalize_concat(_one(), mean=[0.0] * 3),
-        ValueError,
-        r"mean must have one value per level, 2; got 3",
-    ),
-    "mean of the wrong shape": (
-        lambda: upsample_equalize_concat(_one(), mean=torch.zeros(2, 1)),
-        ValueError,
-        r"mean must have one value per level, shape \(2,\); got shape \(2, 1\)",
-    ),
-    "mean a float": (
-        lambda: upsample_equalize_concat(_one(), mean=0.5),
-        TypeError,
-        r"mean must be a sequence of 2 floats, a tensor of shape \(2,\) or None; got float",
-    ),
-    "mean of words": (
-        lambda: upsample_equalize_concat(_one(), mean=["a", "b"]),
-        TypeError,
-        r"mean\[0\] must be a float; got str",
-    ),
-    "mean of integers": (
-        lambda: upsample_equalize_concat(_one(), mean=torch.zeros(2, dtype=torch.int64)),
-        ValueError,
-        r"mean must be a floating-point tensor; got int64",
-    ),
-    "mean infinite": (
-        lambda: upsample_equalize_concat(_one(), mean=[0.0, float("inf")]),
-        ValueError,
-        r"mean\[1\] must be finite; got inf",
-    ),
-    "mean elsewhere": (
-        lambda: upsample_equalize_concat(_one(), mean=torch.zeros(2, device="meta")),
-        ValueError,
-        r"mean must be on the features' device cpu; got one on meta",
-    ),
-    "std zero": (
-        lambda: upsample_equalize_concat(_one(), std=[1.0, 0.0]),
-        ValueError,
-        r"std\[1\] must be positive and finite; got 0.0",
-    ),
-    "std negative": (
-        lambda: upsample_equalize_concat(_one(), std=[-1.0, 1.0]),
-        ValueError,
-        r"std\[0\] must be positive and finite; got -1.0",
-    ),
-    "std NaN": (
-        lambda: upsample_equalize_concat(_one(), std=[1.0, float("nan")]),
-        ValueError,
-        r"std\[1\] must be positive and finite; got nan",
-    ),
-    "std that learns": (
-        lambda: upsample_equalize_concat(_one(), std=torch.ones(2, requires_grad=True)),
-        ValueError,
-        r"std must be constant; got a tensor that requires grad",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(any_backend: str, case: str) -> None:
-    call, error, message = BAD_INPUT[case]
-    with pytest.raises(error, match=message) as raised:
-        call()
-    assert str(raised.value).startswith(f"{OP}: ")
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (lambda f, m: ([], 8, 8, None, None, False, False), "requires a non-empty list"),
-        (lambda f, m: (f, 2**31, 8, None, None, False, False), r"at most 2\^31 - 1"),
-        (lambda f, m: (f, 8, 0, None, None, False, False), "at least 1"),
-        (lambda f, m: ([f[0], f[1][:1]], 8, 8, None, None, False, False), "share N"),
-        (lambda f, m: ([f[0], f[1].double()], 8, 8, None, None, False, False), "share a dtype"),
-        (lambda f, m: ([f[0].int()], 8, 8, None, None, False, False), "got Int"),
-        (lambda f, m: ([f[0][0]], 8, 8, None, None, False, False), "4 dimensions"),
-        (lambda f, m: (f, 8, 8, m[:1], None, False, False), "1-D CPU tensor of 2 values"),
-        (lambda f, m: (f, 8, 8, None, m.int(), False, False), "float32 or float64"),
-    ],
-)
-def test_the_op_itself_guards_memory(args: Callable[..., Any], message: str) -> None:
-    """Called past the public function, it refuses instead of reading beyond its inputs."""
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastfuse.upsample_equalize_concat(*args(_one(), torch.ones(2)))
-
-
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        (([0, 3], [3], [4, 2], [4, 2]), "one entry per level"),
-        (([0, 3], [3, 6], [4, 2], [4, 2]), "must have the levels' channels"),
-        (([-1], [3], [4], [4]), "must have the levels' channels"),
-        (([0], [3], [0], [4]), "at least 1"),
-    ],
-)
-def test_the_backward_op_itself_guards_memory(shapes: Any, message: str) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastfuse.upsample_equalize_concat_backward(
-            torch.randn(2, 8, 4, 4), *shapes, None, False, False
-        )
-
-
-def test_public_face() -> None:
-    assert fastfuse.upsample_equalize_concat is upsample_equalize_concat

@@ -3,7 +3,7 @@
 // Per axis, output position d reads the source positions lower[d] and upper[d] with weights
 // 1 - weight[d] and weight[d]. Coordinates are computed in the accumulation type, float for
 // float32 and below and double for float64, with the one fused multiply-add that PyTorch's
-// kernels use, so that the weights equal PyTorch's to the last bit.
+// kernels use, so that float32 weights equal PyTorch's to the last bit.
 #pragma once
 
 #include <algorithm>
@@ -50,9 +50,13 @@ struct BilinearAxis {
         weight(out_size + kPadding) {
     const A scale = align_corners ? (out > 1 ? A(in - 1) / A(out - 1) : A(0)) : A(in) / A(out);
     for (int64_t d = 0; d < out; ++d) {
-      const A source = in == out       ? A(d)
-                       : align_corners ? scale * A(d)
-                                       : std::max(std::fma(scale, A(d) + A(0.5), A(-0.5)), A(0));
+      if (in == out) {  // exactly, however large
+        lower[d] = static_cast<int32_t>(d);
+        upper[d] = lower[d] + (d < in - 1 ? 1 : 0);
+        continue;
+      }
+      const A source =
+          align_corners ? scale * A(d) : std::max(std::fma(scale, A(d) + A(0.5), A(-0.5)), A(0));
       lower[d] = static_cast<int32_t>(std::min(static_cast<int64_t>(source), in - 1));
       upper[d] = lower[d] + (lower[d] < in - 1 ? 1 : 0);
       weight[d] = std::min(std::max(source - A(lower[d]), A(0)), A(1));

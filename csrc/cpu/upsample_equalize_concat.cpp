@@ -248,9 +248,11 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
         worth_streaming(level.source, level.channels,
                         gradients[i].numel() * static_cast<int64_t>(gradients[i].element_size()),
                         gradients[i].element_size(), channels_last);
-    level.x = tables.axis<false>(dtype, widths[i], width, align_corners);
     level.adjoint_y = tables.axis<true>(dtype, heights[i], height, align_corners);
-    level.adjoint_x = tables.axis<true>(dtype, widths[i], width, align_corners);
+    if (channels_last)  // walks along the target
+      level.x = tables.axis<false>(dtype, widths[i], width, align_corners);
+    else
+      level.adjoint_x = tables.axis<true>(dtype, widths[i], width, align_corners);
     levels.push_back(level);
   }
   run(kernels().backward[channels_last][dtype], levels, dtype);

@@ -23,8 +23,8 @@ struct EqualizedLevel {
   Image source, target;
   double mean, inverse_std;
   bool stream;    // write past the caches: the output is large and made of whole cache lines
-  Sampling y, x;  // forward
-  AdjointSampling adjoint_y, adjoint_x;  // backward
+  Sampling y, x;  // forward; x also in the channels_last backward
+  AdjointSampling adjoint_y, adjoint_x;  // backward; x in the contiguous one only
 };
 
 // A body does the units [begin, end) of a level; a unit's result does not depend on who does it.

@@ -1,4 +1,4 @@
-// Vector bodies of upsample_equalize_concat, compiled once per instruction set (see isa.h).
+// Vector bodies of upsample_equalize_concat, compiled once per instruction set (see isa_list.h).
 //
 // out = (UP(x) - mean) / std = UP((x - mean) / std), because the weights of UP sum to one: the
 // equalizer runs on the small source, interpolation after it. docs/upsample_equalize_concat.md

@@ -1,7 +1,7 @@
 // The vector type: one register of the instruction set a file is compiled for.
 //
 // Built on the compiler's vector extensions, so that one source serves portable, AVX2 and AVX-512
-// builds and other processors. Everything here has internal linkage (see isa.h).
+// builds and other processors. Everything here has internal linkage (see isa_list.h).
 //
 // Kernels compute in float (storage: float, bfloat16, float16) or double (storage: double).
 #pragma once

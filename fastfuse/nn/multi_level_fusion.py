@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
-from fastfuse.ops import upsample_equalize_concat
+from fastfuse.ops.checks import check_features, feature_list
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 __all__ = ["MultiLevelFusion"]
 
@@ -51,10 +52,10 @@ class MultiLevelFusion(ConvUnit):
         activation: Callable[[], nn.Module] = nn.ReLU,
         align_corners: bool = False,
     ) -> None:
-        if len(in_channels) == 0 or any(c < 1 for c in in_channels):
+        if not isinstance(in_channels, Sequence) or not in_channels or min(in_channels) < 1:
             raise ValueError(
                 "MultiLevelFusion: in_channels must be positive, one number per level; "
-                f"got {list(in_channels)}"
+                f"got {in_channels!r}"
             )
         super().__init__(
             sum(in_channels), out_channels, kernel_size, norm=norm, activation=activation
@@ -66,6 +67,8 @@ class MultiLevelFusion(ConvUnit):
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:
+        features = feature_list("MultiLevelFusion", features)
+        check_features("MultiLevelFusion", features)
         channels = tuple(f.shape[1] for f in features)
         if channels != self.in_channels:
             raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfuse.ops.checks import FLOAT32
+
 __all__ = ["ScaleEqualizer"]
 
 
@@ -55,10 +57,7 @@ class ScaleEqualizer(nn.Module):
     @torch.no_grad()
     def set_statistics(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         """Writes mean and std, one value per level each, after checking them."""
-        values = {
-            "mean": torch.as_tensor(mean, dtype=torch.float64),
-            "std": torch.as_tensor(std, dtype=torch.float64),
-        }
+        values = {name: torch.as_tensor(v) for name, v in (("mean", mean), ("std", std))}
         for name, value in values.items():
             if problem := self._problem(name, value):
                 raise ValueError(f"ScaleEqualizer: {problem}")
@@ -77,7 +76,7 @@ class ScaleEqualizer(nn.Module):
         return [(x - self.mean[i]) / self.std[i] for i, x in enumerate(features)]
 
     def extra_repr(self) -> str:
-        return f"{self.num_levels}, calibrated={self.calibrated}"
+        return f"{self.num_levels}"  # not the values: reading them would wait for the device
 
     def _problem(self, name: str, value: Tensor) -> str | None:
         if tuple(value.shape) != (self.num_levels,):
@@ -85,10 +84,16 @@ class ScaleEqualizer(nn.Module):
                 f"{name} must have one value per level, shape ({self.num_levels},); "
                 f"got shape {tuple(value.shape)}"
             )
-        if not torch.isfinite(value).all():
-            return f"{name} must be finite; got {value.tolist()}"
-        if name == "std" and not (value > 0).all():
-            return f"std must be positive; got {value.tolist()}"
+        if value.is_meta:
+            return None
+        stored = value.to(getattr(self, name).dtype)  # where a tiny value may become 0
+        if not stored.isfinite().all():
+            return f"{name} must be finite in {stored.dtype}; got {value.tolist()}"
+        if name == "std" and not (stored >= FLOAT32.tiny).all():
+            return (
+                f"std must be positive (at least {FLOAT32.tiny:.2e}) in {stored.dtype}; "
+                f"got {value.tolist()}"
+            )
         return None
 
     def _load_from_state_dict(
@@ -101,17 +106,21 @@ class ScaleEqualizer(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name in ("mean", "std"):
-            value = state_dict.get(prefix + name)
-            if isinstance(value, Tensor) and (problem := self._problem(name, value)):
-                error_msgs.append(f"{prefix}{name}: ScaleEqualizer: {problem}")
-        if not any(message.startswith(prefix) for message in error_msgs):
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+        problems = [
+            f"{prefix}{name}: ScaleEqualizer: {problem}"
+            for name in ("mean", "std")
+            if isinstance(value := state_dict.get(prefix + name), Tensor)
+            and (problem := self._problem(name, value))
+        ]
+        if problems:
+            error_msgs.extend(problems)
+            return
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )

@@ -14,6 +14,9 @@ from torch import Tensor
 __all__ = ["cast_for_autocast", "without_autocast"]
 
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
@@ -25,9 +28,7 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
     dtype = _autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return list(tensors)
-    return [
-        t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    ]
+    return [t.to(dtype) if t.dtype in _CAST else t for t in tensors]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ positions ``lower[d]`` and ``upper[d]`` with weights ``1 - weight[d]`` and ``wei
     lower = min(floor(source), in - 1),  upper = min(lower + 1, in - 1),  weight = source - lower
 
 Coordinates are computed in float32 for float32 and narrower dtypes and in float64 for float64, with
-one rounding for the multiply-add, as PyTorch's kernels do: the weights equal theirs bit for bit.
+one rounding for the multiply-add, as PyTorch's kernels do: float32 weights equal theirs to the bit.
 ``csrc/cpu/bilinear.h`` and ``bilinear_triton.py`` say the same in C++ and Triton.
 """
 
@@ -37,12 +37,12 @@ def axis_table(
     ([0, 0, 0, 1], [1, 1, 1, 1], [0.0, 0.25, 0.75, 0.25])
     """
     coordinates = torch.float64 if dtype == torch.float64 else torch.float32
-    target = torch.arange(out_size, dtype=coordinates)
+    target = torch.arange(out_size)
     if in_size == out_size:
-        source = target
-    elif align_corners:
+        return target, (target + 1).clamp(max=in_size - 1), torch.zeros(in_size).double()
+    if align_corners:
         steps = torch.tensor([in_size - 1, max(out_size - 1, 1)], dtype=coordinates)
-        source = (steps[0] / steps[1]) * target
+        source = (steps[0] / steps[1]) * target.to(coordinates)
     else:
         sizes = torch.tensor([in_size, out_size], dtype=coordinates)
         scale = Fraction((sizes[0] / sizes[1]).item())

@@ -6,7 +6,6 @@ tensor's values.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 
@@ -15,7 +14,10 @@ from torch import Tensor
 
 from fastfuse.backends import DTYPES
 
-__all__ = ["check_constants", "check_features", "check_size", "feature_list"]
+# Constants are applied in float32 (float64 for float64): they and their inverses must exist there.
+FLOAT32 = torch.finfo(torch.float32)
+
+__all__ = ["FLOAT32", "check_constants", "check_features", "check_size", "feature_list"]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -80,15 +82,16 @@ def check_size(op: str, size: Sequence[int] | None, features: Sequence[Tensor]) 
     """The target size: as given, or the largest height and width among the levels."""
     if size is None:
         return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
-    expected = f"{op}: size must be two positive ints (height, width); got {size!r}"
-    if not isinstance(size, Sequence) or len(size) != 2:
-        raise ValueError(expected)
-    for value in size:
-        if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
-            raise ValueError(expected)
-        if value < 1:
-            raise ValueError(expected)
-    return size[0], size[1]
+    if isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(value) for value in size):
+        return size[0], size[1]
+    raise ValueError(
+        f"{op}: size must be two positive ints (height, width) below 2^31; got {size!r}"
+    )
+
+
+def _is_extent(value: object) -> bool:
+    is_int = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+    return is_int and 1 <= value < 2**31  # type: ignore[operator]
 
 
 def check_constants(
@@ -140,7 +143,9 @@ def check_constants(
     for i, value in enumerate(values):
         if not isinstance(value, numbers.Real):
             raise TypeError(f"{op}: {argument}[{i}] must be a float; got {type(value).__name__}")
-        if not math.isfinite(value) or (positive and value <= 0):
-            wanted = "positive and finite" if positive else "finite"
+        # Comparisons, for values may be symbols of a compiled graph.
+        if not -FLOAT32.max <= value <= FLOAT32.max or (positive and value < FLOAT32.tiny):
+            wanted = f"positive (at least {FLOAT32.tiny:.2e}) and finite" if positive else "finite"
             raise ValueError(f"{op}: {argument}[{i}] must be {wanted}; got {value}")
-    return torch.tensor(list(values), dtype=torch.float64, device=device)
+    constants = torch.tensor(list(values), dtype=torch.float64)
+    return constants if device.type == "cpu" else constants.to(device, non_blocking=True)

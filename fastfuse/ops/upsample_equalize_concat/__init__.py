@@ -43,8 +43,9 @@ def upsample_equalize_concat(
         align_corners: as in ``interpolate``.
 
     Returns:
-        (N, sum C_i, H, W), in the dtype and the memory format (contiguous or channels_last) of
-        ``features[0]``. Under autocast features are cast to its dtype, mean and std are not.
+        (N, sum C_i, H, W), in the features' dtype and in the memory format (contiguous or
+        channels_last) of the first feature whose strides tell: one pixel or one channel is both.
+        Under autocast features are cast to its dtype, mean and std are not.
 
     Raises:
         TypeError: features is not a sequence of tensors, or a constant is not a number.
@@ -73,8 +74,6 @@ def upsample_equalize_concat(
 
 OPERATION = Operation(
     name=NAME,
-    function=upsample_equalize_concat,
-    reference=reference,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
 )

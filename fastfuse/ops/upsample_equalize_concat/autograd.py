@@ -122,8 +122,18 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Ten
             ctx.align_corners,
             is_channels_last([grad_output]),
         )
-        with _recording(torch.is_grad_enabled()):
-            computed = torch.ops.fastfuse.upsample_equalize_concat_backward(grad_output, *arguments)
+        try:
+            with _recording(torch.is_grad_enabled()):
+                computed = torch.ops.fastfuse.upsample_equalize_concat_backward(
+                    grad_output, *arguments
+                )
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(
+                "upsample_equalize_concat: backward expects plain gradients, got batched ones "
+                "(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
+            ) from error
         for i, gradient in zip(needed, computed, strict=True):
             gradients[i] = gradient
     return gradients

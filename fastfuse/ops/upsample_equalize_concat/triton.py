@@ -23,6 +23,7 @@ __all__ = ["backward", "forward"]
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 VECTOR_BYTES = 16  # the widest access of one thread
+SPECIALIZED_MULTIPLE = 16  # Triton knows of an integer that it is a multiple of 16, or nothing
 # channels_last: two vectors per thread and corner, eight loads in flight in the forward.
 VECTORS_PER_THREAD = 2
 # contiguous: every value has its own coordinates, whose registers are the limit.
@@ -215,7 +216,7 @@ def _blocks(
         elements = THREADS * VECTORS_PER_THREAD * VECTOR_BYTES // itemsize
         if taps > 1:
             elements = min(elements, THREADS * MAX_SUM_BYTES // max(itemsize, 4) // taps)
-        if channels % VECTOR_BYTES:  # no vectors then, so that every value needs its address
+        if channels % SPECIALIZED_MULTIPLE:  # no vectors: every value needs its address
             elements //= 2
         # The largest power of two that divides the channels, so that few blocks run over the end.
         block_c = max(channels & -channels, MIN_CHANNELS_BYTES // itemsize)

@@ -1,0 +1,25 @@
+"""Inputs and parametrizations that the tests of ops share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfuse.backends import DTYPES
+
+both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def images(
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_last: bool = False
+) -> list[Tensor]:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [torch.randn(s).to(dtype).contiguous(memory_format=memory_format) for s in shapes]
+
+
+def pyramid(**options: Any) -> list[Tensor]:
+    return images((2, 20, 12, 16), (2, 17, 6, 8), (2, 5, 3, 4), **options)
