@@ -102,12 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = FULL if arguments.full else REDUCED
     generator = torch.Generator().manual_seed(0)
-    import time
-
-    t = time.time()
-    rows = [measure((1, 256, 128, 128), 0.5, generator)]
-    print(time.time() - t, rows)
-    raise SystemExit
+    rows = [measure(shape, s2, generator) for s2 in S2]
     console = Console()
     console.print(table(rows, shape[-1]))
     plot(rows, shape[-1], arguments.out)

@@ -81,6 +81,15 @@ def test_every_suite_can_be_collected(options: list[str]) -> None:
     assert "UPerNet, float32, forward" in run.stdout
 
 
+def test_paper_figure(tmp_path: Path) -> None:
+    figure = tmp_path / "figure3.png"
+    command = [sys.executable, str(BENCHMARKS / "paper_figure3.py"), "--out", str(figure)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "r = 8" in run.stdout
+    assert figure.stat().st_size > 10_000
+
+
 def test_gpu_script_is_sound() -> None:
     script = BENCHMARKS / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
