@@ -10,6 +10,7 @@ import importlib.metadata
 from fastfuse import nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
+from fastfuse.ops.tap_sum import tap_sum
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 try:
@@ -23,5 +24,6 @@ __all__ = [
     "backend",
     "info",
     "nn",
+    "tap_sum",
     "upsample_equalize_concat",
 ]

@@ -121,6 +121,7 @@ def check_sample(
     doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
     dtype = inputs[0].dtype
 
+    roundings = max(roundings, sample.roundings)
     output, expected = sample.call(*inputs), sample.exact(*doubles)
     if not output.is_contiguous(memory_format=memory_format(sample.channels_last)):
         raise MismatchError(f"{sample.name}: output has the wrong memory format")
@@ -130,7 +131,7 @@ def check_sample(
         f"{sample.name}, output",
         output.detach(),
         expected.detach(),
-        tolerance(dtype, roundings=roundings),
+        tolerance(dtype, reduction=sample.output_reduction, roundings=roundings),
         output_fault,
     )
 
@@ -147,7 +148,7 @@ def check_sample(
             f"{sample.name}, gradient of input {i}",
             gradient,
             exact,
-            tolerance(dtype, reduction=sample.reduction, roundings=roundings),
+            tolerance(dtype, reduction=sample.reduction_of(i), roundings=roundings),
             gradient_fault,
         )
         worst = max(worst, error)

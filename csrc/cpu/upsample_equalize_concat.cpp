@@ -3,24 +3,16 @@
 #include "cpu/upsample_equalize_concat.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <deque>
 #include <optional>
 #include <vector>
 
-#include "checks.h"
+#include "cpu/host.h"
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 
 namespace fastfuse {
 namespace {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr const char* kOp = "upsample_equalize_concat";
 
@@ -31,63 +23,6 @@ const UpsampleEqualizeConcatKernels& kernels() {
 #undef FASTFUSE_CASE
   }
   return portable::upsample_equalize_concat_kernels;
-}
-
-UpsampleEqualizeConcatDtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return kFloat64;
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Half:
-      return kFloat16;
-    default:
-      check(false, kOp, "features must be float64, float32, bfloat16 or float16; got ",
-            torch::headeronly::toString(tensor.scalar_type()));
-      return kNumDtypes;
-  }
-}
-
-Image image(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2),
-          tensor.stride(3),  tensor.size(2),   tensor.size(3)};
-}
-
-Image channels_from(Image image, int64_t offset, size_t element_size) {
-  image.data = static_cast<char*>(image.data) + offset * image.stride_c * element_size;
-  return image;
-}
-
-// Bodies walk the innermost dimension with unit stride; any other strides are as they are.
-Tensor with_unit_stride(const Tensor& tensor, bool channels_last) {
-  const int64_t dim = channels_last ? 1 : 3;
-  if (tensor.stride(dim) == 1 || tensor.size(dim) == 1 || tensor.numel() == 0) return tensor;
-  return torch::stable::contiguous(
-      tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-Tensor empty_output(std::vector<int64_t> sizes, const Tensor& like, bool channels_last) {
-  Tensor output =
-      torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  advise_huge_pages(output.data_ptr(), output.numel() * output.element_size());
-  return output;
-}
-
-// Whether a level's output is worth writing past the caches: too large to be read from them again,
-// and every run of it whole cache lines.
-bool worth_streaming(const Image& output, int64_t channels, int64_t output_bytes,
-                     size_t element_size, bool channels_last) {
-  constexpr int64_t kCacheLine = 64;
-  constexpr int64_t kLarge = int64_t{16} << 20;
-  const auto whole_lines = [&](int64_t elements) {
-    return elements * static_cast<int64_t>(element_size) % kCacheLine == 0;
-  };
-  return output_bytes >= kLarge && reinterpret_cast<uintptr_t>(output.data) % kCacheLine == 0 &&
-         whole_lines(channels_last ? channels : output.width) &&
-         whole_lines(channels_last ? output.stride_w : output.stride_h);
 }
 
 // One value per level, from an optional float32 or float64 tensor.
@@ -110,32 +45,9 @@ std::vector<double> per_level(const std::optional<Tensor>& values, const char* a
   return result;
 }
 
-// Sampling tables in the compute type of the dtype; views into them stay valid as it grows.
-struct Tables {
-  std::deque<BilinearAxis<float>> axes32;
-  std::deque<BilinearAxis<double>> axes64;
-  std::deque<BilinearAdjointAxis<float>> adjoints32;
-  std::deque<BilinearAdjointAxis<double>> adjoints64;
-
-  template <bool Adjoint, class Axes, class Adjoints>
-  static auto add(Axes& axes, Adjoints& adjoints, int64_t in, int64_t out, bool align_corners) {
-    const auto& axis = axes.emplace_back(in, out, align_corners);
-    if constexpr (Adjoint)
-      return adjoints.emplace_back(axis).view();
-    else
-      return axis.view();
-  }
-
-  template <bool Adjoint>
-  auto axis(UpsampleEqualizeConcatDtype dtype, int64_t in, int64_t out, bool align_corners) {
-    return dtype == kFloat64 ? add<Adjoint>(axes64, adjoints64, in, out, align_corners)
-                             : add<Adjoint>(axes32, adjoints32, in, out, align_corners);
-  }
-};
-
 // Every thread does the same share of every level, so that the work is even whatever the levels.
 void run(const UpsampleEqualizeConcatKernel& kernel, const std::vector<EqualizedLevel>& levels,
-         UpsampleEqualizeConcatDtype dtype) {
+         Dtype dtype) {
   constexpr int64_t kGrain = 16384;  // target elements worth waking a thread for
   constexpr int64_t kMaxShares = 4096;
   constexpr int64_t kTurn = 16;  // shares of one level before the next level's turn: with
@@ -146,7 +58,7 @@ void run(const UpsampleEqualizeConcatKernel& kernel, const std::vector<Equalized
     scratch = std::max(scratch, kernel.scratch(level));
   }
   const int64_t shares = std::clamp<int64_t>(elements / kGrain, 1, kMaxShares);
-  const int64_t bytes = scratch * (dtype == kFloat64 ? sizeof(double) : sizeof(float));
+  const int64_t bytes = scratch * compute_size(dtype);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const Scratch memory(bytes);
     for (int64_t first = begin; first < end; first += kTurn) {
@@ -167,7 +79,7 @@ Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
   check(!features.empty(), kOp, "features must not be empty");
   check_axis(kOp, "size", height);
   check_axis(kOp, "size", width);
-  const UpsampleEqualizeConcatDtype dtype = dtype_of(features[0]);
+  const Dtype dtype = dtype_of(kOp, "features", features[0]);
   const std::vector<double> means = per_level(mean, "mean", features.size(), 0.0);
   const std::vector<double> stds = per_level(std, "std", features.size(), 1.0);
 
@@ -186,8 +98,7 @@ Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
   Tensor output = empty_output({batch, channels, height, width}, features[0], channels_last);
   if (output.numel() == 0) return output;
 
-  const int64_t output_bytes = output.numel() * static_cast<int64_t>(output.element_size());
-  Tables tables;
+  Tables tables(dtype);
   std::vector<EqualizedLevel> levels;
   int64_t offset = 0;
   for (size_t i = 0; i < features.size(); ++i) {
@@ -198,10 +109,10 @@ Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
     level.target = channels_from(image(output), offset, output.element_size());
     level.mean = means[i];
     level.inverse_std = 1.0 / stds[i];
-    level.stream = worth_streaming(level.target, level.channels, output_bytes,
+    level.stream = worth_streaming(level.target, level.channels, bytes_of(output),
                                    output.element_size(), channels_last);
-    level.y = tables.axis<false>(dtype, level.source.height, height, align_corners);
-    level.x = tables.axis<false>(dtype, level.source.width, width, align_corners);
+    level.y = tables.axis(level.source.height, height, align_corners);
+    level.x = tables.axis(level.source.width, width, align_corners);
     offset += level.channels;
     if (level.channels > 0) levels.push_back(level);
   }
@@ -219,7 +130,7 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
   check(
       channels.size() == num_levels && heights.size() == num_levels && widths.size() == num_levels,
       kOp, "offsets, channels, heights and widths must have one entry per level");
-  const UpsampleEqualizeConcatDtype dtype = dtype_of(grad_output);
+  const Dtype dtype = dtype_of(kOp, "grad_output", grad_output);
   const std::vector<double> stds = per_level(std, "std", num_levels, 1.0);
   const int64_t batch = grad_output.size(0);
   const int64_t height = grad_output.size(2), width = grad_output.size(3);
@@ -227,7 +138,7 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
   check_axis(kOp, "grad_output", width);
   grad_output = with_unit_stride(grad_output, channels_last);
 
-  Tables tables;
+  Tables tables(dtype);
   std::vector<Tensor> gradients;
   std::vector<EqualizedLevel> levels;
   for (size_t i = 0; i < num_levels; ++i) {
@@ -244,15 +155,13 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
     level.source = image(gradients[i]);
     level.target = channels_from(image(grad_output), offsets[i], grad_output.element_size());
     level.inverse_std = 1.0 / stds[i];
-    level.stream =
-        worth_streaming(level.source, level.channels,
-                        gradients[i].numel() * static_cast<int64_t>(gradients[i].element_size()),
-                        gradients[i].element_size(), channels_last);
-    level.adjoint_y = tables.axis<true>(dtype, heights[i], height, align_corners);
+    level.stream = worth_streaming(level.source, level.channels, bytes_of(gradients[i]),
+                                   gradients[i].element_size(), channels_last);
+    level.adjoint_y = tables.adjoint_axis(heights[i], height, align_corners);
     if (channels_last)  // walks along the target
-      level.x = tables.axis<false>(dtype, widths[i], width, align_corners);
+      level.x = tables.axis(widths[i], width, align_corners);
     else
-      level.adjoint_x = tables.axis<true>(dtype, widths[i], width, align_corners);
+      level.adjoint_x = tables.adjoint_axis(widths[i], width, align_corners);
     levels.push_back(level);
   }
   run(kernels().backward[channels_last][dtype], levels, dtype);

@@ -4,16 +4,10 @@
 #include <cstdint>
 
 #include "cpu/bilinear.h"
+#include "cpu/image.h"
 #include "cpu/isa_list.h"
 
 namespace fastfuse {
-
-// An (N, C, height, width) image; strides in elements.
-struct Image {
-  void* data;
-  int64_t stride_n, stride_c, stride_h, stride_w;
-  int64_t height, width;
-};
 
 // One level: `source` is the feature (or its gradient), `target` its slice of the channels of the
 // concatenation (or of that one's gradient). Forward reads source and writes target, backward
@@ -37,8 +31,6 @@ struct UpsampleEqualizeConcatKernel {
   int64_t (*units)(const EqualizedLevel&);
   int64_t (*scratch)(const EqualizedLevel&);
 };
-
-enum UpsampleEqualizeConcatDtype { kFloat64, kFloat32, kBFloat16, kFloat16, kNumDtypes };
 
 struct UpsampleEqualizeConcatKernels {
   UpsampleEqualizeConcatKernel forward[2][kNumDtypes];  // [channels_last][dtype]

@@ -4,6 +4,7 @@
 // equalizer runs on the small source, interpolation after it. docs/upsample_equalize_concat.md
 // explains the four bodies.
 
+#include "cpu/interpolate.h"
 #include "cpu/upsample_equalize_concat.h"
 #include "cpu/vec.h"
 
@@ -18,11 +19,6 @@ struct Equalizer {
       : mean(static_cast<A>(level.mean)), inverse_std(static_cast<A>(level.inverse_std)) {}
   FASTFUSE_INLINE Vec<A> operator()(Vec<A> v) const { return (v - mean) * inverse_std; }
 };
-
-template <class A>
-FASTFUSE_INLINE Vec<A> interpolate(Vec<A> a, Vec<A> b, Vec<A> weight_of_b) {
-  return (A(1) - weight_of_b) * a + weight_of_b * b;  // not a + w * (b - a): that may overflow
-}
 
 bool same_size(const EqualizedLevel& level) {
   return level.source.height == level.target.height && level.source.width == level.target.width;
@@ -104,40 +100,12 @@ class Neighbours {
 
 // ---- forward, contiguous; a unit is a row of the target --------------------------------------
 
-constexpr int64_t padded(int64_t n) { return n + 2 * kLanes<float>; }
-
 int64_t target_rows(const EqualizedLevel& level) {
   return level.batch * level.channels * level.target.height;
 }
 
 int64_t forward_contiguous_scratch(const EqualizedLevel& level) {
   return 2 * padded(level.target.width) + padded(level.source.width);
-}
-
-// wide[0, x.out) = line interpolated along x. Both are padded by a vector or more.
-template <class A>
-FASTFUSE_INLINE void widen_row(const A* line, const Sampling& x, A* wide) {
-  constexpr int64_t lanes = kLanes<A>;
-  using Index = typename IntegerOf<A>::type;
-  using TableVec = typename VectorType<int32_t, lanes * sizeof(int32_t)>::type;
-  const A* weights = static_cast<const A*>(x.weight);
-  for (int64_t d = 0; d < x.out; d += lanes) {
-    const int64_t base = x.lower[d];
-    const int64_t last = d + lanes <= x.out ? d + lanes - 1 : x.out - 1;
-    Vec<A> a, b;
-    if (x.upper[last] - base < 2 * lanes) {  // the sources of these outputs fit two vectors
-      const auto lower = __builtin_convertvector(load_bytes<TableVec>(x.lower + d), IndexVec<A>);
-      const auto upper = __builtin_convertvector(load_bytes<TableVec>(x.upper + d), IndexVec<A>);
-      a = pick<A>(line + base, lower - static_cast<Index>(base));
-      b = pick<A>(line + base, upper - static_cast<Index>(base));
-    } else {
-      for (int i = 0; i < lanes; ++i) {
-        a[i] = line[x.lower[d + i]];
-        b[i] = line[x.upper[d + i]];
-      }
-    }
-    store(wide + d, interpolate<A>(a, b, load(weights + d)));
-  }
 }
 
 template <class S, bool Stream>

@@ -18,9 +18,10 @@ from fractions import Fraction
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["axis_table", "interpolate_exactly"]
+__all__ = ["axis_table", "interpolate", "interpolate_exactly"]
 
 
 @lru_cache(maxsize=256)
@@ -53,6 +54,15 @@ def axis_table(
     lower = source.to(torch.int64).clamp(max=in_size - 1)
     upper = (lower + 1).clamp(max=in_size - 1)
     return lower, upper, (source.double() - lower).clamp(0, 1)
+
+
+def interpolate(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear interpolation of ``x`` (N, C, h, w) to (N, C, *size) by PyTorch: the references'."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    if x.shape[0] == 0 or x.shape[1] == 0:  # nothing to interpolate, which PyTorch refuses to do
+        return x.sum(dim=(2, 3), keepdim=True).expand(-1, -1, *size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
 
 
 def interpolate_exactly(

@@ -17,7 +17,19 @@ from fastfuse.backends import DTYPES
 # Constants are applied in float32 (float64 for float64): they and their inverses must exist there.
 FLOAT32 = torch.finfo(torch.float32)
 
-__all__ = ["FLOAT32", "check_constants", "check_features", "check_size", "feature_list"]
+__all__ = [
+    "FLOAT32",
+    "check_constants",
+    "check_convolved_size",
+    "check_features",
+    "check_image",
+    "check_kernel_size",
+    "check_padding",
+    "check_same_kind",
+    "check_size",
+    "check_vector",
+    "feature_list",
+]
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -39,24 +51,34 @@ def feature_list(op: str, features: Sequence[Tensor]) -> list[Tensor]:
     return list(features)
 
 
+def check_image(op: str, argument: str, image: Tensor) -> None:
+    """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide."""
+    if not isinstance(image, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor; got {type(image).__name__}")
+    shape = tuple(image.shape)
+    if image.dim() != 4:
+        raise ValueError(
+            f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}"
+        )
+    if image.layout != torch.strided:
+        raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {image.layout}")
+    if image.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: {argument} must be float64, float32, bfloat16 or float16; "
+            f"got {_name(image.dtype)}"
+        )
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(
+            f"{op}: {argument} must be at least 1 pixel high and wide; got shape {shape}"
+        )
+
+
 def check_features(op: str, features: Sequence[Tensor]) -> None:
     """Levels are (N, C_i, H_i, W_i) floating-point images of one N, device and dtype."""
     first = features[0]
     for i, feature in enumerate(features):
         shape = tuple(feature.shape)
-        if feature.dim() != 4:
-            raise ValueError(
-                f"{op}: features[{i}] must have 4 dimensions (N, C, H, W); got shape {shape}"
-            )
-        if feature.layout != torch.strided:
-            raise ValueError(
-                f"{op}: features[{i}] must be a dense tensor; got layout {feature.layout}"
-            )
-        if feature.dtype not in DTYPES:
-            raise ValueError(
-                f"{op}: features[{i}] must be float64, float32, bfloat16 or float16; "
-                f"got {_name(feature.dtype)}"
-            )
+        check_image(op, f"features[{i}]", feature)
         if feature.dtype != first.dtype:
             raise ValueError(
                 f"{op}: features must share one dtype; features[0] is {_name(first.dtype)}, "
@@ -72,15 +94,13 @@ def check_features(op: str, features: Sequence[Tensor]) -> None:
                 f"{op}: features must share one batch size N; features[0] has {first.shape[0]}, "
                 f"features[{i}] has {shape[0]}"
             )
-        if shape[2] < 1 or shape[3] < 1:
-            raise ValueError(
-                f"{op}: features[{i}] must be at least 1 pixel high and wide; got shape {shape}"
-            )
 
 
-def check_size(op: str, size: Sequence[int] | None, features: Sequence[Tensor]) -> tuple[int, int]:
-    """The target size: as given, or the largest height and width among the levels."""
-    if size is None:
+def check_size(
+    op: str, size: Sequence[int] | None, features: Sequence[Tensor] = ()
+) -> tuple[int, int]:
+    """The target size: as given, or the largest height and width among the levels, if any."""
+    if size is None and features:
         return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
     if isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(value) for value in size):
         return size[0], size[1]
@@ -90,8 +110,70 @@ def check_size(op: str, size: Sequence[int] | None, features: Sequence[Tensor]) 
 
 
 def _is_extent(value: object) -> bool:
-    is_int = isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
-    return is_int and 1 <= value < 2**31  # type: ignore[operator]
+    return _is_int(value) and 1 <= value < 2**31  # type: ignore[operator]
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_kernel_size(op: str, kernel_size: int) -> int:
+    if not _is_int(kernel_size):
+        raise TypeError(f"{op}: kernel_size must be an int; got {type(kernel_size).__name__}")
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{op}: kernel_size must be odd and positive; got {kernel_size}")
+    return kernel_size
+
+
+def check_padding(op: str, padding: int | None, kernel_size: int) -> int:
+    """Zeros on each side, on both axes; None keeps the size."""
+    if padding is None:
+        return kernel_size // 2
+    if not _is_int(padding):
+        raise TypeError(f"{op}: padding must be an int or None; got {type(padding).__name__}")
+    if not 0 <= padding < 2**30:
+        raise ValueError(f"{op}: padding must be at least 0 and below 2^30; got {padding}")
+    return padding
+
+
+def check_convolved_size(
+    op: str, size: tuple[int, int], kernel_size: int, padding: int
+) -> tuple[int, int]:
+    """(height, width) of what a convolution makes of a map; there must be a pixel left."""
+    height, width = (extent + 2 * padding - (kernel_size - 1) for extent in size)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{op}: size and padding must leave at least 1 pixel for a kernel of {kernel_size}; "
+            f"got size ({size[0]}, {size[1]}) and padding {padding}"
+        )
+    return height, width
+
+
+def check_vector(
+    op: str, argument: str, vector: Tensor, length: int, meaning: str, like: Tensor
+) -> None:
+    """A 1-D tensor of a length, in the dtype and on the device of ``like``."""
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor; got {type(vector).__name__}")
+    if tuple(vector.shape) != (length,):
+        raise ValueError(
+            f"{op}: {argument} must have {meaning}, shape ({length},); "
+            f"got shape {tuple(vector.shape)}"
+        )
+    check_same_kind(op, argument, vector, like)
+
+
+def check_same_kind(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype:
+        raise ValueError(
+            f"{op}: {argument} must have the input's dtype {_name(like.dtype)}; "
+            f"got {_name(tensor.dtype)}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{op}: {argument} must be on the input's device {like.device}; "
+            f"got one on {tensor.device}"
+        )
 
 
 def check_constants(

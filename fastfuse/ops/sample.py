@@ -17,4 +17,11 @@ class Sample:
     call: Callable[..., Tensor]  # the public op on such inputs
     exact: Callable[..., Tensor]  # its definition on float64 inputs
     channels_last: bool  # the memory format the output must have
-    reduction: float = 1.0  # how many values a gradient sums: its tolerance grows by the root
+    # How many values a gradient sums, for all or for each: its tolerance grows by the root.
+    reduction: float | tuple[float, ...] = 1.0
+    # As much for the output, and how often the fused op rounds on the way to either.
+    output_reduction: float = 1.0
+    roundings: int = 1
+
+    def reduction_of(self, index: int) -> float:
+        return self.reduction[index] if isinstance(self.reduction, tuple) else self.reduction

@@ -7,7 +7,6 @@ the forward op without a mean: derivatives of every order come from these two.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import below_autograd
+from fastfuse.ops.dispatch import below_autograd, recording
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
@@ -100,11 +99,6 @@ def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
     ctx.save_for_backward(std)
 
 
-def _recording(wanted: bool) -> Any:
-    """A context for a call whose own derivative is wanted or not; compiled graphs keep the op."""
-    return nullcontext() if wanted or torch.compiler.is_compiling() else below_autograd()
-
-
 def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     (std,) = ctx.saved_tensors
     needed = [i for i, need in enumerate(needs) if need]
@@ -123,7 +117,7 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Ten
             is_channels_last([grad_output]),
         )
         try:
-            with _recording(torch.is_grad_enabled()):
+            with recording(torch.is_grad_enabled()):
                 computed = torch.ops.fastfuse.upsample_equalize_concat_backward(
                     grad_output, *arguments
                 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.ops.bilinear import interpolate
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["reference"]
@@ -23,7 +23,7 @@ def reference(
     """``concat_i((UP(features[i]) - mean[i]) / std[i])`` along the channels."""
     levels = []
     for i, feature in enumerate(features):
-        level = _upsample(feature, size, align_corners)
+        level = interpolate(feature, size, align_corners=align_corners)
         if mean is not None:
             level = level - mean[i]
         if std is not None:
@@ -31,11 +31,3 @@ def reference(
         levels.append(level)
     output = torch.cat(levels, dim=1)
     return output.contiguous(memory_format=memory_format(is_channels_last(features)))
-
-
-def _upsample(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    if x.shape[0] == 0 or x.shape[1] == 0:  # nothing to interpolate, which PyTorch refuses to do
-        return x.sum(dim=(2, 3), keepdim=True).expand(-1, -1, *size)
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)

@@ -1,0 +1,275 @@
+// Host functions of tap_sum: checks, tables, threads, choice of vector body.
+
+#include "cpu/tap_sum.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/host.h"
+#include "cpu/isa.h"
+
+namespace fastfuse {
+namespace {
+
+constexpr const char* kOp = "tap_sum";
+
+const TapSumKernels& kernels() {
+  switch (current_isa()) {
+#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, tap_sum_kernels)
+    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
+#undef FASTFUSE_CASE
+  }
+  return portable::tap_sum_kernels;
+}
+
+// The upsampled map and how a kernel walks over it.
+struct Geometry {
+  int64_t height, width, kernel_size, padding;
+  bool align_corners;
+  int64_t out_height() const { return height + 2 * padding - (kernel_size - 1); }
+  int64_t out_width() const { return width + 2 * padding - (kernel_size - 1); }
+
+  void check_them() const {
+    check_axis(kOp, "size", height);
+    check_axis(kOp, "size", width);
+    check(kernel_size >= 1 && kernel_size % 2 == 1 && kernel_size < (1 << 15), kOp,
+          "kernel_size must be odd; got ", kernel_size);
+    check(padding >= 0 && padding < (1 << 30), kOp, "padding must be at least 0; got ", padding);
+    check_axis(kOp, "output", out_height());
+    check_axis(kOp, "output", out_width());
+  }
+};
+
+// The entries of a TapTable: along y offsets step over taps and rows, along x over a buffer.
+template <class A>
+struct TapEntries {
+  std::vector<int32_t> begin;
+  std::vector<int64_t> offset;
+  std::vector<A> weight;
+
+  TapEntries(const Sampling& axis, const Geometry& g, int64_t out_size, int64_t tap_stride,
+             int64_t source_stride, double scale) {
+    const A* upper_weight = static_cast<const A*>(axis.weight);
+    const auto add = [&](int64_t tap, int64_t source, A w) {
+      if (w == 0) return;
+      offset.push_back(tap * tap_stride + source * source_stride);
+      weight.push_back(static_cast<A>(w * scale));
+    };
+    for (int64_t q = 0; q < out_size; ++q) {
+      begin.push_back(static_cast<int32_t>(offset.size()));
+      for (int64_t tap = 0; tap < g.kernel_size; ++tap) {
+        const int64_t u = q + tap - g.padding;
+        if (u < 0 || u >= axis.out) continue;
+        const A w = axis.lower[u] == axis.upper[u] ? A(0) : upper_weight[u];
+        add(tap, axis.lower[u], A(1) - w);
+        add(tap, axis.upper[u], w);
+      }
+    }
+    check(offset.size() < (size_t{1} << 31), kOp, "size and kernel_size are too large");
+    begin.push_back(static_cast<int32_t>(offset.size()));
+  }
+  TapTable view() const { return {begin.data(), offset.data(), weight.data()}; }
+};
+
+struct EntryTables {
+  std::deque<TapEntries<float>> entries32;
+  std::deque<TapEntries<double>> entries64;
+
+  template <class... Arguments>
+  TapTable add(Dtype dtype, const Arguments&... arguments) {
+    return dtype == kFloat64 ? entries64.emplace_back(arguments...).view()
+                             : entries32.emplace_back(arguments...).view();
+  }
+};
+
+void run(const TapSumKernel& kernel, const TapSum& op, Dtype dtype, int64_t elements) {
+  constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
+  const int64_t units = kernel.units(op);
+  if (units == 0 || elements == 0) return;
+  const int64_t grain = std::max<int64_t>(1, units / std::max<int64_t>(1, elements / kGrain));
+  const int64_t bytes = kernel.scratch(op) * compute_size(dtype);
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    const Scratch memory(bytes);
+    kernel.body(op, begin, end, memory.get());
+  });
+}
+
+TapSum describe(const Tensor& out, const Geometry& g) {
+  TapSum op{};
+  op.batch = out.size(0);
+  op.channels = out.size(1);
+  op.kernel_size = g.kernel_size;
+  op.padding = g.padding;
+  op.height = g.height;
+  op.width = g.width;
+  op.out = image(out);
+  op.base_scale = 1;
+  return op;
+}
+
+void check_taps(const Tensor& taps, const Tensor& out, const Geometry& g) {
+  check_image(kOp, "taps", taps);
+  check(taps.scalar_type() == out.scalar_type(), kOp, "taps and output must share a dtype");
+  check(taps.size(0) == out.size(0) && taps.size(1) == g.kernel_size * g.kernel_size * out.size(1),
+        kOp, "taps must have the output's N and k * k times its channels");
+  check_axis(kOp, "taps", taps.size(2));
+  check_axis(kOp, "taps", taps.size(3));
+}
+
+TapLevel level_of(const Tensor& taps, int64_t channels) {
+  TapLevel level{};
+  level.taps = image(taps);
+  level.tap_stride = channels * taps.stride(1);
+  level.scale = 1;
+  return level;
+}
+
+// The values of an optional vector in the accumulation dtype, contiguous.
+std::optional<Tensor> constants(const std::optional<Tensor>& values, const char* argument,
+                                Dtype dtype, int64_t length) {
+  if (!values) return values;
+  check(values->is_cpu() && values->dim() == 1 && values->size(0) == length, kOp, argument,
+        " must be a 1-D CPU tensor of ", length, " values");
+  check(values->scalar_type() == (dtype == kFloat64 ? ScalarType::Double : ScalarType::Float), kOp,
+        argument, " must be float64 for float64, else float32");
+  return torch::stable::contiguous(*values);
+}
+
+double value_of(const std::optional<Tensor>& values, int64_t index) {
+  if (!values) return 1;
+  return values->scalar_type() == ScalarType::Double ? values->const_data_ptr<double>()[index]
+                                                     : values->const_data_ptr<float>()[index];
+}
+
+const void* data_of(const std::optional<Tensor>& values) {
+  return values ? values->const_data_ptr() : nullptr;
+}
+
+void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scales,
+              std::optional<Tensor> offsets, std::optional<Tensor> bias, bool accumulate,
+              const Geometry& g, bool channels_last, bool fresh) {
+  g.check_them();
+  check_image(kOp, "out", out);
+  const Dtype dtype = dtype_of(kOp, "taps", out);
+  check(out.size(2) == g.out_height() && out.size(3) == g.out_width(), kOp,
+        "out must be of the size that size, kernel_size and padding give");
+  check(has_unit_stride(out, channels_last), kOp, "out must have unit stride along its layout");
+  const int64_t channels = out.size(1), k = g.kernel_size;
+  scales = constants(scales, "scales", dtype, 1 + static_cast<int64_t>(taps.size()));
+  offsets = constants(offsets, "offsets", dtype, k * k * channels);
+  bias = constants(bias, "bias", dtype, channels);
+
+  Tables tables(dtype);
+  EntryTables entries;
+  std::vector<TapLevel> levels;
+  int64_t elements = out.numel();
+  for (size_t i = 0; i < taps.size(); ++i) {
+    check_taps(taps[i], out, g);
+    taps[i] = with_unit_stride(taps[i], channels_last);
+    TapLevel level = level_of(taps[i], channels);
+    level.scale = value_of(scales, 1 + static_cast<int64_t>(i));
+    const Sampling y = tables.axis(level.taps.height, g.height, g.align_corners);
+    const Sampling x = tables.axis(level.taps.width, g.width, g.align_corners);
+    level.y = entries.add(dtype, y, g, g.out_height(), k * level.tap_stride, level.taps.stride_h,
+                          level.scale);
+    if (channels_last)
+      level.x = entries.add(dtype, x, g, g.out_width(), level.taps.width, 1, 1.0);
+    else
+      level.x_axis = x;
+    levels.push_back(level);
+    elements += taps[i].numel();
+  }
+  TapSum op = describe(out, g);
+  op.levels = levels.data();
+  op.num_levels = static_cast<int64_t>(levels.size());
+  op.accumulate = accumulate;
+  op.base_scale = value_of(scales, 0);
+  op.offsets = data_of(offsets);
+  op.bias = data_of(bias);
+  op.stream =
+      fresh && worth_streaming(op.out, channels, bytes_of(out), out.element_size(), channels_last);
+  if (out.numel() > 0) run(kernels().forward[channels_last][dtype], op, dtype, elements);
+}
+
+void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tensor>& scale,
+                 const Geometry& g, bool channels_last, bool fresh) {
+  g.check_them();
+  check_image(kOp, "grad_output", grad_output);
+  const Dtype dtype = dtype_of(kOp, "grad_output", grad_output);
+  check(grad_output.size(2) == g.out_height() && grad_output.size(3) == g.out_width(), kOp,
+        "grad_output must be of the size that size, kernel_size and padding give");
+  check_taps(grad_taps, grad_output, g);
+  check(has_unit_stride(grad_taps, channels_last), kOp,
+        "grad_taps must have unit stride along its layout");
+  const std::optional<Tensor> factor = constants(scale, "scale", dtype, 1);
+  grad_output = with_unit_stride(grad_output, channels_last);
+
+  Tables tables(dtype);
+  TapLevel level = level_of(grad_taps, grad_output.size(1));
+  level.scale = value_of(factor, 0);
+  level.adjoint_y = tables.adjoint_axis(level.taps.height, g.height, g.align_corners);
+  level.adjoint_x = tables.adjoint_axis(level.taps.width, g.width, g.align_corners);
+  TapSum op = describe(grad_output, g);
+  op.levels = &level;
+  op.num_levels = 1;
+  op.stream = fresh && worth_streaming(level.taps, grad_output.size(1), bytes_of(grad_taps),
+                                       grad_taps.element_size(), channels_last);
+  run(kernels().backward[channels_last][dtype], op, dtype, grad_taps.numel() + grad_output.numel());
+}
+
+Tensor forward(Tensor taps, std::optional<Tensor> offsets, int64_t height, int64_t width,
+               int64_t kernel_size, int64_t padding, bool align_corners, bool channels_last) {
+  const Geometry g{height, width, kernel_size, padding, align_corners};
+  g.check_them();
+  check_image(kOp, "taps", taps);
+  const int64_t taps_per_channel = kernel_size * kernel_size;
+  check(taps.size(1) % taps_per_channel == 0, kOp, "taps must have k * k * C channels; got ",
+        taps.size(1));
+  const Dtype dtype = dtype_of(kOp, "taps", taps);
+  if (offsets && dtype != kFloat64) offsets = torch::stable::to(*offsets, ScalarType::Float);
+  Tensor out =
+      empty_output({taps.size(0), taps.size(1) / taps_per_channel, g.out_height(), g.out_width()},
+                   taps, channels_last);
+  sum_into(out, {taps}, std::nullopt, offsets, std::nullopt, false, g, channels_last, true);
+  return out;
+}
+
+Tensor backward(Tensor grad_output, int64_t in_height, int64_t in_width, int64_t height,
+                int64_t width, int64_t kernel_size, int64_t padding, bool align_corners,
+                bool channels_last) {
+  const Geometry g{height, width, kernel_size, padding, align_corners};
+  g.check_them();
+  check_image(kOp, "grad_output", grad_output);
+  Tensor grad_taps = empty_output(
+      {grad_output.size(0), kernel_size * kernel_size * grad_output.size(1), in_height, in_width},
+      grad_output, channels_last);
+  gather_into(grad_taps, grad_output, std::nullopt, g, channels_last, true);
+  return grad_taps;
+}
+
+void forward_into(Tensor out, std::vector<Tensor> taps, std::optional<Tensor> scales,
+                  std::optional<Tensor> offsets, std::optional<Tensor> bias, bool accumulate,
+                  int64_t height, int64_t width, int64_t kernel_size, int64_t padding,
+                  bool align_corners, bool channels_last) {
+  sum_into(out, taps, scales, offsets, bias, accumulate,
+           {height, width, kernel_size, padding, align_corners}, channels_last, false);
+}
+
+void backward_into(Tensor grad_taps, Tensor grad_output, std::optional<Tensor> scale,
+                   int64_t height, int64_t width, int64_t kernel_size, int64_t padding,
+                   bool align_corners, bool channels_last) {
+  gather_into(grad_taps, grad_output, scale, {height, width, kernel_size, padding, align_corners},
+              channels_last, false);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastfuse, CPU, m) {
+  m.impl("tap_sum", TORCH_BOX(&forward));
+  m.impl("tap_sum_backward", TORCH_BOX(&backward));
+  m.impl("tap_sum_into", TORCH_BOX(&forward_into));
+  m.impl("tap_sum_backward_into", TORCH_BOX(&backward_into));
+}
+
+}  // namespace fastfuse

@@ -1,0 +1,62 @@
+// What the host functions of tap_sum tell its vector bodies.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/bilinear.h"
+#include "cpu/image.h"
+#include "cpu/isa_list.h"
+
+namespace fastfuse {
+
+// The terms of every output position along one axis: output q is the sum over the entries
+// begin[q] <= e < begin[q + 1] of weight[e] times what stands at offset[e]. Taps that fall outside
+// have no entry: at borders there are fewer.
+struct TapTable {
+  const int32_t* begin;
+  const int64_t* offset;
+  const void* weight;  // of the compute type
+};
+
+// One level's taps: (N, k * k * C, h, w), its channels tap-major.
+struct TapLevel {
+  Image taps;
+  int64_t tap_stride;  // elements from a tap to the next
+  double scale;
+  TapTable y;       // forward: offsets in elements of the taps, the scale in the weights
+  TapTable x;       // forward, channels_last: offsets in pixels of a buffer [k][w]
+  Sampling x_axis;  // forward, contiguous
+  AdjointSampling adjoint_y, adjoint_x;  // backward
+};
+
+// Forward writes `out` from every level; backward reads `out`, a gradient, and writes levels[0].
+struct TapSum {
+  int64_t batch, channels, kernel_size, padding;
+  int64_t height, width;  // of the upsampled map
+  Image out;
+  const TapLevel* levels;
+  int64_t num_levels;
+  bool accumulate;  // what stands in `out`, times base_scale, is the first term
+  double base_scale;
+  const void* offsets;  // (k * k * C,) of the compute type, or null
+  const void* bias;     // (C,) of the compute type, or null
+  bool stream;          // write past the caches: what is written is large and of whole lines
+};
+
+// A body does the units [begin, end); a unit's result does not depend on who does it.
+struct TapSumKernel {
+  void (*body)(const TapSum&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*units)(const TapSum&);
+  int64_t (*scratch)(const TapSum&);  // elements of the compute type
+};
+
+struct TapSumKernels {
+  TapSumKernel forward[2][kNumDtypes];  // [channels_last][dtype]
+  TapSumKernel backward[2][kNumDtypes];
+};
+
+#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, TapSumKernels, tap_sum_kernels)
+FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
+#undef FASTFUSE_DECLARE
+
+}  // namespace fastfuse

@@ -1,0 +1,221 @@
+"""Schema, shapes, derivatives and FLOPs of tap_sum.
+
+The op is linear in taps and offsets. Its gradient for the taps is an op of its own, the adjoint,
+whose gradient is the forward op: derivatives of every order come from these two. The ``_into`` ops
+write to memory that is there, for fusion_conv2d; nothing is recorded of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
+from fastfuse.ops.dispatch import recording
+from fastfuse.ops.layout import is_channels_last, memory_format
+
+__all__ = ["call", "flops", "offsets_gradient"]
+
+_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+_GEOMETRY = "SymInt height, SymInt width, int kernel_size, int padding, bool align_corners"
+for _schema in (
+    f"tap_sum(Tensor taps, Tensor? offsets, {_GEOMETRY}, bool channels_last) -> Tensor",
+    # the gradient of taps (N, k * k * C, in_height, in_width)
+    f"tap_sum_backward(Tensor grad_output, SymInt in_height, SymInt in_width, {_GEOMETRY}, "
+    "bool channels_last) -> Tensor",
+    # out = (accumulate ? scales[0] * out : 0) + bias + sum_i scales[1 + i] * tap_sum(taps[i])
+    # with the offsets, which are not scaled, counted once; scales, offsets and bias in the
+    # accumulation dtype, None for 1, 0 and 0
+    "tap_sum_into(Tensor(a!) out, Tensor[] taps, Tensor? scales, Tensor? offsets, Tensor? bias, "
+    f"bool accumulate, {_GEOMETRY}, bool channels_last) -> ()",
+    # grad_taps = scale * tap_sum_backward(grad_output); scale of shape (1,)
+    f"tap_sum_backward_into(Tensor(a!) grad_taps, Tensor grad_output, Tensor? scale, {_GEOMETRY}, "
+    "bool channels_last) -> ()",
+):
+    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+
+_FORWARD, _BACKWARD = "fastfuse::tap_sum", "fastfuse::tap_sum_backward"
+
+
+def _cuda(name: str) -> Any:
+    def launch(*args: Any) -> Any:
+        from fastfuse.ops.tap_sum import triton
+
+        return getattr(triton, name)(*args)
+
+    return launch
+
+
+_LIBRARY.impl("tap_sum", _cuda("forward"), "CUDA")
+_LIBRARY.impl("tap_sum_backward", _cuda("backward"), "CUDA")
+_LIBRARY.impl("tap_sum_into", _cuda("forward_into"), "CUDA")
+_LIBRARY.impl("tap_sum_backward_into", _cuda("backward_into"), "CUDA")
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(
+    taps: Tensor,
+    offsets: Tensor | None,
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    align_corners: bool,
+    channels_last: bool,
+) -> Tensor:
+    margin = 2 * padding - (kernel_size - 1)
+    shape = (taps.shape[0], taps.shape[1] // kernel_size**2, height + margin, width + margin)
+    return torch.empty(
+        shape, dtype=taps.dtype, device=taps.device, memory_format=memory_format(channels_last)
+    )
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    grad_output: Tensor,
+    in_height: int,
+    in_width: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    align_corners: bool,
+    channels_last: bool,
+) -> Tensor:
+    batch, channels = grad_output.shape[:2]
+    return torch.empty(
+        (batch, kernel_size**2 * channels, in_height, in_width),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=memory_format(channels_last),
+    )
+
+
+def _inside(tap: int, padding: int, size: int, out_size: int) -> tuple[int, int]:
+    """The output positions [first, end) at which a tap falls inside the upsampled map."""
+    return min(max(padding - tap, 0), out_size), max(min(size + padding - tap, out_size), 0)
+
+
+def _sums_inside(x: Tensor, dim: int, size: int, kernel_size: int, padding: int) -> list[Tensor]:
+    """For every tap along an axis the sum over ``dim``, which goes, of where it falls inside.
+
+    The middle, which all taps share, is summed once; nothing is subtracted.
+    """
+    out_size = x.shape[dim]
+    ranges = [_inside(tap, padding, size, out_size) for tap in range(kernel_size)]
+    first, end = max(r[0] for r in ranges), min(r[1] for r in ranges)
+    if first >= end:
+        return [x.narrow(dim, a, max(b - a, 0)).sum(dim) for a, b in ranges]
+    middle = x.narrow(dim, first, end - first).sum(dim)
+    sums = []
+    for a, b in ranges:
+        total = middle
+        if a < first:
+            total = total + x.narrow(dim, a, first - a).sum(dim)
+        if end < b:
+            total = total + x.narrow(dim, end, b - end).sum(dim)
+        sums.append(total)
+    return sums
+
+
+def offsets_gradient(
+    grad_output: Tensor, height: int, width: int, kernel_size: int, padding: int
+) -> Tensor:
+    """The gradient of the offsets, (k * k * C,), in the accumulation dtype.
+
+    Every offset is added wherever its tap falls inside: its gradient is the sum over there.
+    """
+    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    columns = _sums_inside(grad_output.to(wide), 3, width, kernel_size, padding)
+    by_kx = torch.stack([c.sum(0) for c in columns])  # (kx, C, H)
+    by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding)
+    return torch.stack(by_ky).flatten()  # (ky, kx, C)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    taps, offsets, *geometry, _ = inputs
+    ctx.in_size, ctx.geometry = taps.shape[2:], geometry
+    ctx.offsets_dtype = None if offsets is None else offsets.dtype
+
+
+def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    taps_gradient = offsets_grad = None
+    if ctx.needs_input_grad[0]:
+        with recording(torch.is_grad_enabled()):
+            taps_gradient = torch.ops.fastfuse.tap_sum_backward(
+                grad_output, *ctx.in_size, *ctx.geometry, is_channels_last([grad_output])
+            )
+    if ctx.needs_input_grad[1]:
+        offsets_grad = offsets_gradient(grad_output, *ctx.geometry[:4]).to(ctx.offsets_dtype)
+    return taps_gradient, offsets_grad, *[None] * 6
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, *geometry, _ = inputs
+    ctx.geometry = geometry
+
+
+def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    taps = torch.ops.fastfuse.tap_sum(grad, None, *ctx.geometry, is_channels_last([grad]))
+    return taps, *[None] * 8
+
+
+torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _BACKWARD, _backward_backward, setup_context=_backward_setup_context
+)
+
+
+def call(taps: Tensor, offsets: Tensor | None, *arguments: Any) -> Tensor:
+    """The op with its autograd, by the shortest way."""
+    wanted = taps.requires_grad or (offsets is not None and offsets.requires_grad)
+    with recording(wanted and torch.is_grad_enabled()):
+        return torch.ops.fastfuse.tap_sum(taps, offsets, *arguments)
+
+
+def flops(
+    channels: int, source: Sequence[int], target: Sequence[int], kernel_size: int, padding: int
+) -> int:
+    """Along y, then along x: a multiply-add (2 FLOPs) for each of a tap's two neighbours."""
+    out_height, out_width = (extent + 2 * padding - (kernel_size - 1) for extent in target)
+    along_y = kernel_size**2 * out_height * source[1]
+    along_x = kernel_size * out_height * out_width
+    neighbours = [1 if a == b else 2 for a, b in zip(source, target, strict=True)]
+    return 2 * channels * (neighbours[0] * along_y + neighbours[1] * along_x)
+
+
+@register_flop_formula(torch.ops.fastfuse.tap_sum)
+def _forward_flops(
+    taps_shape: torch.Size,
+    offsets: Any,
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    batch, channels, *source = taps_shape
+    one = flops(channels // kernel_size**2, source, (height, width), kernel_size, padding)
+    return batch * one
+
+
+@register_flop_formula(torch.ops.fastfuse.tap_sum_backward)
+def _backward_flops(
+    grad_shape: torch.Size,
+    in_height: int,
+    in_width: int,
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    batch, channels = grad_shape[:2]
+    source, target = (in_height, in_width), (height, width)
+    return batch * flops(channels, source, target, kernel_size, padding)
