@@ -41,7 +41,7 @@ struct Geometry {
   }
 };
 
-// The entries of a TapTable: along y offsets step over taps and rows, along x over a buffer.
+// The entries of a TapTable along one axis, whose taps and sources are strides apart.
 template <class A>
 struct TapEntries {
   std::vector<int32_t> begin;
@@ -83,12 +83,12 @@ struct EntryTables {
   }
 };
 
-void run(const TapSumKernel& kernel, const TapSum& op, Dtype dtype, int64_t elements) {
+void run(const TapSumKernel& kernel, const TapSum& op, int64_t elements) {
   constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
   const int64_t units = kernel.units(op);
   if (units == 0 || elements == 0) return;
   const int64_t grain = std::max<int64_t>(1, units / std::max<int64_t>(1, elements / kGrain));
-  const int64_t bytes = kernel.scratch(op) * compute_size(dtype);
+  const int64_t bytes = kernel.scratch(op);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const Scratch memory(bytes);
     kernel.body(op, begin, end, memory.get());
@@ -171,12 +171,12 @@ void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scale
     level.scale = value_of(scales, 1 + static_cast<int64_t>(i));
     const Sampling y = tables.axis(level.taps.height, g.height, g.align_corners);
     const Sampling x = tables.axis(level.taps.width, g.width, g.align_corners);
-    level.y = entries.add(dtype, y, g, g.out_height(), k * level.tap_stride, level.taps.stride_h,
-                          level.scale);
-    if (channels_last)
-      level.x = entries.add(dtype, x, g, g.out_width(), level.taps.width, 1, 1.0);
-    else
-      level.x_axis = x;
+    const Image& image = level.taps;
+    level.axis = channels_last ? y : x;
+    level.terms = channels_last ? entries.add(dtype, x, g, g.out_width(), level.tap_stride,
+                                              image.stride_w, 1.0)
+                                : entries.add(dtype, y, g, g.out_height(), k * level.tap_stride,
+                                              image.stride_h, level.scale);
     levels.push_back(level);
     elements += taps[i].numel();
   }
@@ -189,7 +189,7 @@ void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scale
   op.bias = data_of(bias);
   op.stream =
       fresh && worth_streaming(op.out, channels, bytes_of(out), out.element_size(), channels_last);
-  if (out.numel() > 0) run(kernels().forward[channels_last][dtype], op, dtype, elements);
+  if (out.numel() > 0) run(kernels().forward[channels_last][dtype], op, elements);
 }
 
 void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tensor>& scale,
@@ -210,12 +210,14 @@ void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tens
   level.scale = value_of(factor, 0);
   level.adjoint_y = tables.adjoint_axis(level.taps.height, g.height, g.align_corners);
   level.adjoint_x = tables.adjoint_axis(level.taps.width, g.width, g.align_corners);
+  for (int64_t s = 0; s < level.taps.height; ++s)
+    level.ring_rows = std::max(level.ring_rows, level.adjoint_y.count[s] + g.kernel_size - 1);
   TapSum op = describe(grad_output, g);
   op.levels = &level;
   op.num_levels = 1;
   op.stream = fresh && worth_streaming(level.taps, grad_output.size(1), bytes_of(grad_taps),
                                        grad_taps.element_size(), channels_last);
-  run(kernels().backward[channels_last][dtype], op, dtype, grad_taps.numel() + grad_output.numel());
+  run(kernels().backward[channels_last][dtype], op, grad_taps.numel() + grad_output.numel());
 }
 
 Tensor forward(Tensor taps, std::optional<Tensor> offsets, int64_t height, int64_t width,

@@ -23,10 +23,11 @@ struct TapLevel {
   Image taps;
   int64_t tap_stride;  // elements from a tap to the next
   double scale;
-  TapTable y;       // forward: offsets in elements of the taps, the scale in the weights
-  TapTable x;       // forward, channels_last: offsets in pixels of a buffer [k][w]
-  Sampling x_axis;  // forward, contiguous
+  // Forward: with channels_last `axis` is y and `terms` go along x, else the other way round.
+  Sampling axis;
+  TapTable terms;  // offsets in elements of the taps; contiguous ones have the scale in the weights
   AdjointSampling adjoint_y, adjoint_x;  // backward
+  int64_t ring_rows;  // backward, channels_last: rows of the gradient that one source row reads
 };
 
 // Forward writes `out` from every level; backward reads `out`, a gradient, and writes levels[0].
@@ -47,7 +48,7 @@ struct TapSum {
 struct TapSumKernel {
   void (*body)(const TapSum&, int64_t begin, int64_t end, void* scratch);
   int64_t (*units)(const TapSum&);
-  int64_t (*scratch)(const TapSum&);  // elements of the compute type
+  int64_t (*scratch)(const TapSum&);  // bytes
 };
 
 struct TapSumKernels {

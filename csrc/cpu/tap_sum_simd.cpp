@@ -1,8 +1,8 @@
 // Vector bodies of tap_sum, compiled once per instruction set (see isa_list.h).
 //
-// Every body is separable and goes along y first: forward sums a row of every tap column kx over
-// ky and the two source rows it lies between, then shifts and widens these rows along x. Backward
-// is the same in reverse. A row of the result depends on nothing but its inputs.
+// Every body is separable. The channels_last ones go along x first and keep the rows they made in
+// a ring of a few, dense in memory whatever the strides of the taps; the contiguous ones go along y
+// first. A row of the result depends on nothing but its inputs.
 // docs/tap_sum.md explains the four bodies.
 
 #include "cpu/interpolate.h"
@@ -33,37 +33,65 @@ FASTFUSE_INLINE Range readers(const AdjointSampling& axis, int64_t s, int64_t ta
 }
 
 // ---- channels_last ---------------------------------------------------------------------------
-// A unit is a row in one block of channels. Blocks are done kVectors vectors at a time, what is
-// left over one vector at a time, and then a part of one: outputs may be added to, once only.
+// A unit is a row of one tile: some channels (most often all) of some columns, so many that the
+// tile's ring fits the second-level cache. Within a tile rows are done from top to bottom.
 
-constexpr int kVectors = 4;
-template <class A>
-constexpr int64_t kChannelBlock = kVectors * kLanes<A>;
+constexpr int64_t kRingBytes = 512 << 10;
+constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
+constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
 
-template <class A>
-int64_t channel_blocks(const TapSum& op) {
-  return (op.channels + kChannelBlock<A> - 1) / kChannelBlock<A>;
-}
+// `columns` to be cut into tiles whose every column takes `column_bytes` per channel.
+struct Tiling {
+  int64_t channels, columns, channel_blocks, column_blocks;
 
-struct Row {
-  int64_t n, y, c0, c1;
+  Tiling(int64_t all_channels, int64_t all_columns, int64_t column_bytes, int64_t min_columns) {
+    channels = smaller(all_channels, kMaxChannels);
+    const auto fitting = [&] { return kRingBytes / (channels * column_bytes); };
+    while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
+      channels = larger(channels / 2, kMinChannels);
+    column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
+    columns = divided(all_columns, column_blocks);
+    channel_blocks = divided(all_channels, channels);
+  }
+  static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  int64_t tiles() const { return channel_blocks * column_blocks; }
 };
 
-template <class A>
-FASTFUSE_INLINE Row locate(const TapSum& op, int64_t unit, int64_t height) {
-  const int64_t line = unit / height, blocks = channel_blocks<A>(op);
-  const int64_t c0 = line % blocks * kChannelBlock<A>;
-  return {line / blocks, unit % height, c0, smaller(c0 + kChannelBlock<A>, op.channels)};
+struct Tile {
+  int64_t n, c0, channels, x0, x1;
+  int64_t stride;  // of the buffers: channels in whole vectors
+};
+
+// Calls row(tile, y, whether it did y - 1 of the tile just before) for the units [begin, end).
+template <class A, class Do>
+FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_t all_columns,
+                              int64_t height, int64_t begin, int64_t end, Do row) {
+  while (begin < end) {
+    const int64_t line = begin / height, first = begin % height;
+    const int64_t last = smaller(first + end - begin, height);
+    const int64_t index = line % tiling.tiles();
+    Tile tile;
+    tile.n = line / tiling.tiles();
+    tile.c0 = index / tiling.column_blocks * tiling.channels;
+    tile.channels = smaller(tiling.channels, all_channels - tile.c0);
+    tile.stride = Tiling::divided(tile.channels, kLanes<A>) * kLanes<A>;
+    tile.x0 = smaller(index % tiling.column_blocks * tiling.columns, all_columns);
+    tile.x1 = smaller(tile.x0 + tiling.columns, all_columns);
+    for (int64_t y = first; y < last; ++y) row(tile, y, y > first);
+    begin += last - first;
+  }
 }
 
-// Calls part(count of vectors as a type, channel, load, store) over a row's channels.
 template <int V>
 struct Count {
   static constexpr int value = V;
 };
 
-template <class A, bool Stream, class Part>
-FASTFUSE_INLINE void for_channels(const Row& row, Part part) {
+// Calls part(Count<vectors>, first channel, load, store) over n channels, each of them once:
+// outputs may be added to.
+template <class A, bool Stream = false, class Part>
+FASTFUSE_INLINE void for_channels(int64_t n, Part part) {
+  constexpr int kVectors = 4;
   constexpr int64_t lanes = kLanes<A>;
   const auto whole_load = [](const auto* p) { return load(p); };
   const auto whole_store = [](auto* p, auto v) {
@@ -72,204 +100,309 @@ FASTFUSE_INLINE void for_channels(const Row& row, Part part) {
     else
       store(p, v);
   };
-  if (row.c1 - row.c0 == kChannelBlock<A>)
-    return part(Count<kVectors>{}, row.c0, whole_load, whole_store);
-  int64_t c = row.c0;
-  for (; c + lanes <= row.c1; c += lanes) part(Count<1>{}, c, whole_load, whole_store);
-  if (const int64_t n = row.c1 - c; n > 0)
+  int64_t c = 0;
+  for (; c + kVectors * lanes <= n; c += kVectors * lanes)
+    part(Count<kVectors>{}, c, whole_load, whole_store);
+  for (; c + lanes <= n; c += lanes) part(Count<1>{}, c, whole_load, whole_store);
+  if (c < n)
     part(
-        Count<1>{}, c, [n](const auto* p) { return load_partial(p, n); },
-        [n](auto* p, auto v) { store_partial(p, v, n); });
+        Count<1>{}, c, [m = n - c](const auto* p) { return load_partial(p, m); },
+        [m = n - c](auto* p, auto v) { store_partial(p, v, m); });
 }
 
-// The sum of a table's entries for one position, of values at p + offset * scale.
+// Hardware prefetchers stop at page ends, and a pixel of all taps is more than a page: the pixels
+// of the next row that correspond to position `x` of `size`, into the second-level cache.
+template <class S>
+FASTFUSE_INLINE void prefetch_below(const S* row, int64_t stride, int64_t pixels, int64_t x,
+                                    int64_t size, int64_t channels) {
+  for (int64_t i = x * pixels / size; i < (x + 1) * pixels / size; ++i)
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(S)))
+      __builtin_prefetch(row + i * stride + c, 0, 2);
+}
+
+// The same address, of which the compiler knows nothing: what is at constant distances from it is
+// addressed so, and not by an index register for each.
+template <class P>
+FASTFUSE_INLINE P opaque(P p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// The sum of a table's entries for one position, of the values at p + offset.
 template <int V, class A, class S, class Load>
-FASTFUSE_INLINE void add_entries(const TapTable& table, int64_t position, const S* p, int64_t step,
-                                 Load load, Vec<A>* sum) {
+FASTFUSE_INLINE void add_entries(const TapTable& table, int64_t position, const S* p, Load load,
+                                 Vec<A>* sum) {
   const A* weights = static_cast<const A*>(table.weight);
   for (int32_t e = table.begin[position]; e < table.begin[position + 1]; ++e) {
-    const S* from = p + table.offset[e] * step;
+    const S* from = opaque(p + table.offset[e]);
     for (int v = 0; v < V; ++v) sum[v] += weights[e] * load(from + v * kLanes<A>);
   }
 }
 
+// A row of a ring and the weight with which it counts.
+template <class A>
+struct Term {
+  const A* row;
+  A weight;
+};
+
+// sum += the terms at `offset`.
+template <int V, class A>
+FASTFUSE_INLINE void add_terms(const Term<A>* begin, const Term<A>* end, int64_t offset,
+                               Vec<A>* sum) {
+  for (const Term<A>* term = begin; term != end; ++term) {
+    const A* from = opaque(term->row + offset);
+    for (int v = 0; v < V; ++v) sum[v] += term->weight * load(from + v * kLanes<A>);
+  }
+}
+
+template <class A>
+Tiling forward_tiling(const TapSum& op) {
+  const int64_t rows = 2 * larger(op.num_levels, 1) * op.kernel_size;
+  return Tiling(op.channels, op.out.width, rows * sizeof(A), kMinColumns);
+}
+
 template <class A>
 int64_t forward_channels_last_units(const TapSum& op) {
-  return op.batch * channel_blocks<A>(op) * op.out.height;
+  return op.batch * forward_tiling<A>(op).tiles() * op.out.height;
 }
 
+// Per level and ky two rows of the ring; the constants of a row; the terms.
 template <class A>
 int64_t forward_channels_last_scratch(const TapSum& op) {
-  int64_t pixels = op.kernel_size;  // the offsets of a row
-  for (int64_t i = 0; i < op.num_levels; ++i) pixels += op.kernel_size * op.levels[i].taps.width;
-  return pixels * kChannelBlock<A>;
+  const Tiling tiling = forward_tiling<A>(op);
+  const int64_t rows = 2 * op.num_levels * op.kernel_size;
+  const int64_t pixels = rows * tiling.columns + op.kernel_size + 2;
+  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A>);
 }
 
-// What the offsets add to every pixel of a row: a sum over the taps that fall inside.
-template <int V, class A, class Load>
-struct RowOffsets {
+// The bias and what the offsets add to the pixels of a row: a sum over the taps that fall inside.
+template <class A>
+struct RowConstants {
   const TapSum& op;
-  A* by_kx;  // [k][V * lanes], summed over ky
-  Vec<A> everywhere[V] = {};
+  const Tile& tile;
+  A* const by_kx;       // [k][stride], the offsets summed over ky
+  A* const everywhere;  // [stride], where all taps fall inside
+  A* const at_border;
 
-  FASTFUSE_INLINE RowOffsets(const TapSum& op, A* scratch, int64_t y, int64_t c, Load load)
-      : op(op), by_kx(scratch) {
-    constexpr int64_t lanes = kLanes<A>;
+  RowConstants(const TapSum& op, const Tile& tile, int64_t y, A* scratch)
+      : op(op),
+        tile(tile),
+        by_kx(scratch),
+        everywhere(scratch + op.kernel_size * tile.stride),
+        at_border(everywhere + tile.stride) {
     const int64_t k = op.kernel_size;
-    const A* offsets = static_cast<const A*>(op.offsets) + c;
-    for (int64_t kx = 0; kx < k; ++kx) {
-      Vec<A> sum[V] = {};
-      for (int64_t ky = 0; ky < k; ++ky) {
-        const Range rows = inside(ky, op.padding, op.height, op.out.height);
-        if (y < rows.begin || y >= rows.end) continue;
-        for (int v = 0; v < V; ++v)
-          sum[v] += load(offsets + (ky * k + kx) * op.channels + v * lanes);
+    for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
+      for (int v = 0; v < decltype(vectors)::value; ++v, c += kLanes<A>) {
+        const A* bias = static_cast<const A*>(op.bias) + tile.c0 + c;
+        const A* offsets = static_cast<const A*>(op.offsets) + tile.c0 + c;
+        Vec<A> total = op.bias ? load(bias) : Vec<A>{};
+        for (int64_t kx = 0; op.offsets && kx < k; ++kx) {
+          Vec<A> sum{};
+          for (int64_t ky = 0; ky < k; ++ky) {
+            const Range rows = inside(ky, op.padding, op.height, op.out.height);
+            if (y >= rows.begin && y < rows.end) sum += load(offsets + (ky * k + kx) * op.channels);
+          }
+          store(by_kx + kx * tile.stride + c, sum);
+          total += sum;
+        }
+        store(everywhere + c, total);
       }
-      for (int v = 0; v < V; ++v) {
-        store(by_kx + (kx * V + v) * lanes, sum[v]);
-        everywhere[v] += sum[v];
-      }
-    }
+    });
   }
 
-  FASTFUSE_INLINE void add(int64_t x, Vec<A>* sum) const {
+  const A* at(int64_t x) const {
     const int64_t first = x - op.padding;  // where tap 0 falls
-    if (first >= 0 && first + op.kernel_size <= op.width) {
-      for (int v = 0; v < V; ++v) sum[v] += everywhere[v];
-      return;
-    }
-    for (int64_t kx = 0; kx < op.kernel_size; ++kx)
-      if (first + kx >= 0 && first + kx < op.width)
-        for (int v = 0; v < V; ++v) sum[v] += fastfuse::load(by_kx + (kx * V + v) * kLanes<A>);
+    if (!op.offsets || (first >= 0 && first + op.kernel_size <= op.width)) return everywhere;
+    for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
+      for (int v = 0; v < decltype(vectors)::value; ++v, c += kLanes<A>) {
+        Vec<A> sum = op.bias ? load(static_cast<const A*>(op.bias) + tile.c0 + c) : Vec<A>{};
+        for (int64_t kx = 0; kx < op.kernel_size; ++kx)
+          if (first + kx >= 0 && first + kx < op.width)
+            sum += fastfuse::load(by_kx + kx * tile.stride + c);
+        store(at_border + c, sum);
+      }
+    });
+    return at_border;
   }
 };
 
-template <int V, bool Offsets, class S, class Load, class Store>
-FASTFUSE_INLINE void sum_row(const TapSum& op, const Row& row, int64_t c, compute_t<S>* scratch,
-                             Load load, Store store) {
+// One row of a tile. The ring holds what row y - 1 left there if `continued`.
+template <class S, bool Stream>
+FASTFUSE_INLINE void sum_row(const TapSum& op, const Tile& tile, int64_t y, bool continued,
+                             void* scratch) {
   using A = compute_t<S>;
-  constexpr int64_t lanes = kLanes<A>, step = V * lanes;
-  const int64_t k = op.kernel_size;
-  A* columns = scratch + k * step;  // per level [k][w][step]
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t k = op.kernel_size, length = (tile.x1 - tile.x0) * tile.stride;
+  A* slot = static_cast<A*>(scratch);  // [level][ky][parity of the source row][x][stride]
+  A* const constants = slot + 2 * op.num_levels * k * length;
+  Term<A>* const terms = reinterpret_cast<Term<A>*>(constants + (k + 2) * tile.stride);
+  Term<A>* end = terms;
 
-  A* to = columns;
   for (int64_t i = 0; i < op.num_levels; ++i) {
     const TapLevel& level = op.levels[i];
     const Image& taps = level.taps;
-    const S* from = static_cast<const S*>(taps.data) + row.n * taps.stride_n + c * taps.stride_c;
-    for (int64_t x = 0; x < taps.width; ++x)
-      for (int64_t kx = 0; kx < k; ++kx) {
-        Vec<A> sum[V] = {};
-        add_entries<V, A>(level.y, row.y, from + x * taps.stride_w + kx * level.tap_stride, 1, load,
-                          sum);
-        for (int v = 0; v < V; ++v)
-          fastfuse::store(to + (kx * taps.width + x) * step + v * lanes, sum[v]);
-      }
-    to += k * taps.width * step;
+    const Sampling& axis = level.axis;
+    const A* weights = static_cast<const A*>(axis.weight);
+    const S* from = static_cast<const S*>(taps.data) + tile.n * taps.stride_n + tile.c0;
+    const A scale = static_cast<A>(level.scale);
+    for (int64_t ky = 0; ky < k; ++ky, slot += 2 * length) {
+      const int64_t u = y + ky - op.padding;  // where the tap falls in the upsampled map
+      if (u < 0 || u >= op.height) continue;
+      const auto use = [&](int64_t source, A weight) {
+        A* to = slot + (source & 1) * length;
+        *end++ = {to, weight * scale};
+        if (continued && u > 0 &&
+            (source == axis.lower[u - 1] || (source == axis.upper[u - 1] && weights[u - 1] > 0)))
+          return;  // made for row y - 1
+        const S* row = from + source * taps.stride_h + ky * k * level.tap_stride;
+        const bool more = source + 1 < taps.height;
+        for (int64_t x = tile.x0; x < tile.x1; ++x, to += tile.stride) {
+          for (int64_t kx = 0; more && kx < k; ++kx)
+            prefetch_below(row + taps.stride_h + kx * level.tap_stride, taps.stride_w, taps.width,
+                           x, op.out.width, tile.channels);
+          for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
+            constexpr int V = decltype(vectors)::value;
+            Vec<A> sum[V] = {};
+            add_entries<V, A>(level.terms, x, row + c, load, sum);
+            for (int v = 0; v < V; ++v) store(to + c + v * lanes, sum[v]);
+          });
+        }
+      };
+      const A weight = axis.upper[u] > axis.lower[u] ? weights[u] : A(0);
+      use(axis.lower[u], A(1) - weight);
+      if (weight > 0) use(axis.upper[u], weight);
+    }
   }
 
-  S* out = static_cast<S*>(op.out.data) + row.n * op.out.stride_n + row.y * op.out.stride_h + c;
-  Vec<A> constant[V] = {};
-  if (op.bias)
-    for (int v = 0; v < V; ++v) constant[v] = load(static_cast<const A*>(op.bias) + c + v * lanes);
-  struct Nothing {
-    FASTFUSE_INLINE void add(int64_t, Vec<A>*) const {}
-  };
-  const auto offsets = [&] {
-    if constexpr (Offsets)
-      return RowOffsets<V, A, Load>(op, scratch, row.y, c, load);
-    else
-      return Nothing{};
-  }();
+  S* out = static_cast<S*>(op.out.data) + tile.n * op.out.stride_n + y * op.out.stride_h +
+           tile.x0 * op.out.stride_w + tile.c0;
+  const RowConstants<A> start(op, tile, y, constants);
   const A base_scale = static_cast<A>(op.base_scale);
-  const auto whole_load = [](const A* p) { return fastfuse::load(p); };
-  for (int64_t x = 0; x < op.out.width; ++x, out += op.out.stride_w) {
-    Vec<A> sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = constant[v];
-    if (op.accumulate)
-      for (int v = 0; v < V; ++v) sum[v] += base_scale * load(out + v * lanes);
-    offsets.add(x, sum);
-    const A* column = columns;
-    for (int64_t i = 0; i < op.num_levels; ++i) {
-      add_entries<V, A>(op.levels[i].x, x, column, step, whole_load, sum);
-      column += k * op.levels[i].taps.width * step;
-    }
-    for (int v = 0; v < V; ++v) store(out + v * lanes, sum[v]);
+  int64_t offset = 0;
+  for (int64_t x = tile.x0; x < tile.x1; ++x, offset += tile.stride, out += op.out.stride_w) {
+    const A* constant = start.at(x);
+    for_channels<A, Stream>(tile.channels, [&](auto vectors, int64_t c, auto load, auto store) {
+      constexpr int V = decltype(vectors)::value;
+      Vec<A> sum[V];
+      for (int v = 0; v < V; ++v) sum[v] = fastfuse::load(constant + c + v * lanes);
+      if (op.accumulate)
+        for (int v = 0; v < V; ++v) sum[v] += base_scale * load(out + c + v * lanes);
+      add_terms<V, A>(terms, end, offset + c, sum);
+      for (int v = 0; v < V; ++v) store(out + c + v * lanes, sum[v]);
+    });
   }
 }
 
 template <class S, bool Stream>
 void forward_channels_last(const TapSum& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Row row = locate<A>(op, unit, op.out.height);
-    for_channels<A, Stream>(row, [&](auto vectors, int64_t c, auto load, auto store) {
-      constexpr int V = decltype(vectors)::value;
-      A* memory = static_cast<A*>(scratch);
-      if (op.offsets)
-        sum_row<V, true, S>(op, row, c, memory, load, store);
-      else
-        sum_row<V, false, S>(op, row, c, memory, load, store);
-    });
-  }
+  for_rows<A>(forward_tiling<A>(op), op.channels, op.out.width, op.out.height, begin, end,
+              [&](const Tile& tile, int64_t y, bool continued) {
+                sum_row<S, Stream>(op, tile, y, continued, scratch);
+              });
+}
+
+template <class A>
+Tiling backward_tiling(const TapSum& op) {
+  const TapLevel& level = op.levels[0];
+  const int64_t min_columns = kMinColumns * level.taps.width / op.out.width;
+  return Tiling(op.channels, level.taps.width, level.ring_rows * op.kernel_size * sizeof(A),
+                larger(min_columns, 1));
 }
 
 template <class A>
 int64_t backward_channels_last_units(const TapSum& op) {
-  return op.batch * channel_blocks<A>(op) * op.levels[0].taps.height;
+  return op.batch * backward_tiling<A>(op).tiles() * op.levels[0].taps.height;
 }
 
 template <class A>
 int64_t backward_channels_last_scratch(const TapSum& op) {
-  return op.out.width * kChannelBlock<A>;
+  const Tiling tiling = backward_tiling<A>(op);
+  const int64_t rows = op.levels[0].ring_rows;
+  const int64_t pixels = rows * op.kernel_size * tiling.columns;
+  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A>);
 }
 
-template <int V, class S, class Load, class Store>
-FASTFUSE_INLINE void gather_row(const TapSum& op, const Row& row, int64_t c, compute_t<S>* rows,
-                                Load load, Store store) {
+// One source row of a tile. The ring holds the gradient's rows reduced along x for every kx, up to
+// the last that source row y - 1 read if `continued`.
+template <class S, bool Stream>
+FASTFUSE_INLINE void gather_row(const TapSum& op, const Tile& tile, int64_t s, bool continued,
+                                void* scratch) {
   using A = compute_t<S>;
-  constexpr int64_t lanes = kLanes<A>, step = V * lanes;
-  const Image &out = op.out, &taps = op.levels[0].taps;
-  const AdjointSampling &along_y = op.levels[0].adjoint_y, &along_x = op.levels[0].adjoint_x;
-  const A* y_weights = static_cast<const A*>(along_y.weight) + along_y.offset[row.y];
-  const A scale = static_cast<A>(op.levels[0].scale);
-  const S* from = static_cast<const S*>(out.data) + row.n * out.stride_n + c;
-  S* to = static_cast<S*>(taps.data) + row.n * taps.stride_n + row.y * taps.stride_h + c;
+  constexpr int64_t lanes = kLanes<A>;
+  const TapLevel& level = op.levels[0];
+  const Image &out = op.out, &taps = level.taps;
+  const AdjointSampling &along_y = level.adjoint_y, &along_x = level.adjoint_x;
+  const int64_t k = op.kernel_size, length = k * (tile.x1 - tile.x0) * tile.stride;
+  const S* from = static_cast<const S*>(out.data) + tile.n * out.stride_n + tile.c0;
+  S* to = static_cast<S*>(taps.data) + tile.n * taps.stride_n + s * taps.stride_h + tile.c0;
+  A* const ring = static_cast<A*>(scratch);  // [gradient's row % ring_rows][x][kx][stride]
+  Term<A>* const terms = reinterpret_cast<Term<A>*>(ring + level.ring_rows * length);
 
-  for (int64_t ky = 0; ky < op.kernel_size; ++ky) {
-    const Range ys = readers(along_y, row.y, ky, op.padding, out.height);
-    const int64_t y = along_y.first[row.y] - ky + op.padding;
-    for (int64_t x = 0; x < out.width; ++x) {
-      Vec<A> sum[V] = {};
-      const S* pixel = from + (y + ys.begin) * out.stride_h + x * out.stride_w;
-      for (int64_t i = ys.begin; i < ys.end; ++i, pixel += out.stride_h)
-        for (int v = 0; v < V; ++v) sum[v] += y_weights[i] * load(pixel + v * lanes);
-      for (int v = 0; v < V; ++v) fastfuse::store(rows + x * step + v * lanes, sum[v] * scale);
-    }
-    for (int64_t s = 0; s < taps.width; ++s) {
-      const A* x_weights = static_cast<const A*>(along_x.weight) + along_x.offset[s];
-      for (int64_t kx = 0; kx < op.kernel_size; ++kx) {
-        const Range xs = readers(along_x, s, kx, op.padding, out.width);
-        const A* column = rows + (along_x.first[s] - kx + op.padding + xs.begin) * step;
-        Vec<A> sum[V] = {};
-        for (int64_t i = xs.begin; i < xs.end; ++i, column += step)
-          for (int v = 0; v < V; ++v) sum[v] += x_weights[i] * fastfuse::load(column + v * lanes);
-        S* tap = to + s * taps.stride_w + (ky * op.kernel_size + kx) * op.levels[0].tap_stride;
-        for (int v = 0; v < V; ++v) store(tap + v * lanes, sum[v]);
+  // The rows of the gradient that any tap of a source row reads.
+  const auto rows_of = [&](int64_t source) {
+    const int64_t first = along_y.first[source] + op.padding;
+    return Range{larger(first - (k - 1), 0), smaller(first + along_y.count[source], out.height)};
+  };
+  const Range rows = rows_of(s);
+  const int64_t made = continued ? rows_of(s - 1).end : 0;
+  for (int64_t y = larger(rows.begin, made); y < rows.end; ++y) {
+    const S* gradient = from + y * out.stride_h;
+    A* column = ring + y % level.ring_rows * length;
+    for (int64_t x = tile.x0; x < tile.x1; ++x) {
+      const A* weights = static_cast<const A*>(along_x.weight) + along_x.offset[x];
+      if (y + 1 < out.height)
+        prefetch_below(gradient + out.stride_h, out.stride_w, out.width, x, taps.width,
+                       tile.channels);
+      for (int64_t kx = 0; kx < k; ++kx, column += tile.stride) {
+        const Range xs = readers(along_x, x, kx, op.padding, out.width);
+        const S* first = gradient + (along_x.first[x] + op.padding - kx) * out.stride_w;
+        for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
+          constexpr int V = decltype(vectors)::value;
+          Vec<A> sum[V] = {};
+          const S* pixel = first + xs.begin * out.stride_w + c;
+          for (int64_t i = xs.begin; i < xs.end; ++i, pixel += out.stride_w) {
+            const S* from = opaque(pixel);
+            for (int v = 0; v < V; ++v) sum[v] += weights[i] * load(from + v * lanes);
+          }
+          for (int v = 0; v < V; ++v) store(column + c + v * lanes, sum[v]);
+        });
       }
     }
+  }
+
+  const A* weights = static_cast<const A*>(along_y.weight) + along_y.offset[s];
+  const A scale = static_cast<A>(level.scale);
+  for (int64_t ky = 0; ky < k; ++ky) {
+    const Range ys = readers(along_y, s, ky, op.padding, out.height);
+    Term<A>* end = terms;
+    for (int64_t i = ys.begin; i < ys.end; ++i) {
+      const int64_t y = along_y.first[s] + i - ky + op.padding;
+      *end++ = {ring + y % level.ring_rows * length, weights[i] * scale};
+    }
+    int64_t offset = 0;
+    for (int64_t x = tile.x0; x < tile.x1; ++x)
+      for (int64_t kx = 0; kx < k; ++kx, offset += tile.stride) {
+        S* tap = to + x * taps.stride_w + (ky * k + kx) * level.tap_stride;
+        for_channels<A, Stream>(tile.channels, [&](auto vectors, int64_t c, auto, auto store) {
+          constexpr int V = decltype(vectors)::value;
+          Vec<A> sum[V] = {};
+          add_terms<V, A>(terms, end, offset + c, sum);
+          for (int v = 0; v < V; ++v) store(tap + c + v * lanes, sum[v]);
+        });
+      }
   }
 }
 
 template <class S, bool Stream>
 void backward_channels_last(const TapSum& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const Row row = locate<A>(op, unit, op.levels[0].taps.height);
-    for_channels<A, Stream>(row, [&](auto vectors, int64_t c, auto load, auto store) {
-      gather_row<decltype(vectors)::value, S>(op, row, c, static_cast<A*>(scratch), load, store);
-    });
-  }
+  const Image& taps = op.levels[0].taps;
+  for_rows<A>(backward_tiling<A>(op), op.channels, taps.width, taps.height, begin, end,
+              [&](const Tile& tile, int64_t s, bool continued) {
+                gather_row<S, Stream>(op, tile, s, continued, scratch);
+              });
 }
 
 // ---- contiguous ------------------------------------------------------------------------------
@@ -284,7 +417,7 @@ template <class A>
 int64_t forward_contiguous_scratch(const TapSum& op) {
   int64_t source = 0;
   for (int64_t i = 0; i < op.num_levels; ++i) source = larger(source, op.levels[i].taps.width);
-  return padded(op.out.width) + padded(op.width) + padded(source);
+  return (padded(op.out.width) + padded(op.width) + padded(source)) * sizeof(A);
 }
 
 // sum[0, n) += a row; both may be read and written up to a vector further
@@ -339,10 +472,10 @@ void forward_contiguous(const TapSum& op, int64_t begin, int64_t end, void* scra
         A* row = same_width ? wide : narrow;
         for_each_vector<A>(taps.width, [&](int64_t x, auto load, auto store) {
           Vec<A> value[1] = {};
-          add_entries<1, A>(level.y, y, from + x, 1, load, value);
+          add_entries<1, A>(level.terms, y, from + x, load, value);
           store(row + x, value[0]);
         });
-        if (!same_width) widen_row(narrow, level.x_axis, wide);
+        if (!same_width) widen_row(narrow, level.axis, wide);
         for (int64_t x = 0; x < 2 * lanes; ++x) wide[op.width + x] = 0;  // add_to goes further
         add_to(sum + xs.begin, wide + xs.begin + kx - op.padding, xs.end - xs.begin);
       }
@@ -362,7 +495,7 @@ int64_t backward_contiguous_units(const TapSum& op) {
 
 template <class A>
 int64_t backward_contiguous_scratch(const TapSum& op) {
-  return (padded(op.out.width) + padded(op.levels[0].taps.width)) * kLanes<A>;
+  return (padded(op.out.width) + padded(op.levels[0].taps.width)) * sizeof(Vec<A>);
 }
 
 template <class S, bool Stream>
