@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastfuse's compiled kernels";
@@ -31,4 +32,11 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in force; raises ValueError for a FASTFUSE_ISA that cannot run here.");
   m.def("set_isa", &fastfuse::set_isa, pybind11::arg("name"),
         "Choose the instruction set; raises ValueError for one that cannot run here.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, int64_t bytes) {
+        fastfuse::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      pybind11::arg("address"), pybind11::arg("bytes"),
+      "Ask for huge pages for fresh memory that was not touched yet; only a hint.");
 }

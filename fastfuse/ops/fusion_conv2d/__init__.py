@@ -1,0 +1,139 @@
+"""The convolution of upsampled, concatenated levels, without upsampling or concatenating them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
+from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.ops.checks import (
+    check_constants,
+    check_convolved_size,
+    check_features,
+    check_padding,
+    check_same_kind,
+    check_size,
+    check_vector,
+    feature_list,
+)
+from fastfuse.ops.fusion_conv2d.autograd import call
+from fastfuse.ops.fusion_conv2d.reference import reference
+from fastfuse.ops.fusion_conv2d.samples import samples
+from fastfuse.ops.layout import is_channels_last
+
+__all__ = ["OPERATION", "fusion_conv2d"]
+
+NAME = "fusion_conv2d"
+
+
+def fusion_conv2d(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: Sequence[int] | None = None,
+    mean: Sequence[float] | Tensor | None = None,
+    std: Sequence[float] | Tensor | None = None,
+    padding: int | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """Upsample levels, equalize their scales, concatenate and convolve them, without the first three.
+
+    Equals ``conv2d(upsample_equalize_concat(features, size=size, mean=mean, std=std), weight, bias,
+    padding=padding)``, borders included. Convolution and upsampling are both linear: a level is
+    convolved at its own resolution, a product per tap of the kernel, and the taps are upsampled,
+    shifted and summed. The work shrinks by the square of a level's ratio, and neither the upsampled
+    levels nor their concatenation are ever built. The mean and std cost nothing.
+
+    Args:
+        features: levels (N, C_i, H_i, W_i) of one N, device and dtype (float64, float32, bfloat16
+            or float16), any strides, of any sizes, larger ones than the target too.
+        weight: (C_out, sum C_i, k, k), k odd, in the features' dtype.
+        bias: (C_out,) or None.
+        size: (H, W) the levels are brought to, in pixels; None: the largest height and the largest
+            width among them.
+        mean, std: constants, one per level: floats or a 1-D floating-point tensor on the features'
+            device; None means 0 and 1. No gradient flows to them.
+        padding: zeros around the equalized levels, on each side; None: k // 2.
+        align_corners: of the upsampling, as in ``interpolate``.
+
+    Returns:
+        (N, C_out, H + 2 * padding - (k - 1), W + 2 * padding - (k - 1)) in the features' dtype and
+        in the memory format of the first feature whose strides tell. Under autocast features,
+        weight and bias are cast to its dtype, mean and std are not.
+
+    Raises:
+        TypeError: features is not a sequence of tensors, or an argument has a wrong type.
+        ValueError: shapes, dtypes, devices, size or constants that do not fit.
+        BackendError: a backend was asked for by name and cannot run.
+
+    Derivatives of every order for features, weight and bias. The same bits from run to run at a
+    fixed number of threads. Source: the fusion of *Scale Equalization for Multi-Level Feature
+    Fusion*; docs/fusion_conv2d.md derives the identity.
+
+    >>> import torch, fastfuse
+    >>> levels = [torch.randn(1, 8, 32 >> i, 32 >> i) for i in range(3)]
+    >>> weight = torch.randn(16, 24, 3, 3)
+    >>> fastfuse.fusion_conv2d(levels, weight, std=[0.6, 0.5, 0.4]).shape
+    torch.Size([1, 16, 32, 32])
+    """
+    features = feature_list(NAME, features)
+    _check_weight(weight)
+    optional = [] if bias is None else [bias]
+    if optional and not isinstance(bias, Tensor):
+        raise TypeError(f"{NAME}: bias must be a tensor or None; got {type(bias).__name__}")
+    weight, *features = cast_for_autocast([weight, *features, *optional])
+    bias = features.pop() if optional else None
+    check_features(NAME, features)
+    _check_channels(features, weight)
+    check_same_kind(NAME, "weight", weight, features[0])
+    if bias is not None:
+        meaning = "one value per output channel"
+        check_vector(NAME, "bias", bias, weight.shape[0], meaning, features[0])
+    padding = check_padding(NAME, padding, weight.shape[2])
+    height, width = check_size(NAME, size, features)
+    check_convolved_size(NAME, (height, width), weight.shape[2], padding)
+    mean = check_constants(NAME, "mean", mean, features)
+    std = check_constants(NAME, "std", std, features, positive=True)
+    if select(OPERATION, features[0]) == "reference":
+        with without_autocast(features[0].device.type):
+            return reference(
+                features, weight, bias, (height, width), mean, std, padding, align_corners
+            )
+    return call(
+        features, weight, bias, height, width, mean, std, padding, align_corners,
+        is_channels_last(features),
+    )  # fmt: skip
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{NAME}: weight must be a tensor; got {type(weight).__name__}")
+    shape = tuple(weight.shape)
+    if weight.dim() != 4:
+        raise ValueError(
+            f"{NAME}: weight must have 4 dimensions (C_out, sum C_i, k, k); got shape {shape}"
+        )
+    if shape[2] != shape[3] or shape[2] % 2 == 0:
+        raise ValueError(
+            f"{NAME}: weight must have a square kernel of odd size; got shape {shape}"
+        )
+
+
+def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:
+    channels = [f.shape[1] for f in features]
+    if weight.shape[1] != sum(channels):
+        listed = " + ".join(str(c) for c in channels)
+        raise ValueError(
+            f"{NAME}: weight must have as many input channels as the levels have together, "
+            f"{sum(channels)} ({listed}); got {weight.shape[1]}"
+        )
+
+
+OPERATION = Operation(
+    name=NAME,
+    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
+    samples=samples,
+)

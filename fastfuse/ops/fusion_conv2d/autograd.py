@@ -1,0 +1,341 @@
+"""Schema, shapes, derivatives and FLOPs of fusion_conv2d.
+
+The op is linear in its weight and, but for the mean, in its features. Its backward is an op of its
+own; what that one's derivatives need is again a fusion and its backward, so that derivatives of
+every order come from these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastfuse.ops.dispatch import below_autograd, recording
+from fastfuse.ops.fusion_conv2d import kernel
+from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
+
+__all__ = ["call"]
+
+_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+for _schema in (
+    "fusion_conv2d(Tensor[] features, Tensor weight, Tensor? bias, SymInt height, SymInt width, "
+    "Tensor? mean, Tensor? std, SymInt padding, bool align_corners, bool channels_last) -> Tensor",
+    # The gradients of the features that are wanted, and of the weight if there are features. Shapes
+    # are arguments, for features are needed for the weight's gradient only, and the weight for
+    # theirs.
+    "fusion_conv2d_backward(Tensor grad_output, Tensor[] features, Tensor? weight, Tensor? mean, "
+    "Tensor? std, SymInt[] channels, SymInt[] heights, SymInt[] widths, SymInt height, "
+    "SymInt width, int kernel_size, SymInt padding, bool align_corners, bool[] wanted, "
+    "bool channels_last, bool weight_channels_last) -> Tensor[]",
+):
+    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("fusion_conv2d", kernel.forward, _device)
+    _LIBRARY.impl("fusion_conv2d_backward", kernel.backward, _device)
+
+_FORWARD, _BACKWARD = "fastfuse::fusion_conv2d", "fastfuse::fusion_conv2d_backward"
+
+
+@torch.library.register_fake(_FORWARD)
+def _forward_fake(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    height: int,
+    width: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    padding: int,
+    align_corners: bool,
+    channels_last: bool,
+) -> Tensor:
+    margin = 2 * padding - (weight.shape[2] - 1)
+    return torch.empty(
+        (features[0].shape[0], weight.shape[0], height + margin, width + margin),
+        dtype=weight.dtype,
+        device=weight.device,
+        memory_format=memory_format(channels_last),
+    )
+
+
+@torch.library.register_fake(_BACKWARD)
+def _backward_fake(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    channels: Sequence[int],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    align_corners: bool,
+    wanted: Sequence[bool],
+    channels_last: bool,
+    weight_channels_last: bool,
+) -> list[Tensor]:
+    def empty(shape: tuple[int, ...], last: bool) -> Tensor:
+        return torch.empty(
+            shape,
+            dtype=grad_output.dtype,
+            device=grad_output.device,
+            memory_format=memory_format(last),
+        )
+
+    batch, out_channels = grad_output.shape[:2]
+    levels = zip(channels, heights, widths, wanted, strict=True)
+    gradients = [empty((batch, c, h, w), channels_last) for c, h, w, want in levels if want]
+    if features:
+        shape = (out_channels, sum(channels), kernel_size, kernel_size)
+        gradients.append(empty(shape, weight_channels_last))
+    return gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weight, bias, height, width, mean, std, padding, align_corners, _ = inputs
+    needs = ctx.needs_input_grad
+    wanted, weight_wanted, bias_wanted = ctx.wanted = (
+        [bool(need) for need in needs[0]], bool(needs[1]), bool(needs[2])
+    )  # fmt: skip
+    ctx.shapes = [f.shape for f in features]
+    ctx.geometry = (height, width, weight.shape[2], padding, align_corners)
+    ctx.weight_channels_last = is_channels_last([weight])
+    ctx.bias_dtype = bias.dtype if bias_wanted else None
+    ctx.has_weight = any(wanted)
+    saved = list(features) if weight_wanted else []
+    ctx.save_for_backward(weight if any(wanted) else None, mean, std, *saved)
+
+
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[list[Tensor | None], Any, Any]:
+    """The gradients of features, weight and bias."""
+    weight, mean, std, *features = ctx.saved_tensors
+    wanted, weight_wanted, bias_wanted = ctx.wanted
+    gradients: list[Tensor | None] = [None] * len(wanted)
+    weight_gradient = bias_gradient = None
+    if any(wanted) or weight_wanted:
+        height, width, kernel_size, padding, align_corners = ctx.geometry
+        shapes = ctx.shapes
+        try:
+            with recording(torch.is_grad_enabled()):
+                computed = torch.ops.fastfuse.fusion_conv2d_backward(
+                    grad_output,
+                    features,
+                    weight,
+                    mean,
+                    std,
+                    *([shape[dim] for shape in shapes] for dim in (1, 2, 3)),
+                    height,
+                    width,
+                    kernel_size,
+                    padding,
+                    align_corners,
+                    wanted,
+                    is_channels_last([grad_output]),
+                    ctx.weight_channels_last,
+                )
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(
+                "fusion_conv2d: backward expects plain gradients, got batched ones "
+                "(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
+            ) from error
+        remaining = iter(computed)
+        gradients = [next(remaining) if want else None for want in wanted]
+        weight_gradient = next(remaining, None)
+    if bias_wanted:
+        wide = torch.promote_types(grad_output.dtype, torch.float32)
+        bias_gradient = grad_output.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
+    return gradients, weight_gradient, bias_gradient
+
+
+def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    return *_gradients(ctx, grad_output), *[None] * 7
+
+
+def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    (grad_output, features, weight, mean, std, channels, heights, widths, *geometry, wanted,
+     _, weight_channels_last) = inputs  # fmt: skip
+    ctx.shapes = list(zip(channels, heights, widths, strict=True))
+    ctx.geometry, ctx.wanted = geometry, wanted
+    ctx.weight_channels_last = weight_channels_last
+    ctx.save_for_backward(grad_output, weight, mean, std, *features)
+
+
+def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """dx_i = X_i(g, w) and dw = W(g, x), each bilinear but for the mean in W.
+
+    With gradients a_i of dx_i and b of dw, those of g are fusion(a, w) + fusion(x, b), of w
+    W(g, a), and of x X(g, b).
+    """
+    grad_output, weight, mean, std, *features = ctx.saved_tensors
+    height, width, kernel_size, padding, align_corners = ctx.geometry
+    levels = [i for i, want in enumerate(ctx.wanted) if want]
+    of_features, of_weight = grads[: len(levels)], grads[len(levels)] if features else None
+    batch, out_channels = grad_output.shape[:2]
+    channels = [shape[0] for shape in ctx.shapes]
+    channels_last = is_channels_last([grad_output])
+
+    def fuse(inputs: list[Tensor], weights: Tensor, m: Tensor | None, s: Tensor | None) -> Tensor:
+        return torch.ops.fastfuse.fusion_conv2d(
+            inputs, weights, None, height, width, m, s, padding, align_corners, channels_last
+        )
+
+    def gradients(inputs: list[Tensor], weights: Tensor | None, which: list[int],
+                  s: Tensor | None, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
+        return torch.ops.fastfuse.fusion_conv2d_backward(
+            grad_output, inputs, weights, None, s,
+            *([ctx.shapes[i][dim] for i in which] for dim in range(3)),
+            height, width, kernel_size, padding, align_corners, wanted, channels_last,
+            ctx.weight_channels_last,
+        )  # fmt: skip
+
+    grad_of_grad = grad_of_weight = None
+    grad_of_features: list[Tensor | None] = [None] * len(features)
+    if any(a is not None for a in of_features):
+        given = [
+            grad_output.new_zeros((batch, *ctx.shapes[i])) if a is None else a
+            for i, a in zip(levels, of_features, strict=True)
+        ]
+        slices = [slice(sum(channels[:i]), sum(channels[: i + 1])) for i in levels]
+        their_std = None if std is None else torch.stack([std[i] for i in levels])
+        if ctx.needs_input_grad[0]:
+            weights = torch.cat([weight[:, s] for s in slices], dim=1)
+            grad_of_grad = fuse(given, weights, None, their_std)
+        if ctx.needs_input_grad[2]:
+            (pieces,) = gradients(given, None, levels, their_std, [False] * len(levels))
+            grad_of_weight = grad_output.new_zeros(weight.shape)
+            for s, piece in zip(slices, pieces.split([channels[i] for i in levels], 1), strict=True):
+                grad_of_weight = grad_of_weight.slice_scatter(piece, 1, s.start, s.stop)
+    if of_weight is not None:
+        if ctx.needs_input_grad[0]:
+            term = fuse(features, of_weight, mean, std)
+            grad_of_grad = term if grad_of_grad is None else grad_of_grad + term
+        wanted = [bool(need) for need in ctx.needs_input_grad[1]]
+        if any(wanted):
+            found = iter(gradients([], of_weight, list(range(len(channels))), std, wanted))
+            grad_of_features = [next(found) if want else None for want in wanted]
+    return grad_of_grad, grad_of_features, grad_of_weight, *[None] * 13
+
+
+torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _BACKWARD, _backward_backward, setup_context=_backward_setup_context
+)
+
+
+class FusionConv2d(torch.autograd.Function):
+    """The formula registered above, for eager mode, whose tensors are the arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, arguments: tuple[Any, ...], weight: Tensor, bias: Tensor | None, *features: Tensor
+    ) -> Tensor:
+        with below_autograd():
+            output = torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
+        needs = ctx.needs_input_grad
+        ctx_view = _Needs(ctx, (needs[3:], needs[1], needs[2]))
+        _setup_context(ctx_view, (features, weight, bias, *arguments), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        gradients, weight_gradient, bias_gradient = _gradients(ctx, grad_output)
+        return None, weight_gradient, bias_gradient, *gradients
+
+
+class _Needs:
+    """A context whose ``needs_input_grad`` is in the order of the op's arguments."""
+
+    def __init__(self, ctx: Any, needs_input_grad: tuple[Any, ...]) -> None:
+        object.__setattr__(self, "_ctx", ctx)
+        object.__setattr__(self, "needs_input_grad", needs_input_grad)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._ctx, name, value)
+
+
+def call(
+    features: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *arguments: Any
+) -> Tensor:
+    """The op with its autograd, by the shortest way."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
+    tensors = [weight, *features, *([] if bias is None else [bias])]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return FusionConv2d.apply(arguments, weight, bias, *features)
+    with below_autograd():
+        return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
+
+
+def _flops(g: kernel.Geometry, batch: int) -> int:
+    """What is done for one product of inputs and weights: a multiply-add is 2 FLOPs."""
+    height, width = g.out_size
+    taps, total = g.kernel_size**2, 0
+    for i in g.plan.target:
+        total += 2 * taps * g.channels[i] * g.out_channels * height * width
+    for i in g.plan.own:
+        source = g.sizes[i]
+        total += 2 * taps * g.channels[i] * g.out_channels * source[0] * source[1]
+        total += tap_sum_flops(g.out_channels, source, g.size, g.kernel_size, g.padding)
+    return batch * total
+
+
+@register_flop_formula(torch.ops.fastfuse.fusion_conv2d, get_raw=True)
+def _forward_flops(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Any,
+    height: int,
+    width: int,
+    mean: Any,
+    std: Any,
+    padding: int,
+    align_corners: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    sizes = [(f.shape[2], f.shape[3]) for f in features]
+    g = kernel.geometry(
+        [f.shape[1] for f in features], sizes, weight.shape[0], (height, width), weight.shape[2],
+        padding, align_corners,
+    )  # fmt: skip
+    return _flops(g, features[0].shape[0])
+
+
+@register_flop_formula(torch.ops.fastfuse.fusion_conv2d_backward, get_raw=True)
+def _backward_flops(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    weight: Any,
+    mean: Any,
+    std: Any,
+    channels: Sequence[int],
+    heights: Sequence[int],
+    widths: Sequence[int],
+    height: int,
+    width: int,
+    kernel_size: int,
+    padding: int,
+    align_corners: bool,
+    wanted: Sequence[bool],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    g = kernel.geometry(
+        channels, list(zip(heights, widths, strict=True)), grad_output.shape[1], (height, width),
+        kernel_size, padding, align_corners,
+    )  # fmt: skip
+    products = bool(features) + any(wanted)
+    return products * _flops(g, grad_output.shape[0])

@@ -1,0 +1,56 @@
+"""Where each level is convolved: at its own resolution, or at the target's after upsampling.
+
+A static rule, by counted work, in multiply-adds (MACs) of a large matrix product:
+
+- at its own resolution a level of h x w pixels costs ``k * k * h * w * C_out * C_in``, and as much
+  as ``TAP_MACS`` more per tap value, written and read once, and ``SUM_MACS`` per value of the
+  result, which ``tap_sum`` computes from the taps;
+- at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or 4 where a 3x3
+  convolution runs by Winograd's F(2x2, 3x3), and ``UPSAMPLE_MACS`` per upsampled value if it has
+  another size.
+
+The three constants are ratios of measured rates, on two Zen 4 cores at 107 GMAC/s and 50 GB/s
+(docs/fusion_conv2d.md); results do not hang on their digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Plan", "make_plan"]
+
+TAP_MACS = 20
+SUM_MACS = 40
+UPSAMPLE_MACS = 30
+WINOGRAD_MACS = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Indices of the levels convolved at the target's resolution, and at their own."""
+
+    target: tuple[int, ...]
+    own: tuple[int, ...]
+
+
+def make_plan(
+    channels: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    out_channels: int,
+    target: tuple[int, int],
+    kernel_size: int,
+    winograd: bool,
+) -> Plan:
+    """The plan for levels of ``channels`` and ``sizes``, fused at the size ``target``."""
+    taps, pixels = kernel_size**2, target[0] * target[1]
+    per_pixel = WINOGRAD_MACS if winograd else taps
+    at_target, at_own = [], []
+    for i, (c, size) in enumerate(zip(channels, sizes, strict=True)):
+        if tuple(size) == tuple(target):
+            at_target.append(i)
+            continue
+        own = taps * size[0] * size[1] * (c + TAP_MACS) + pixels * SUM_MACS
+        upsampled = pixels * (per_pixel * c + UPSAMPLE_MACS * c / max(out_channels, 1))
+        (at_own if own < upsampled else at_target).append(i)
+    return Plan(tuple(at_target), tuple(at_own))
