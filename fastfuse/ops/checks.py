@@ -57,9 +57,7 @@ def check_image(op: str, argument: str, image: Tensor) -> None:
         raise TypeError(f"{op}: {argument} must be a tensor; got {type(image).__name__}")
     shape = tuple(image.shape)
     if image.dim() != 4:
-        raise ValueError(
-            f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}"
-        )
+        raise ValueError(f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}")
     if image.layout != torch.strided:
         raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {image.layout}")
     if image.dtype not in DTYPES:

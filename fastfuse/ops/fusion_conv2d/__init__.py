@@ -39,7 +39,7 @@ def fusion_conv2d(
     padding: int | None = None,
     align_corners: bool = False,
 ) -> Tensor:
-    """Upsample levels, equalize their scales, concatenate and convolve them, without the first three.
+    """Convolve levels as if upsampled, equalized and concatenated, which they never are.
 
     Equals ``conv2d(upsample_equalize_concat(features, size=size, mean=mean, std=std), weight, bias,
     padding=padding)``, borders included. Convolution and upsampling are both linear: a level is
@@ -117,9 +117,7 @@ def _check_weight(weight: Tensor) -> None:
             f"{NAME}: weight must have 4 dimensions (C_out, sum C_i, k, k); got shape {shape}"
         )
     if shape[2] != shape[3] or shape[2] % 2 == 0:
-        raise ValueError(
-            f"{NAME}: weight must have a square kernel of odd size; got shape {shape}"
-        )
+        raise ValueError(f"{NAME}: weight must have a square kernel of odd size; got shape {shape}")
 
 
 def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse.ops.dispatch import below_autograd, recording
 from fastfuse.ops.fusion_conv2d import kernel
+from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
 
@@ -180,7 +181,7 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     height, width, kernel_size, padding, align_corners = ctx.geometry
     levels = [i for i, want in enumerate(ctx.wanted) if want]
     of_features, of_weight = grads[: len(levels)], grads[len(levels)] if features else None
-    batch, out_channels = grad_output.shape[:2]
+    batch = grad_output.shape[0]
     channels = [shape[0] for shape in ctx.shapes]
     channels_last = is_channels_last([grad_output])
 
@@ -213,7 +214,9 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         if ctx.needs_input_grad[2]:
             (pieces,) = gradients(given, None, levels, their_std, [False] * len(levels))
             grad_of_weight = grad_output.new_zeros(weight.shape)
-            for s, piece in zip(slices, pieces.split([channels[i] for i in levels], 1), strict=True):
+            for s, piece in zip(
+                slices, pieces.split([channels[i] for i in levels], 1), strict=True
+            ):
                 grad_of_weight = grad_of_weight.slice_scatter(piece, 1, s.start, s.stop)
     if of_weight is not None:
         if ctx.needs_input_grad[0]:
@@ -279,12 +282,14 @@ def call(
         return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
 
 
-def _flops(g: kernel.Geometry, batch: int) -> int:
+def _flops(g: Geometry, batch: int) -> int:
     """What is done for one product of inputs and weights: a multiply-add is 2 FLOPs."""
     height, width = g.out_size
     taps, total = g.kernel_size**2, 0
     for i in g.plan.target:
-        total += 2 * taps * g.channels[i] * g.out_channels * height * width
+        tiles = -(-height // 2) * -(-width // 2)
+        products = 16 * tiles if g.winograd else taps * height * width
+        total += 2 * products * g.channels[i] * g.out_channels
     for i in g.plan.own:
         source = g.sizes[i]
         total += 2 * taps * g.channels[i] * g.out_channels * source[0] * source[1]
@@ -306,11 +311,16 @@ def _forward_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    sizes = [(f.shape[2], f.shape[3]) for f in features]
-    g = kernel.geometry(
-        [f.shape[1] for f in features], sizes, weight.shape[0], (height, width), weight.shape[2],
-        padding, align_corners,
-    )  # fmt: skip
+    g = geometry(
+        features[0],
+        [f.shape[1] for f in features],
+        [(f.shape[2], f.shape[3]) for f in features],
+        weight.shape[0],
+        (height, width),
+        weight.shape[2],
+        padding,
+        align_corners,
+    )
     return _flops(g, features[0].shape[0])
 
 
@@ -333,9 +343,15 @@ def _backward_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    g = kernel.geometry(
-        channels, list(zip(heights, widths, strict=True)), grad_output.shape[1], (height, width),
-        kernel_size, padding, align_corners,
-    )  # fmt: skip
+    g = geometry(
+        grad_output,
+        channels,
+        list(zip(heights, widths, strict=True)),
+        grad_output.shape[1],
+        (height, width),
+        kernel_size,
+        padding,
+        align_corners,
+    )
     products = bool(features) + any(wanted)
     return products * _flops(g, grad_output.shape[0])

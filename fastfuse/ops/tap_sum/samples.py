@@ -75,9 +75,7 @@ def samples(
                 name=f"{name}, align_corners={align_corners}",
                 inputs=(taps, offsets),
                 call=lambda t, o, size=size, how=how: tap_sum(t, size, offsets=o, **how),
-                exact=lambda t, o, size=size, how=how: exact(
-                    t, o, size, **how, coordinates=dtype
-                ),
+                exact=lambda t, o, size=size, how=how: exact(t, o, size, **how, coordinates=dtype),
                 channels_last=is_channels_last([taps]),
                 reduction=(
                     max(1.0, 4 * size[0] * size[1] / (height * width)),

@@ -1,0 +1,154 @@
+"""The levels of a fusion that are convolved at the target's resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
+from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_last, write_taps
+
+__all__ = ["convolve", "gradients"]
+
+
+def _scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    return tensor if scale is None else tensor * scale.to(tensor.dtype)
+
+
+def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> tuple[list[Tensor], bool]:
+    """What to convolve at the target's resolution, and whether it is equalized already."""
+    levels = list(g.plan.target)
+    if not g.is_resized and (g.winograd or len(levels) == 1):
+        return [features[i] for i in levels], False
+    fused = torch.ops.fastfuse.upsample_equalize_concat(
+        [features[i] for i in levels],
+        *g.size,
+        None if c.mean is None else c.mean[levels],
+        None if c.inverse_std is None else c.inverse_std[levels].reciprocal(),
+        g.align_corners,
+        True,
+    )
+    return [fused], True
+
+
+def _weights(weight: Tensor, g: Geometry, levels: Sequence[int]) -> Tensor:
+    if len(levels) == len(g.channels):
+        return weight
+    pieces = [weight[:, g.slice_of(i)] for i in levels]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _taps(
+    weight: Tensor, g: Geometry, c: Constants, levels: Sequence[int], equalized: bool
+) -> Tensor:
+    """The levels' weights as (k * k, C_out, C_in), over their std unless the inputs are."""
+    weights = _weights(weight, g, levels)
+    taps = weights.permute(2, 3, 0, 1).reshape(-1, g.out_channels, weights.shape[1])
+    if c.inverse_std is None or equalized:
+        return taps
+    return taps * _per_channel(g, c, levels)
+
+
+def _per_channel(g: Geometry, c: Constants, levels: Sequence[int]) -> Tensor:
+    assert c.inverse_std is not None
+    return torch.cat([c.inverse_std[i].expand(g.channels[i]) for i in levels])
+
+
+def convolve(
+    features: Sequence[Tensor], weight: Tensor, bias: Tensor | None, g: Geometry, c: Constants
+) -> tuple[Tensor, bool, Tensor | None]:
+    """The convolution at the target's resolution; whether its inputs were equalized; what it still
+    has to be multiplied by, if anything. The bias is added unless there is such a factor."""
+    inputs, equalized = _inputs(features, g, c)
+    levels = g.plan.target
+    if g.winograd:
+        out = empty_image(inputs[0], inputs[0].shape[0], g.out_channels, *g.out_size)
+        taps = _taps(weight, g, c, levels, equalized)
+        winograd.convolve(out, inputs, winograd.transform_weight(taps), bias, g.padding)
+        return out, equalized, None
+    (x,) = inputs
+    scale = None if equalized else c.scale(levels[0])
+    bias = bias if scale is None else None
+    weights = _weights(weight, g, levels)
+    if not g.is_product:
+        return torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding), equalized, scale
+    out = empty_image(x, x.shape[0], g.out_channels, *g.out_size)
+    products = weights[:, :, 0, 0].t()
+    if bias is None:
+        torch.mm(matrix(x), products, out=matrix(out))
+    else:
+        torch.addmm(bias, matrix(x), products, out=matrix(out))
+    return out, equalized, scale
+
+
+def gradients(
+    grad_output: Tensor,
+    features: Sequence[Tensor],
+    weight: Tensor | None,
+    g: Geometry,
+    c: Constants,
+    wanted: Sequence[int],
+    found: dict[int, Tensor],
+    weight_gradient: Tensor | None,
+) -> bool:
+    """Gradients of the levels convolved at the target's resolution; whether they were equalized."""
+    levels = list(g.plan.target)
+    batch, channels = grad_output.shape[0], sum(g.channels[i] for i in levels)
+    equalized = g.is_resized or not (g.winograd or len(levels) == 1)
+    if not wanted and weight_gradient is None:
+        return equalized
+    inputs = [] if weight_gradient is None else _inputs(features, g, c)[0]
+
+    if g.winograd:
+        if weight_gradient is not None:
+            products = winograd.weight_gradient(grad_output, inputs, g.padding)
+            if c.inverse_std is not None and not equalized:
+                products = products * _per_channel(g, c, levels)
+            pieces = products.split([g.channels[i] for i in levels], 2)
+            for i, piece in zip(levels, pieces, strict=True):
+                write_taps(weight_gradient, g.slice_of(i), slice(None), piece)
+        groups = [levels] if equalized else [[i] for i in wanted]
+        for group in groups if wanted else []:
+            assert weight is not None
+            x_gradient = empty_image(grad_output, batch, sum(g.channels[i] for i in group), *g.size)
+            taps = _taps(weight, g, c, group, equalized)
+            winograd.input_gradient(x_gradient, grad_output, taps, g.padding)
+            if not equalized:
+                found[group[0]] = x_gradient
+    else:
+        scale = None if equalized else c.scale(levels[0])
+        # Where a tensor is not needed only its shape counts.
+        if inputs:
+            (x,) = inputs
+        else:
+            x = grad_output.new_empty(1).expand(batch, channels, *g.size)
+        if wanted:
+            assert weight is not None
+            weights = to_channels_last(_weights(weight, g, levels))
+        else:
+            shape = (g.out_channels, channels, g.kernel_size, g.kernel_size)
+            weights = grad_output.new_empty(1).expand(shape)
+        x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
+            grad_output, x, weights, None, [1, 1], [g.padding] * 2, [1, 1], False, [0, 0], 1,
+            [bool(wanted), weight_gradient is not None, False],
+        )  # fmt: skip
+        if weight_gradient is not None:
+            pieces = _scaled(w_gradient, scale).split([g.channels[i] for i in levels], dim=1)
+            for i, piece in zip(levels, pieces, strict=True):
+                weight_gradient[:, g.slice_of(i)] = piece
+        if wanted and not equalized:
+            found[levels[0]] = _scaled(x_gradient, scale)
+
+    if wanted and equalized:
+        offsets = [sum(g.channels[j] for j in levels if j < i) for i in wanted]
+        pieces = torch.ops.fastfuse.upsample_equalize_concat_backward(
+            x_gradient, offsets, [g.channels[i] for i in wanted],
+            [g.sizes[i][0] for i in wanted], [g.sizes[i][1] for i in wanted],
+            None if c.inverse_std is None else c.inverse_std[list(wanted)].reciprocal(),
+            g.align_corners, True,
+        )  # fmt: skip
+        found.update(zip(wanted, pieces, strict=True))
+    return equalized

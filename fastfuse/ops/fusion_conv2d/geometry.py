@@ -1,0 +1,111 @@
+"""What a fusion is, but for its tensors, and what is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d.plan import Plan, make_plan
+
+__all__ = ["Constants", "Geometry", "geometry"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Everything about a fusion but its tensors."""
+
+    channels: tuple[int, ...]  # per level
+    sizes: tuple[tuple[int, int], ...]
+    out_channels: int
+    size: tuple[int, int]
+    kernel_size: int
+    padding: int
+    align_corners: bool
+    plan: Plan
+    winograd: bool  # what is convolved at the target's resolution, is by Winograd's algorithm
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        margin = 2 * self.padding - (self.kernel_size - 1)
+        return self.size[0] + margin, self.size[1] + margin
+
+    @property
+    def tap_arguments(self) -> tuple[int, int, int, int, bool, bool]:
+        """What every tap_sum op ends with; channels_last."""
+        return (*self.size, self.kernel_size, self.padding, self.align_corners, True)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the convolution at the target's resolution is one matrix product."""
+        return self.kernel_size == 1 and self.padding == 0
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether a level that is convolved at the target's resolution has to be brought there."""
+        return any(self.sizes[i] != self.size for i in self.plan.target)
+
+    def slice_of(self, level: int) -> slice:
+        start = sum(self.channels[:level])
+        return slice(start, start + self.channels[level])
+
+
+def geometry(
+    like: Tensor,
+    channels: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    out_channels: int,
+    size: tuple[int, int],
+    kernel_size: int,
+    padding: int,
+    align_corners: bool,
+) -> Geometry:
+    """What is done for tensors like one, by static rules."""
+    rule = (like.device.type, like.dtype)
+    margin = 2 * padding - (kernel_size - 1)
+    pixels = like.shape[0] * (size[0] + margin) * (size[1] + margin)
+
+    def by_winograd(levels: Sequence[int]) -> bool:
+        inputs = sum(channels[i] for i in levels)
+        return winograd.applies(*rule, inputs, out_channels, pixels, kernel_size, padding)
+
+    def plan(fewer_products: bool) -> Plan:
+        return make_plan(channels, sizes, out_channels, size, kernel_size, fewer_products)
+
+    chosen = plan(True)
+    use = by_winograd(chosen.target)
+    if not use:
+        chosen = plan(False)
+    return Geometry(
+        tuple(channels), tuple(sizes), out_channels, size, kernel_size, padding, align_corners,
+        chosen, use,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Constants:
+    """mean and 1 / std, one value per level in the accumulation dtype, None for 0 and 1."""
+
+    mean: Tensor | None
+    inverse_std: Tensor | None
+
+    @classmethod
+    def of(cls, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Constants:
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(
+            None if mean is None else mean.to(wide),
+            None if std is None else std.to(torch.float64).reciprocal().to(wide),
+        )
+
+    def scale(self, level: int) -> Tensor | None:
+        """1 / std of one level, of shape (1,)."""
+        return None if self.inverse_std is None else self.inverse_std[level : level + 1]
+
+    def shift(self, level: int) -> Tensor:
+        """mean / std of one level, which must have a mean."""
+        assert self.mean is not None
+        mean = self.mean[level]
+        return mean if self.inverse_std is None else mean * self.inverse_std[level]

@@ -1,0 +1,35 @@
+"""channels_last images as matrices, and weights as taps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.memory import empty
+
+__all__ = ["empty_image", "matrix", "tap_weights", "to_channels_last", "write_taps"]
+
+
+def to_channels_last(image: Tensor) -> Tensor:
+    return image.contiguous(memory_format=torch.channels_last)
+
+
+def matrix(image: Tensor) -> Tensor:
+    """(pixels, channels) of a channels_last image, a view."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+
+def empty_image(like: Tensor, *shape: int) -> Tensor:
+    return empty(shape, like, torch.channels_last)
+
+
+def tap_weights(weight: Tensor, outputs: slice, inputs: slice) -> Tensor:
+    """The weights of a chunk of outputs as one product, (k * k * outputs, inputs), tap-major."""
+    chunk = weight[outputs, inputs].permute(2, 3, 0, 1)
+    return chunk.reshape(-1, chunk.shape[3])
+
+
+def write_taps(weight_gradient: Tensor, level: slice, outputs: slice, products: Tensor) -> None:
+    """Writes (k * k * outputs, inputs), tap-major, to where the weights of a level are."""
+    target = weight_gradient[outputs, level].permute(2, 3, 0, 1)
+    target.copy_(products.reshape(target.shape))
