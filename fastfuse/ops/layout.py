@@ -7,7 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["is_channels_last", "memory_format"]
+from fastfuse import _extension
+
+__all__ = ["in_layout", "is_channels_last", "memory_format"]
+
+_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+_LIBRARY.define(
+    "copy_layout(Tensor image, bool channels_last) -> Tensor",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
 
 
 def is_channels_last(images: Sequence[Tensor]) -> bool:
@@ -29,3 +37,17 @@ def is_channels_last(images: Sequence[Tensor]) -> bool:
 
 def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def in_layout(image: Tensor, channels_last: bool) -> Tensor:
+    """The image in a memory format: itself where it is, else a copy; within kernels only.
+
+    PyTorch's own conversion of dense CPU images runs at a tenth of the copy rate.
+    """
+    wanted, other = memory_format(channels_last), memory_format(not channels_last)
+    if image.is_contiguous(memory_format=wanted):
+        return image
+    dense = image.is_contiguous(memory_format=other)
+    if dense and image.device.type == "cpu" and _extension.module is not None:
+        return torch.ops.fastfuse.copy_layout(image, channels_last)
+    return image.contiguous(memory_format=wanted)

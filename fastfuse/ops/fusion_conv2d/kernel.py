@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import at_own, at_target
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry
-from fastfuse.ops.fusion_conv2d.images import empty_image, to_channels_last
-from fastfuse.ops.layout import memory_format
+from fastfuse.ops.fusion_conv2d.images import empty_image
+from fastfuse.ops.layout import in_layout, memory_format
 from fastfuse.ops.memory import empty
 from fastfuse.ops.tap_sum.autograd import offsets_gradient
 
@@ -54,7 +54,7 @@ def forward(
         align_corners,
     )
     c = Constants.of(mean, std, weight.dtype)
-    features = [to_channels_last(f) for f in features]
+    features = [in_layout(f, True) for f in features]
     wide = torch.promote_types(weight.dtype, torch.float32)
 
     shifted = list(g.plan.own)  # levels whose mean the taps' offsets take off
@@ -65,7 +65,7 @@ def forward(
         if not equalized:
             shifted += g.plan.target
         if not g.plan.own and base_scale is None and (c.mean is None or equalized):
-            return out.contiguous(memory_format=memory_format(channels_last))
+            return in_layout(out, channels_last)
 
     accumulate = out is not None
     if out is None:
@@ -81,7 +81,7 @@ def forward(
         base_scale,
         accumulate=accumulate,
     )
-    return out.contiguous(memory_format=memory_format(channels_last))
+    return in_layout(out, channels_last)
 
 
 def backward(
@@ -113,8 +113,8 @@ def backward(
         align_corners,
     )
     c = Constants.of(mean, std, grad_output.dtype)
-    grad_output = to_channels_last(grad_output)
-    features = [to_channels_last(f) for f in features]
+    grad_output = in_layout(grad_output, True)
+    features = [in_layout(f, True) for f in features]
     levels = [i for i, want in enumerate(wanted) if want]
     gradients: dict[int, Tensor] = {}
     weight_gradient = None
@@ -138,6 +138,5 @@ def backward(
             level = weight_gradient[:, g.slice_of(i)]
             level.copy_(level - c.shift(i) * sums)
 
-    layout = memory_format(channels_last)
-    result = [gradients[i].contiguous(memory_format=layout) for i in levels]
+    result = [in_layout(gradients[i], channels_last) for i in levels]
     return result if weight_gradient is None else [*result, weight_gradient]

@@ -45,7 +45,8 @@ def make_plan(
     """The plan for levels of ``channels`` and ``sizes``, fused at the size ``target``."""
     taps, pixels = kernel_size**2, target[0] * target[1]
     per_pixel = WINOGRAD_MACS if winograd else taps
-    at_target, at_own = [], []
+    at_target: list[int] = []
+    at_own: list[int] = []
     for i, (c, size) in enumerate(zip(channels, sizes, strict=True)):
         if tuple(size) == tuple(target):
             at_target.append(i)

@@ -77,17 +77,15 @@ def _blend(rows, index, weight, scale):
 
 
 @triton.jit
-def _add_offsets(
-    totals, offsets, x, y, channel, channels, height, width, padding, KERNEL_SIZE: tl.constexpr
-):
+def _add_offsets(totals, offsets, x, y, channel, channels, height, width, kernel_size, padding):
     """Adds the offset of every tap to the output rows y, y + 1, ... where it falls inside."""
     DTYPE: tl.constexpr = totals[0].dtype
-    for ky in range(KERNEL_SIZE):
+    for ky in range(kernel_size):
         row = tl.zeros(totals[0].shape, dtype=DTYPE)
-        for kx in tl.static_range(KERNEL_SIZE):
+        for kx in range(kernel_size):
             target_x = x + (kx - padding)
             inside = ((target_x >= 0) & (target_x < width))[:, None]
-            tap_channel = ((ky * KERNEL_SIZE + kx) * channels + channel)[None, :]
+            tap_channel = ((ky * kernel_size + kx) * channels + channel)[None, :]
             tap_channel = tl.broadcast_to(tap_channel, row.shape)
             mask = inside & (channel < channels)[None, :]
             row += tl.load(offsets + tap_channel, mask=mask, other=0.0).to(DTYPE)
@@ -100,9 +98,8 @@ def _add_offsets(
 
 @triton.jit
 def _add_level(
-    totals, level, scale, image, x, y, channel, channels, height, width, padding,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    totals, level, scale, image, x, y, channel, channels, height, width, kernel_size, padding,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
 ):  # fmt: skip
     """Adds ``scale`` times the upsampled taps to the output rows y, y + 1, ... where inside.
 
@@ -112,16 +109,16 @@ def _add_level(
     DTYPE: tl.constexpr = totals[0].dtype
     taps, in_height, in_width, stride_n, stride_c, stride_h, stride_w = level
     taps += image.to(tl.int64) * stride_n
-    for ky in range(KERNEL_SIZE):
+    for ky in range(kernel_size):
         first, _, _, _ = _sample_inside(y + (ky - padding), in_height, height, ALIGN_CORNERS, DTYPE)
 
         # Along x: load, interpolate and sum the taps of this kernel row.
         rows = (tl.zeros(totals[0].shape, dtype=DTYPE),) * ROWS
-        for kx in range(KERNEL_SIZE):
+        for kx in range(kernel_size):
             target_x = x + (kx - padding)
             sample = _sample_inside(target_x, in_width, width, ALIGN_CORNERS, DTYPE)
             left, right, weight_x, inside_x = sample  # [BLOCK_X]
-            tap_channel = (ky * KERNEL_SIZE + kx) * channels + channel
+            tap_channel = (ky * kernel_size + kx) * channels + channel
             start = taps + (tap_channel.to(tl.int64) * stride_c)[None, :]
             left_start = start + (left.to(tl.int64) * stride_w)[:, None]
             right_start = start + (right.to(tl.int64) * stride_w)[:, None]
@@ -152,9 +149,11 @@ def _forward_kernel(
     scales,  # of what is there and of every level, or None
     offsets,  # one value per channel of taps, or None
     bias,  # one value per channel, or None
-    channels, out_height, out_width, height, width, padding, stride_n, stride_c, stride_h, stride_w,
+    channels, out_height, out_width, height, width,
+    kernel_size,  # not a constant: loops over taps that the compiler unrolls take all registers
+    padding, stride_n, stride_c, stride_h, stride_w,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # one value per level
-    KERNEL_SIZE: tl.constexpr, ACCUMULATE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    ACCUMULATE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     RUN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
@@ -186,13 +185,13 @@ def _forward_kernel(
     # Add the taps.
     if offsets is not None:
         totals = _add_offsets(
-            totals, offsets, x, y, channel, channels, height, width, padding, KERNEL_SIZE
+            totals, offsets, x, y, channel, channels, height, width, kernel_size, padding
         )
     for level in tl.static_range(len(ROWS)):
         scale = None if scales is None else tl.load(scales + 1 + level).to(DTYPE)
         totals = _add_level(
-            totals, levels[level], scale, image, x, y, channel, channels, height, width, padding,
-            ROWS[level], COLUMNS[level], KERNEL_SIZE, ALIGN_CORNERS,
+            totals, levels[level], scale, image, x, y, channel, channels, height, width,
+            kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
         )  # fmt: skip
 
     # Store.
@@ -346,10 +345,10 @@ def forward_into(
             out,
             tuple((level, *level.shape[2:], *level.stride()) for level in taps),
             *vectors,
-            channels, out_height, out_width, height, width, padding, *out.stride(),
+            channels, out_height, out_width, height, width, kernel_size, padding, *out.stride(),
             ROWS=tuple(_source_rows(level.shape[2], height, run) for level in taps),
             COLUMNS=tuple(1 if level.shape[3] == width else 2 for level in taps),
-            KERNEL_SIZE=kernel_size, ACCUMULATE=accumulate, ALIGN_CORNERS=align_corners,
+            ACCUMULATE=accumulate, ALIGN_CORNERS=align_corners,
             RUN=run, BLOCK_X=blocks[0], BLOCK_C=blocks[1],
             num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
