@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
 from fastfuse.ops.checks import check_features, feature_list
-from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
+from fastfuse.ops.fusion_conv2d import fusion_conv2d
 
 __all__ = ["MultiLevelFusion"]
 
 
 class MultiLevelFusion(ConvUnit):
     """Upsample, (equalize,) concatenate, Conv2d without bias, normalization, activation.
+
+    The first three and the convolution are one :func:`fastfuse.fusion_conv2d`: no upsampled level
+    and no concatenation is built.
 
     Args:
         in_channels: channels of every level, in the order of concatenation.
@@ -75,11 +78,12 @@ class MultiLevelFusion(ConvUnit):
                 f"MultiLevelFusion: expected levels with {self.in_channels} channels; "
                 f"got {channels}"
             )
-        fused = upsample_equalize_concat(
+        fused = fusion_conv2d(
             features,
+            self.conv.weight,
             size=size,
             mean=self.equalizer.mean if self.equalizer else None,
             std=self.equalizer.std if self.equalizer else None,
             align_corners=self.align_corners,
         )
-        return super().forward(fused)
+        return self.activation(self.bn(fused))

@@ -74,7 +74,7 @@ def add(
     scales = None
     if c.inverse_std is not None:
         base = c.inverse_std.new_ones(1) if base_scale is None else base_scale
-        scales = torch.cat([base, c.inverse_std[list(g.plan.own)]])
+        scales = torch.cat([base, *(c.inverse_std[i : i + 1] for i in g.plan.own)])
     memory = _Taps(g, out)
     for chunk in memory.chunks():
         images = memory.images(chunk)

@@ -26,8 +26,7 @@ def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> tuple[list
     fused = torch.ops.fastfuse.upsample_equalize_concat(
         [features[i] for i in levels],
         *g.size,
-        None if c.mean is None else c.mean[levels],
-        None if c.inverse_std is None else c.inverse_std[levels].reciprocal(),
+        *c.of_levels(levels),
         g.align_corners,
         True,
     )
@@ -147,8 +146,7 @@ def gradients(
         pieces = torch.ops.fastfuse.upsample_equalize_concat_backward(
             x_gradient, offsets, [g.channels[i] for i in wanted],
             [g.sizes[i][0] for i in wanted], [g.sizes[i][1] for i in wanted],
-            None if c.inverse_std is None else c.inverse_std[list(wanted)].reciprocal(),
-            g.align_corners, True,
+            c.of_levels(wanted)[1], g.align_corners, True,
         )  # fmt: skip
         found.update(zip(wanted, pieces, strict=True))
     return equalized

@@ -100,6 +100,13 @@ class Constants:
             None if std is None else std.to(torch.float64).reciprocal().to(wide),
         )
 
+    def of_levels(self, levels: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
+        """mean and std of some levels; picked one by one, for a list of indices is a host copy."""
+        mean = None if self.mean is None else torch.stack([self.mean[i] for i in levels])
+        if self.inverse_std is None:
+            return mean, None
+        return mean, torch.stack([self.inverse_std[i] for i in levels]).reciprocal()
+
     def scale(self, level: int) -> Tensor | None:
         """1 / std of one level, of shape (1,)."""
         return None if self.inverse_std is None else self.inverse_std[level : level + 1]

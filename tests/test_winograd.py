@@ -1,0 +1,105 @@
+"""The Winograd transforms and the convolutions made of them, against PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inputs import images
+
+from fastfuse import _extension
+from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.tolerances import relative_error, tolerance
+
+pytestmark = pytest.mark.skipif(_extension.module is None, reason="needs the compiled module")
+
+# N, channels of every input, C_out, height, width, padding
+CASES = {
+    "even": (2, [16], 16, 8, 12, 1),
+    "odd": (1, [5], 7, 9, 7, 1),
+    "no padding": (2, [33], 3, 6, 5, 0),
+    "wide padding": (1, [4], 20, 5, 4, 2),
+    "two inputs": (2, [17, 6], 9, 7, 8, 1),
+    "one pixel": (3, [2], 2, 1, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks for every image, the last one smaller."""
+    monkeypatch.setattr(winograd, "MIN_BLOCK", 5)
+    monkeypatch.setattr(winograd, "BLOCK_BYTES", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_convolution_and_gradients(isa: str, case: str, dtype: torch.dtype) -> None:
+    batch, channels, outputs, height, width, padding = CASES[case]
+    shapes = [(batch, c, height, width) for c in channels]
+    inputs = images(*shapes, dtype=dtype, channels_last=True)
+    weight, bias = (
+        torch.randn(outputs, sum(channels), 3, 3).to(dtype),
+        torch.randn(outputs).to(dtype),
+    )
+    x = torch.cat(inputs, dim=1).double().requires_grad_()
+    w = weight.double().requires_grad_()
+    expected = F.conv2d(x, w, bias.double(), padding=padding)
+    (gradient,) = images(tuple(expected.shape), dtype=dtype, channels_last=True)
+    x_gradient, w_gradient = torch.autograd.grad(expected, [x, w], gradient.double())
+
+    taps = weight.permute(2, 3, 0, 1).reshape(9, outputs, -1)
+    out = torch.full_like(gradient, torch.nan)
+    winograd.convolve(out, inputs, winograd.transform_weight(taps), bias, padding)
+    limit = tolerance(dtype, reduction=9 * sum(channels))
+    assert relative_error(out, expected.detach()) <= limit
+
+    out = torch.full_like(torch.cat(inputs, dim=1), torch.nan)
+    winograd.input_gradient(out, gradient, taps, padding)
+    assert relative_error(out, x_gradient) <= tolerance(dtype, reduction=9 * outputs)
+
+    result = winograd.weight_gradient(gradient, inputs, padding)
+    expected = w_gradient.permute(2, 3, 0, 1).reshape(9, outputs, -1)
+    limit = tolerance(dtype, reduction=batch * height * width)
+    assert relative_error(result, expected) <= limit
+
+
+def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
+    (x,) = images((2, 40, 31, 29), channels_last=True)
+    (gradient,) = images((2, 40, 31, 29), channels_last=True)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        tiles = torch.full((16, 2 * 16 * 15, 40), torch.nan)
+        torch.ops.fastfuse.winograd_input(tiles, x, 0, 31, 29, 1)
+        out = torch.full_like(x, torch.nan)
+        torch.ops.fastfuse.winograd_output(out, tiles, 0, None)
+        adjoint = torch.full_like(tiles, torch.nan)
+        torch.ops.fastfuse.winograd_output_adjoint(adjoint, gradient, 0)
+        found.append((tiles, out, adjoint))
+    for results in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("dtype", torch.bfloat16), ("kernel_size", 5), ("padding", 3), ("channels", 16),
+     ("pixels", 10), ("device", "cuda")],
+)  # fmt: skip
+def test_the_rule(argument: str, value: object) -> None:
+    usual = {
+        "device": "cpu", "dtype": torch.float32, "channels": 512, "out_channels": 512,
+        "pixels": 128 * 128, "kernel_size": 3, "padding": 1,
+    }  # fmt: skip
+    assert winograd.applies(**usual)
+    assert not winograd.applies(**{**usual, argument: value})
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    (x,) = images((1, 4, 6, 6), channels_last=True)
+    op = torch.ops.fastfuse.winograd_input
+    with pytest.raises(RuntimeError, match="winograd: tiles must be"):
+        op(torch.empty(16, 9, 5), x, 0, 6, 6, 1)
+    with pytest.raises(RuntimeError, match="winograd: first and tiles must lie in the image"):
+        op(torch.empty(16, 9, 4), x, 1, 6, 6, 1)
+    with pytest.raises(RuntimeError, match="winograd: image must be float32 or float64"):
+        op(torch.empty(16, 9, 4), x.bfloat16(), 0, 6, 6, 1)
