@@ -42,7 +42,7 @@ def test_convolution_and_gradients(isa: str, case: str, dtype: torch.dtype) -> N
         torch.randn(outputs).to(dtype),
     )
     x = torch.cat(inputs, dim=1).double().requires_grad_()
-    w = weight.double().requires_grad_()
+    w = weight.double().clone().requires_grad_()
     expected = F.conv2d(x, w, bias.double(), padding=padding)
     (gradient,) = images(tuple(expected.shape), dtype=dtype, channels_last=True)
     x_gradient, w_gradient = torch.autograd.grad(expected, [x, w], gradient.double())
