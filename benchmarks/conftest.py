@@ -1,7 +1,7 @@
 """Options, cells and a progress bar for the benchmark suites.
 
 A suite is a file bench_<op>.py with ``cells(quick, regime, device)``, which lists what there is to
-measure, and one test that measures its argument ``cell``:
+measure (in a regime perhaps nothing), and one test that measures its argument ``cell``:
 
     pytest benchmarks -o python_files='bench_*.py' [--quick] [--device cpu|cuda]
 
@@ -75,6 +75,7 @@ BAR = pytest.StashKey[Bar]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    measure.plain_float32()
     config.stash[BAR] = Bar()
     config.pluginmanager.register(config.stash[BAR])
 

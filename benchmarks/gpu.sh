@@ -12,8 +12,9 @@
 #       "setuptools>=77" wheel cmake ninja pybind11 rich pytest pytest-benchmark hypothesis \
 #       matplotlib "numpy<2.4"
 #
-# matplotlib is optional (without it there is no plot). The quick benchmarks are the default;
-# --full takes longer than the rest together. Without --full everything ends within 10 minutes.
+# matplotlib is optional (without it there is no plot). The quick benchmarks of every op are the
+# default; --full takes longer than the rest together. Without --full everything ends within 10
+# minutes. (The report is written after every suite: what was measured before a limit is in it.)
 # --dry-run walks what can run without a GPU: the build, and collecting tests and benchmarks.
 #
 # A step that fails does not stop the others; the exit code then is not zero. OUT_DIR gets gpu.log,
@@ -106,21 +107,21 @@ tools() {
 
 export -f install missing
 export python site wheels
-step "packages" 60 bash -c install
+step "packages" 45 bash -c install
 tools 2>&1 | tee -a "$log"
 step "build" 100 "$python" setup.py build_ext --inplace
-step "info" 30 "$python" -m fastfuse info
+step "info" 20 "$python" -m fastfuse info
 if $dry_run; then
   step "collect GPU tests" 60 "$python" -m pytest tests -m gpu --collect-only -q
   step "collect benchmarks" 60 "$python" -m pytest benchmarks -o "python_files=bench_*.py" \
     --quick --device cuda --collect-only -q
 else
-  step "GPU tests" 130 "$python" -m pytest tests -m gpu -q
+  step "GPU tests" 120 "$python" -m pytest tests -m gpu -q
   step "verify" 60 "$python" -m fastfuse verify --backend triton
   if $full; then
     step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out"
   else
-    step "benchmarks" 200 "$python" benchmarks/report.py --device cuda --out "$out" --quick
+    step "benchmarks" 240 "$python" benchmarks/report.py --device cuda --out "$out" --quick
   fi
 fi
 

@@ -5,7 +5,8 @@ wrong kernel is not timed. It then runs rounds in which every variant runs once.
 times fastfuse; the set-up of each of its rounds runs and times every rival, in rotating order, and
 one copy for the roof. Drift of the machine thus meets all of them alike. Each timed call follows
 untimed ones of the same variant (``_settle``): it finds caches and free pages as in a loop of its
-own, not as another variant left them. Everything else ends in ``benchmark.extra_info``, as JSON.
+own, not as another variant left them. (Calls of over half a second settle by a block of fresh
+memory alone.) Everything else ends in ``benchmark.extra_info``, as JSON.
 
 A time spans a call up to its result; freeing the result is not in it. On CUDA devices it lies
 between two events, with the L2 cache flushed before.
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse.verify import MismatchError
 
@@ -34,8 +37,10 @@ __all__ = [
     "Variant",
     "check_agreement",
     "compare",
+    "count_flops",
     "current_regime",
     "gemm_rate",
+    "plain_float32",
 ]
 
 # How large results get their memory on the CPU; the same for every variant of a run.
@@ -58,6 +63,9 @@ MAX_WARM_UP_CALLS, WARM_UP_S = 2, 0.2  # of a variant, after the call whose resu
 # Before every timed call. A virtual machine may give free pages back to its host, and fetching one
 # takes milliseconds: with fewer calls that is what is measured, at random.
 MAX_SETTLING_CALLS, SETTLING_S = 4, 0.1
+# A longer call neither warms up nor settles: its caches are its own after a fraction of its time,
+# and one block of fresh memory fetches the pages.
+LONG_CALL_S, SETTLING_BYTES = 0.5, 512 << 20
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,18 @@ class CopyRoof:
         self.rate = max(self.rate, 2 * source.nbytes / seconds)
 
 
+def plain_float32() -> None:
+    """Keeps GPUs from computing float32 convolutions in TF32; products already are as asked for."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def count_flops(build: Callable[[], Callable[[], Any]]) -> int:
+    """FLOPs of the call that ``build`` returns, by the formulas of its ops; nothing is computed."""
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        build()()
+    return counter.get_total_flops()
+
+
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """FLOPs per second of a large square product: the better of ``F.linear`` and a 1x1 conv2d."""
     n = GEMM_SIZE[device]
@@ -184,11 +204,16 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def check_agreement(
-    variants: Sequence[Variant], tolerances: Sequence[float]
+    variants: Sequence[Variant],
+    tolerances: Sequence[float],
+    seconds: dict[str, float] | None = None,
 ) -> tuple[list[Variant], dict[str, str]]:
     """Runs every variant once and holds its tensors against the first variant's.
 
     Tensors beyond ``tolerances`` (gradients of a rival's own parameters) are not compared.
+
+    Args:
+        seconds: gets what each of these calls took, by title.
 
     Returns:
         the variants that can run, and for each other one why it cannot.
@@ -196,12 +221,19 @@ def check_agreement(
     Raises:
         MismatchError: with what differs and by how much; or when nothing could be compared.
     """
-    ours = variants[0]
-    expected = _tensors(ours.call())
+    ours, seconds = variants[0], {} if seconds is None else seconds
+
+    def run(variant: Variant) -> list[Tensor]:
+        begin = time.perf_counter()
+        result = _tensors(variant.call())
+        seconds[variant.title] = time.perf_counter() - begin
+        return result
+
+    expected = run(ours)
     usable, left_out, compared = [ours], {}, 0
     for variant in variants[1:]:
         try:
-            results = _tensors(variant.call())
+            results = run(variant)
         except Exception as reason:
             if not variant.optional:
                 raise
@@ -234,10 +266,11 @@ def compare(
     info: Mapping[str, Any],
     tolerances: Sequence[float],
     budget_s: float,
+    min_rounds: int = MIN_ROUNDS,
     max_rounds: int = 30,
     device: str = "cpu",
     nbytes: int | None = None,
-    flops: int | None = None,
+    flops: Mapping[str, int] | None = None,
     host: bool = False,
     memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -249,9 +282,9 @@ def compare(
             was faster while warming up.
         info: what names the cell (op, shape, dtype, mode), copied to ``extra_info``.
         tolerances: largest relative error of each compared tensor of a result.
-        budget_s: about how long the rounds may take; at least ``MIN_ROUNDS`` are run.
+        budget_s: about how long the rounds may take; at least ``min_rounds`` are run.
         nbytes: bytes that must move: each input read once, each result written once.
-        flops: floating-point operations of fastfuse's way.
+        flops: floating-point operations that each variant itself does, by its name.
         host: time until a call returns to Python: the dispatch overhead of a tiny call.
         memory: the peak extra memory of each variant, in bytes.
         progress: told what is being done.
@@ -262,18 +295,19 @@ def compare(
         roof, gflops, peak_bytes), ``left_out``.
     """
     progress("checks that the variants agree")
-    variants, left_out = check_agreement(variants, tolerances)
+    first_calls: dict[str, float] = {}
+    variants, left_out = check_agreement(variants, tolerances, first_calls)
     variants = [variant for variant in variants if variant.timed]
     clock = Clock(device, host=host)
     roof = CopyRoof(device) if nbytes else None
 
     progress("warms up")
-    estimates = {v.title: _estimate(clock, v.call) for v in variants}
+    estimates = {v.title: _estimate(clock, v, first_calls[v.title]) for v in variants}
     first = min((v for v in variants if not v.rival), key=lambda v: estimates[v.title])
     others = [v for v in variants if v is not first]
     per_round = sum(t + _settling_time(t) for t in estimates.values())
     rounds = int(budget_s / max(per_round, 1e-6))
-    rounds = max(MIN_ROUNDS, min(rounds, max_rounds))
+    rounds = max(min_rounds, min(rounds, max_rounds))
     seconds: dict[str, list[float]] = {v.title: [] for v in variants}
     done = 0
 
@@ -282,11 +316,11 @@ def compare(
         if done % max(1, rounds // 10) == 0:
             progress(f"round {done + 1} of {rounds}")
         for variant in _rotated(others, done):
-            _settle(variant.call)
+            _settle(variant.call, estimates[variant.title], device)
             seconds[variant.title].append(clock(variant.call))
         if roof:
             roof.sample(done)
-        _settle(first.call)
+        _settle(first.call, estimates[first.title], device)
         done += 1
 
     def run_ours() -> None:
@@ -303,6 +337,7 @@ def compare(
     for variant, peak in zip(variants, peaks, strict=True):
         times, median = seconds[variant.title], medians[variant.title]
         quartiles = statistics.quantiles(times, n=4, method="inclusive")
+        work = flops.get(variant.name) if flops else None
         rows.append(
             {
                 "title": variant.title,
@@ -316,7 +351,7 @@ def compare(
                 "speedup": median / medians[ours],
                 "gbs": nbytes / median / 1e9 if nbytes else None,
                 "share": nbytes / median / roof.rate if nbytes and roof else None,
-                "gflops": flops / median / 1e9 if flops else None,
+                "gflops": work / median / 1e9 if work else None,
                 "peak_bytes": peak,
             }
         )
@@ -327,6 +362,7 @@ def compare(
         threads=torch.get_num_threads(),
         rounds=rounds,
         bytes=nbytes,
+        flops=flops[first.name] if flops else None,
         host=host,
         copy_gbs=roof.rate / 1e9 if roof else None,
         ours=ours,
@@ -336,14 +372,20 @@ def compare(
     return benchmark.extra_info
 
 
-def _estimate(clock: Clock, call: Callable[[], Any]) -> float:
-    times = [clock(call)]
+def _estimate(clock: Clock, variant: Variant, first_call: float) -> float:
+    """Seconds of a call. The first one tells for a long one, unless it may have compiled."""
+    if first_call > LONG_CALL_S and not variant.optional and clock.device == "cpu":
+        return first_call
+    times = [clock(variant.call)]
     while len(times) < MAX_WARM_UP_CALLS and sum(times) < WARM_UP_S:
-        times.append(clock(call))
+        times.append(clock(variant.call))
     return min(times)
 
 
-def _settle(call: Callable[[], Any]) -> None:
+def _settle(call: Callable[[], Any], seconds: float, device: str) -> None:
+    if seconds > LONG_CALL_S:
+        torch.ones(SETTLING_BYTES, dtype=torch.int8, device=device)
+        return
     until = time.perf_counter() + SETTLING_S
     for _ in range(MAX_SETTLING_CALLS):
         call()
@@ -353,6 +395,8 @@ def _settle(call: Callable[[], Any]) -> None:
 
 def _settling_time(seconds: float) -> float:
     """What ``_settle`` takes for a call of so many seconds."""
+    if seconds > LONG_CALL_S:
+        return SETTLING_S
     return seconds * min(MAX_SETTLING_CALLS, math.ceil(SETTLING_S / max(seconds, 1e-9)))
 
 

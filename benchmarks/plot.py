@@ -1,4 +1,4 @@
-"""Draws a report: speedups over each rival, shares of the roof, and time per byte as maps grow."""
+"""Draws a report: speedups over each rival, shares of the roof, and time per work as maps grow."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ __all__ = ["draw"]
 COLORS = {"fresh": "#1f5fa8", "huge pages": "#6fa8dc", "warm": "#e69138"}
 OTHER_COLOR = "#888888"
 PANEL_WIDTH, ROW_HEIGHT, PANEL_MARGIN = 6.2, 0.26, 1.1  # inches
+GROWTH_HEIGHT = 3.6
+MIN_BARS = 3  # of a panel: fewer leave room
 
 Cell = dict[str, Any]
 
@@ -31,8 +33,11 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     dtypes = list(dict.fromkeys(c["dtype"] for c in cells))
     regimes = list(dict.fromkeys(c["regime"] for c in cells))
     of = {row: [c for c in cells if (c["op"], c["shape"], c["mode"]) == row] for row in rows}
-    bars = [max(len(_rivals(of[row])), 3) * len(regimes) for row in rows]
-    heights = [n * ROW_HEIGHT + PANEL_MARGIN for n in bars] + ([3.6] if growth else [])
+    regimes_of = {row: list(dict.fromkeys(c["regime"] for c in of[row])) for row in rows}
+    bars = [max(len(_rivals(of[row])), MIN_BARS) * max(len(regimes_of[row]), 2) for row in rows]
+    growing = list(dict.fromkeys(c["op"] for c in growth))
+    heights = [n * ROW_HEIGHT + PANEL_MARGIN for n in bars] + [GROWTH_HEIGHT] * len(growing)
+    about = report["environment"]
 
     figure, axes = plt.subplots(
         len(heights),
@@ -46,16 +51,16 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         op, shape, mode = row
         for dtype, axis in zip(dtypes, line, strict=False):
             here = [c for c in of[row] if c["dtype"] == dtype]
-            _speedups(axis, here, _rivals(of[row]), regimes)
+            _speedups(axis, here, _rivals(of[row]), regimes_of[row])
             axis.set_title(f"{op}\n{shape}, {mode}, {dtype}", fontsize=10, loc="left")
-        _shares(line[-1], of[row], dtypes, regimes)
-    if growth:
-        _growth(axes[-1], growth, regimes)
-    about = report["environment"]
+        _shares(line[-1], of[row], regimes_of[row], about["gemm_gflops"])
+    for op, line in zip(growing, axes[len(rows) :], strict=True):
+        _growth(line, [c for c in growth if c["op"] == op], regimes)
     figure.suptitle(
         f"Speedup of fastfuse over each rival, and the share of the copy rate "
-        f"({about['copy_gbs'] or 0:.0f} GB/s) that it reaches\n{about['name']}, {about['threads']} "
-        f"threads, torch {about['versions']['torch']}, {about['date'][:10]}",
+        f"({about['copy_gbs'] or 0:.0f} GB/s) or GEMM rate that it reaches\n"
+        f"{about['name']}, {about['threads']} threads, "
+        f"torch {about['versions']['torch']}, {about['date'][:10]}",
         fontsize=12,
     )
     if len(regimes) > 1:
@@ -100,7 +105,7 @@ def _bars(
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
             )
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
-    axis.invert_yaxis()
+    axis.set_ylim(max(len(labels), MIN_BARS) - 0.5, -0.5)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(axis="x", labelsize=8)
     axis.margins(x=0.14)
@@ -121,21 +126,28 @@ def _speedups(axis: Axes, cells: list[Cell], rivals: list[str], regimes: list[st
     axis.set_xlabel("median of the rival / median of fastfuse (1: as fast)", fontsize=8)
 
 
-def _shares(axis: Axes, cells: list[Cell], dtypes: list[str], regimes: list[str]) -> None:
+def _shares(axis: Axes, cells: list[Cell], regimes: list[str], rates: dict[str, float]) -> None:
+    """Of the GEMM rate where FLOPs are counted, else of the copy rate."""
     values = {}
     for c in cells:
         for v in c["variants"]:
-            if not v["rival"] and v["share"] is not None:
-                values[f"{c['dtype']}\n{v['layout']}", c["regime"]] = 100 * v["share"]
+            share = v["gflops"] / rates[c["dtype"]] if v["gflops"] else v["share"]
+            if not v["rival"] and share is not None:
+                values[f"{c['dtype']}\n{v['layout']}", c["regime"]] = 100 * share
     labels = list(dict.fromkeys(label for label, _ in values))
     _bars(axis, labels, values, regimes, "{:.0f} %")
     axis.axvline(100, color="black", linewidth=1)
-    axis.set_title("fastfuse: share of the copy rate", fontsize=10, loc="left")
-    axis.set_xlabel("bytes that must move / median / copy rate, in %", fontsize=8)
+    if any(v["gflops"] for c in cells for v in c["variants"]):
+        axis.set_title("fastfuse: share of the GEMM rate", fontsize=10, loc="left")
+        axis.set_xlabel("FLOPs done / median / rate of a large product, in %", fontsize=8)
+    else:
+        axis.set_title("fastfuse: share of the copy rate", fontsize=10, loc="left")
+        axis.set_xlabel("bytes that must move / median / copy rate, in %", fontsize=8)
 
 
 def _growth(axes: Any, cells: list[Cell], regimes: list[str]) -> None:
-    """Flat lines: the time grows as the bytes do."""
+    """Flat lines: the time grows as the bytes, or the products done, do."""
+    compute = any(c.get("flops") for c in cells)
     modes = list(dict.fromkeys(c["mode"] for c in cells))
     for axis, mode in zip(axes, modes, strict=False):
         for regime in regimes:
@@ -143,7 +155,8 @@ def _growth(axes: Any, cells: list[Cell], regimes: list[str]) -> None:
             points = []
             for c in here:
                 ours = next(v for v in c["variants"] if v["title"] == c["ours"])
-                points.append((c["bytes"] / 1e6, ours["median_ms"] * 1e9 / c["bytes"]))
+                work = c["flops"] / 2e9 if compute else c["bytes"] / 1e6
+                points.append((work, ours["median_ms"] / work * (1 if compute else 1e3)))
             if points:
                 axis.plot(*zip(*sorted(points), strict=True), "o-", color=_color(regime))
         axis.set_xscale("log")
@@ -152,9 +165,10 @@ def _growth(axes: Any, cells: list[Cell], regimes: list[str]) -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_locator(MaxNLocator(5))
         axis.set_ylim(bottom=0)
-        axis.set_title(f"{cells[0]['op']}\ntime per byte, {mode}", fontsize=10, loc="left")
-        axis.set_xlabel("MB that must move", fontsize=8)
-        axis.set_ylabel("ps per byte", fontsize=8)
+        what = "multiply-add" if compute else "byte"
+        axis.set_title(f"{cells[0]['op']}\ntime per {what}, {mode}", fontsize=10, loc="left")
+        axis.set_xlabel("GMAC done" if compute else "MB that must move", fontsize=8)
+        axis.set_ylabel("ms per GMAC" if compute else "ps per byte", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(modes) :]:

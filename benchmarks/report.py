@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rich.table import Table as RichTable
 import fastfuse
 
 HERE = Path(__file__).resolve().parent
+Rates = Mapping[str, float]
 LOG_WIDTH = 150  # of the tables where there is no terminal
 LOG_TAIL = 30  # lines shown of the log of a suite that failed
 SLOWER = "fastfuse is slower"
@@ -109,10 +111,23 @@ def best_speedups(cell: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _summary(op: str, cells: Iterable[dict[str, Any]]) -> Table:
+def _any_flops(cells: Iterable[dict[str, Any]]) -> bool:
+    return any(v["gflops"] for c in cells for v in c["variants"])
+
+
+def _gemm_share(cell: dict[str, Any], variant: dict[str, Any], rates: Rates) -> float | None:
+    """Of the rate of a large matrix product in the cell's dtype."""
+    rate = rates.get(cell["dtype"])
+    return variant["gflops"] / rate if rate and variant["gflops"] else None
+
+
+def _summary(op: str, cells: Iterable[dict[str, Any]], rates: Rates) -> Table:
     main = [c for c in cells if c["series"] == "main"]
+    compute = _any_flops(main)
     rivals = list(dict.fromkeys(name for c in main for name in best_speedups(c)))
-    columns = ["cell", "memory", "fastfuse ms", "of the copy roof", *(f"over {r}" for r in rivals)]
+    columns = ["cell", "memory", "fastfuse ms", "of the copy roof"]
+    columns += ["of the GEMM rate"] * compute
+    columns += [f"over {r}" for r in rivals]
     table = Table(
         f"{op}: speedup of fastfuse over each rival in its faster layout", columns, summary=True
     )
@@ -124,15 +139,19 @@ def _summary(op: str, cells: Iterable[dict[str, Any]]) -> Table:
                 c["regime"],
                 _number(ours["median_ms"]),
                 _percent(ours["share"]),
+                *[_percent(_gemm_share(c, ours, rates))] * compute,
                 *(_ratio(speedups[r]) if r in speedups else "" for r in rivals),
             ]
         )
     return table
 
 
-def _details(op: str, regime: str, cells: Iterable[dict[str, Any]]) -> Table:
+def _details(op: str, regime: str, cells: Sequence[dict[str, Any]], rates: Rates) -> Table:
+    compute = _any_flops(cells)
     columns = ["cell", "variant", "median ms", "spread (IQR) ms", "speedup of fastfuse"]
-    columns += ["GB/s", "of the copy roof", "peak extra MiB"]
+    columns += ["GB/s", "of the copy roof"]
+    columns += ["GFLOP/s", "of the GEMM rate"] * compute
+    columns += ["peak extra MiB"]
     table = Table(f"{op}, memory: {regime}", columns)
     for c in cells:
         for v in c["variants"]:
@@ -146,22 +165,32 @@ def _details(op: str, regime: str, cells: Iterable[dict[str, Any]]) -> Table:
                     _speedup(v, c["ours"]),
                     _number(v["gbs"]),
                     _percent(v["share"]),
+                    *[_number(v["gflops"]), _percent(_gemm_share(c, v, rates))] * compute,
                     "" if peak is None else f"{peak / 2**20:.0f}",
                 ]
             )
         for title, reason in c["left_out"].items():
-            table.rows.append([cell_name(c), f"{title}: left out, {reason}", *[""] * 6])
+            table.rows.append(
+                [cell_name(c), f"{title}: left out, {reason}", *[""] * (len(columns) - 2)]
+            )
     return table
 
 
-def _growth(op: str, cells: Iterable[dict[str, Any]]) -> Table:
-    columns = ["cell", "memory", "MB to move", "ms", "ps per byte", "of the copy roof"]
-    table = Table(f"{op}: time per byte as the maps grow (fastfuse, faster layout)", columns)
+def _growth(op: str, cells: Iterable[dict[str, Any]], rates: Rates) -> Table:
+    if compute := _any_flops(cells):
+        columns = ["cell", "memory", "GMAC done", "ms", "ms per GMAC", "of the GEMM rate"]
+        what = "multiply-add"
+    else:
+        columns = ["cell", "memory", "MB to move", "ms", "ps per byte", "of the copy roof"]
+        what = "byte"
+    table = Table(f"{op}: time per {what} as the maps grow (fastfuse, faster layout)", columns)
     for c in cells:
         ours = ours_of(c)
-        row = [cell_name(c), c["regime"], _number(c["bytes"] / 1e6), _number(ours["median_ms"])]
-        per_byte = ours["median_ms"] * 1e9 / c["bytes"]
-        table.rows.append([*row, _number(per_byte), _percent(ours["share"])])
+        work = c["flops"] / 2e9 if compute else c["bytes"] / 1e6
+        time_per_work = ours["median_ms"] / work * (1 if compute else 1e3)
+        share = _gemm_share(c, ours, rates) if compute else ours["share"]
+        numbers = [_number(work), _number(ours["median_ms"]), _number(time_per_work)]
+        table.rows.append([cell_name(c), c["regime"], *numbers, _percent(share)])
     return table
 
 
@@ -177,7 +206,8 @@ def _overhead(op: str, cells: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
-def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(cells: Sequence[dict[str, Any]], rates: Rates) -> list[Table]:
+    """``rates``: GFLOP/s of a large matrix product, by dtype."""
     found = []
     for op in dict.fromkeys(c["op"] for c in cells):
         series: dict[str, list[dict[str, Any]]] = {"main": [], "growth": [], "overhead": []}
@@ -186,10 +216,10 @@ def tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
                 series[c["series"]].append(c)
         for regime in dict.fromkeys(c["regime"] for c in series["main"]):
             of_regime = [c for c in series["main"] if c["regime"] == regime]
-            found.append(_details(op, regime, of_regime))
-        found += [_growth(op, series["growth"])] if series["growth"] else []
+            found.append(_details(op, regime, of_regime, rates))
+        found += [_growth(op, series["growth"], rates)] if series["growth"] else []
         found += [_overhead(op, series["overhead"])] if series["overhead"] else []
-        found += [_summary(op, series["main"])] if series["main"] else []
+        found += [_summary(op, series["main"], rates)] if series["main"] else []
     return found
 
 
@@ -202,6 +232,7 @@ def _cpu_name() -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
+    measure.plain_float32()
     info = fastfuse.info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -244,8 +275,11 @@ Medians of interleaved rounds in one process: every round times each variant onc
 Every rival's result was compared with fastfuse's before it was timed; naive (BatchNorm) computes
 something else by definition, so only its shapes were. A speedup is the variant's median over that
 of the faster fastfuse layout. GB/s are the bytes that must move (each input read once, each result
-written once) over the median; their share is that of the copy rate measured in the same cell. Peak
-extra memory is that of one call in a process of its own, its result included."""
+written once) over the median; their share is that of the copy rate measured in the same cell.
+GFLOP/s are the products and sums that a variant itself does (by the counter of PyTorch and the
+formulas of the ops) over its median; their share is that of a large matrix product of the same
+dtype, measured in the same run. Peak extra memory is that of one call in a process of its own, its
+result included."""
 
 
 def _run(suite: Path, regime: str, args: argparse.Namespace, log: Path) -> list[dict[str, Any]]:
@@ -273,6 +307,14 @@ def _run(suite: Path, regime: str, args: argparse.Namespace, log: Path) -> list[
     if done.returncode:
         raise SuiteError(f"{suite.name}, {regime}: exit code {done.returncode}; see {log}", cells)
     return cells
+
+
+def _regimes(suite: Path, args: argparse.Namespace) -> list[str]:
+    """Those in which a suite has something to measure."""
+    if args.device == "cuda":
+        return ["fresh"]
+    cells = importlib.import_module(suite.stem).cells
+    return [r for r in measure.REGIMES if cells(quick=args.quick, regime=r, device=args.device)]
 
 
 class SuiteError(RuntimeError):
@@ -307,11 +349,11 @@ def main() -> int:
     log = args.out / "bench.log"
     log.write_text("")
     about = environment(args.device)
-    regimes = list(measure.REGIMES) if args.device == "cpu" else ["fresh"]
 
     cells: list[dict[str, Any]] = []
     failures: list[str] = []
     for suite in args.suites:
+        regimes = _regimes(suite, args)
         for i, regime in enumerate(regimes, 1):
             note = f" (memory: {regime}, {i} of {len(regimes)})" if len(regimes) > 1 else ""
             console.print(f"{suite.stem}{note}", highlight=False)
@@ -323,7 +365,7 @@ def main() -> int:
                 console.print("\n".join(log.read_text().splitlines()[-LOG_TAIL:]), markup=False)
             _write(args.out, about, cells, failures)  # so that an interrupted run leaves something
 
-    for table in tables(cells):
+    for table in tables(cells, about["gemm_gflops"]):
         console.print(table.rich())
     if not cells:
         failures.append("nothing was measured")
@@ -353,7 +395,9 @@ def _write(
     parts += [f"**failed: {failure}**" for failure in failures]
     if plot and _draw(report, folder):
         parts.append("![speedups and shares of the roof](report.png)")
-    summaries_first = sorted(tables(cells), key=lambda table: not table.summary)
+    summaries_first = sorted(
+        tables(cells, about["gemm_gflops"]), key=lambda table: not table.summary
+    )
     parts += [table.markdown() for table in summaries_first]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 

@@ -41,34 +41,64 @@ struct Geometry {
   }
 };
 
-// The entries of a TapTable along one axis, whose taps and sources are strides apart.
+// The entries of a TapTable.
 template <class A>
 struct TapEntries {
-  std::vector<int32_t> begin;
+  std::vector<int32_t> begin{0};
   std::vector<int64_t> offset;
   std::vector<A> weight;
 
-  TapEntries(const Sampling& axis, const Geometry& g, int64_t out_size, int64_t tap_stride,
-             int64_t source_stride, double scale) {
+  void add(int results, int64_t at, int result, A w) {
+    if (w == 0) return;
+    size_t e = static_cast<size_t>(begin.back());
+    while (e < offset.size() && offset[e] != at) ++e;
+    if (e == offset.size()) {
+      offset.push_back(at);
+      weight.insert(weight.end(), results, A(0));
+    }
+    weight[e * results + result] += w;
+  }
+
+  void end_group() {
+    check(offset.size() < (size_t{1} << 31), kOp, "size and kernel_size are too large");
+    begin.push_back(static_cast<int32_t>(offset.size()));
+  }
+
+  // For groups of outputs: what they read of taps and sources, which are strides apart.
+  TapEntries(int results, const Sampling& axis, const Geometry& g, int64_t out_size,
+             int64_t tap_stride, int64_t source_stride, double scale) {
     const A* upper_weight = static_cast<const A*>(axis.weight);
-    const auto add = [&](int64_t tap, int64_t source, A w) {
-      if (w == 0) return;
-      offset.push_back(tap * tap_stride + source * source_stride);
-      weight.push_back(static_cast<A>(w * scale));
-    };
     for (int64_t q = 0; q < out_size; ++q) {
-      begin.push_back(static_cast<int32_t>(offset.size()));
+      const int result = static_cast<int>(q % results);
       for (int64_t tap = 0; tap < g.kernel_size; ++tap) {
         const int64_t u = q + tap - g.padding;
         if (u < 0 || u >= axis.out) continue;
         const A w = axis.lower[u] == axis.upper[u] ? A(0) : upper_weight[u];
-        add(tap, axis.lower[u], A(1) - w);
-        add(tap, axis.upper[u], w);
+        const auto at = [&](int64_t source) { return tap * tap_stride + source * source_stride; };
+        add(results, at(axis.lower[u]), result, static_cast<A>((A(1) - w) * scale));
+        add(results, at(axis.upper[u]), result, static_cast<A>(w * scale));
       }
+      if (result == results - 1 || q == out_size - 1) end_group();
     }
-    check(offset.size() < (size_t{1} << 31), kOp, "size and kernel_size are too large");
-    begin.push_back(static_cast<int32_t>(offset.size()));
   }
+
+  // For every source, in groups of its taps: the outputs, which are a stride apart, that read them.
+  TapEntries(int results, const AdjointSampling& axis, const Geometry& g, int64_t out_size,
+             int64_t out_stride) {
+    const A* weights = static_cast<const A*>(axis.weight);
+    for (int64_t s = 0; s < axis.in; ++s)
+      for (int64_t tap = 0; tap < g.kernel_size; tap += results) {
+        for (int64_t q = axis.first[s] - tap - results + 1 + g.padding;
+             q < axis.first[s] + axis.count[s] - tap + g.padding; ++q)
+          for (int result = 0; result < results && tap + result < g.kernel_size; ++result) {
+            const int64_t i = q + tap + result - g.padding - axis.first[s];
+            if (q >= 0 && q < out_size && i >= 0 && i < axis.count[s])
+              add(results, q * out_stride, result, weights[axis.offset[s] + i]);
+          }
+        end_group();
+      }
+  }
+
   TapTable view() const { return {begin.data(), offset.data(), weight.data()}; }
 };
 
@@ -173,9 +203,9 @@ void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scale
     const Sampling x = tables.axis(level.taps.width, g.width, g.align_corners);
     const Image& image = level.taps;
     level.axis = channels_last ? y : x;
-    level.terms = channels_last ? entries.add(dtype, x, g, g.out_width(), level.tap_stride,
+    level.terms = channels_last ? entries.add(dtype, kPair, x, g, g.out_width(), level.tap_stride,
                                               image.stride_w, 1.0)
-                                : entries.add(dtype, y, g, g.out_height(), k * level.tap_stride,
+                                : entries.add(dtype, 1, y, g, g.out_height(), k * level.tap_stride,
                                               image.stride_h, level.scale);
     levels.push_back(level);
     elements += taps[i].numel();
@@ -212,6 +242,10 @@ void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tens
   level.adjoint_x = tables.adjoint_axis(level.taps.width, g.width, g.align_corners);
   for (int64_t s = 0; s < level.taps.height; ++s)
     level.ring_rows = std::max(level.ring_rows, level.adjoint_y.count[s] + g.kernel_size - 1);
+  EntryTables entries;
+  if (channels_last)
+    level.terms =
+        entries.add(dtype, kTaps, level.adjoint_x, g, g.out_width(), grad_output.stride(3));
   TapSum op = describe(grad_output, g);
   op.levels = &level;
   op.num_levels = 1;

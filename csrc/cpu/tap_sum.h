@@ -9,9 +9,13 @@
 
 namespace fastfuse {
 
-// The terms of every output position along one axis: output q is the sum over the entries
-// begin[q] <= e < begin[q + 1] of weight[e] times what stands at offset[e]. Taps that fall outside
-// have no entry: at borders there are fewer.
+// channels_last bodies make so many results of neighbours at once, from what they share: columns of
+// the output forward, taps along an axis backward.
+constexpr int kPair = 2, kTaps = 3;
+
+// The terms of groups of results along one axis: those of group g are the entries
+// begin[g] <= e < begin[g + 1], what stands at offset[e], times weight[e * results + r] for result
+// r of the group, 0 where it does not count. Taps that fall outside have no entry.
 struct TapTable {
   const int32_t* begin;
   const int64_t* offset;
@@ -23,9 +27,10 @@ struct TapLevel {
   Image taps;
   int64_t tap_stride;  // elements from a tap to the next
   double scale;
-  // Forward: with channels_last `axis` is y and `terms` go along x, else the other way round.
+  // Forward: with channels_last `axis` is y and `terms` go along x in pairs of columns, else the
+  // other way round, one by one. Backward, channels_last: along x, in groups of kTaps kx.
   Sampling axis;
-  TapTable terms;  // offsets in elements of the taps; contiguous ones have the scale in the weights
+  TapTable terms;  // offsets in elements; contiguous ones have the scale in the weights
   AdjointSampling adjoint_y, adjoint_x;  // backward
   int64_t ring_rows;  // backward, channels_last: rows of the gradient that one source row reads
 };

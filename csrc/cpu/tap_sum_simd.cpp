@@ -7,14 +7,12 @@
 
 #include "cpu/interpolate.h"
 #include "cpu/tap_sum.h"
+#include "cpu/tiles.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
 namespace FASTFUSE_ISA {
 namespace {
-
-FASTFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The output positions at which a tap falls inside the upsampled map.
 struct Range {
@@ -33,147 +31,69 @@ FASTFUSE_INLINE Range readers(const AdjointSampling& axis, int64_t s, int64_t ta
 }
 
 // ---- channels_last ---------------------------------------------------------------------------
-// A unit is a row of one tile: some channels (most often all) of some columns, so many that the
-// tile's ring fits the second-level cache. Within a tile rows are done from top to bottom.
+// A unit is a row, or a pair of rows, of one tile. Within a tile rows are done from top to bottom.
 
-constexpr int64_t kRingBytes = 512 << 10;
-constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
-constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
-
-// `columns` to be cut into tiles whose every column takes `column_bytes` per channel.
-struct Tiling {
-  int64_t channels, columns, channel_blocks, column_blocks;
-
-  Tiling(int64_t all_channels, int64_t all_columns, int64_t column_bytes, int64_t min_columns) {
-    channels = smaller(all_channels, kMaxChannels);
-    const auto fitting = [&] { return kRingBytes / (channels * column_bytes); };
-    while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
-      channels = larger(channels / 2, kMinChannels);
-    column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
-    columns = divided(all_columns, column_blocks);
-    channel_blocks = divided(all_channels, channels);
-  }
-  static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-  int64_t tiles() const { return channel_blocks * column_blocks; }
-};
-
-struct Tile {
-  int64_t n, c0, channels, x0, x1;
-  int64_t stride;  // of the buffers: channels in whole vectors
-};
-
-// Calls row(tile, y, whether it did y - 1 of the tile just before) for the units [begin, end).
-template <class A, class Do>
-FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_t all_columns,
-                              int64_t height, int64_t begin, int64_t end, Do row) {
-  while (begin < end) {
-    const int64_t line = begin / height, first = begin % height;
-    const int64_t last = smaller(first + end - begin, height);
-    const int64_t index = line % tiling.tiles();
-    Tile tile;
-    tile.n = line / tiling.tiles();
-    tile.c0 = index / tiling.column_blocks * tiling.channels;
-    tile.channels = smaller(tiling.channels, all_channels - tile.c0);
-    tile.stride = Tiling::divided(tile.channels, kLanes<A>) * kLanes<A>;
-    tile.x0 = smaller(index % tiling.column_blocks * tiling.columns, all_columns);
-    tile.x1 = smaller(tile.x0 + tiling.columns, all_columns);
-    for (int64_t y = first; y < last; ++y) row(tile, y, y > first);
-    begin += last - first;
-  }
-}
-
-template <int V>
-struct Count {
-  static constexpr int value = V;
-};
-
-// Calls part(Count<vectors>, first channel, load, store) over n channels, each of them once:
-// outputs may be added to.
-template <class A, bool Stream = false, class Part>
-FASTFUSE_INLINE void for_channels(int64_t n, Part part) {
-  constexpr int kVectors = 4;
-  constexpr int64_t lanes = kLanes<A>;
-  const auto whole_load = [](const auto* p) { return load(p); };
-  const auto whole_store = [](auto* p, auto v) {
-    if constexpr (Stream)
-      stream(p, v);
-    else
-      store(p, v);
-  };
-  int64_t c = 0;
-  for (; c + kVectors * lanes <= n; c += kVectors * lanes)
-    part(Count<kVectors>{}, c, whole_load, whole_store);
-  for (; c + lanes <= n; c += lanes) part(Count<1>{}, c, whole_load, whole_store);
-  if (c < n)
-    part(
-        Count<1>{}, c, [m = n - c](const auto* p) { return load_partial(p, m); },
-        [m = n - c](auto* p, auto v) { store_partial(p, v, m); });
-}
-
-// Hardware prefetchers stop at page ends, and a pixel of all taps is more than a page: the pixels
-// of the next row that correspond to position `x` of `size`, into the second-level cache.
-template <class S>
-FASTFUSE_INLINE void prefetch_below(const S* row, int64_t stride, int64_t pixels, int64_t x,
-                                    int64_t size, int64_t channels) {
-  for (int64_t i = x * pixels / size; i < (x + 1) * pixels / size; ++i)
-    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(S)))
-      __builtin_prefetch(row + i * stride + c, 0, 2);
-}
-
-// The same address, of which the compiler knows nothing: what is at constant distances from it is
-// addressed so, and not by an index register for each.
-template <class P>
-FASTFUSE_INLINE P opaque(P p) {
-  asm("" : "+r"(p));
-  return p;
-}
-
-// The sum of a table's entries for one position, of the values at p + offset.
-template <int V, class A, class S, class Load>
+// sum[r] += a table's entries for a position and result r, of the values at p + offset. Each is
+// loaded once; what does not count for a result is not added to it, not even times zero.
+template <int V, class A, int Results, class S, class Load>
 FASTFUSE_INLINE void add_entries(const TapTable& table, int64_t position, const S* p, Load load,
-                                 Vec<A>* sum) {
+                                 Vec<A> (*sum)[V], Count<Results>) {
   const A* weights = static_cast<const A*>(table.weight);
   for (int32_t e = table.begin[position]; e < table.begin[position + 1]; ++e) {
     const S* from = opaque(p + table.offset[e]);
-    for (int v = 0; v < V; ++v) sum[v] += weights[e] * load(from + v * kLanes<A>);
+    Vec<A> value[V];
+    for (int v = 0; v < V; ++v) value[v] = load(from + v * kLanes<A>);
+    for (int r = 0; r < Results; ++r)
+      if (const A weight = weights[e * Results + r]; weight != 0)
+        for (int v = 0; v < V; ++v) sum[r][v] += weight * value[v];
   }
 }
 
-// A row of a ring and the weight with which it counts.
-template <class A>
+// A row of a ring and the weights with which it counts for `Rows` results.
+template <class A, int Rows>
 struct Term {
   const A* row;
-  A weight;
+  A weight[Rows];
 };
 
-// sum += the terms at `offset`.
-template <int V, class A>
-FASTFUSE_INLINE void add_terms(const Term<A>* begin, const Term<A>* end, int64_t offset,
-                               Vec<A>* sum) {
-  for (const Term<A>* term = begin; term != end; ++term) {
+// sum[r] += the terms at `offset`, in the same way.
+template <int V, class A, int Rows>
+FASTFUSE_INLINE void add_terms(const Term<A, Rows>* begin, const Term<A, Rows>* end, int64_t offset,
+                               Vec<A> (*sum)[V]) {
+  for (const Term<A, Rows>* term = begin; term != end; ++term) {
     const A* from = opaque(term->row + offset);
-    for (int v = 0; v < V; ++v) sum[v] += term->weight * load(from + v * kLanes<A>);
+    Vec<A> value[V];
+    for (int v = 0; v < V; ++v) value[v] = load(from + v * kLanes<A>);
+    for (int r = 0; r < Rows; ++r)
+      if (term->weight[r] != 0)
+        for (int v = 0; v < V; ++v) sum[r][v] += term->weight[r] * value[v];
   }
 }
+
+// Output rows are made two at a time, which share most of the rows they are sums of: every row of
+// the ring is loaded once for both. Of a level and ky, two rows read up to four source rows.
+constexpr int64_t kSlots = 4;
 
 template <class A>
 Tiling forward_tiling(const TapSum& op) {
-  const int64_t rows = 2 * larger(op.num_levels, 1) * op.kernel_size;
-  return Tiling(op.channels, op.out.width, rows * sizeof(A), kMinColumns);
+  const int64_t rows = kSlots * larger(op.num_levels, 1) * op.kernel_size;
+  return Tiling(op.channels, op.out.width, rows * sizeof(A), kMinColumns, kPair);
 }
+
+int64_t forward_pairs(const TapSum& op) { return (op.out.height + kPair - 1) / kPair; }
 
 template <class A>
 int64_t forward_channels_last_units(const TapSum& op) {
-  return op.batch * forward_tiling<A>(op).tiles() * op.out.height;
+  return op.batch * forward_tiling<A>(op).tiles() * forward_pairs(op);
 }
 
-// Per level and ky two rows of the ring; the constants of a row; the terms.
+// The ring; the constants of two rows; the terms.
 template <class A>
 int64_t forward_channels_last_scratch(const TapSum& op) {
   const Tiling tiling = forward_tiling<A>(op);
-  const int64_t rows = 2 * op.num_levels * op.kernel_size;
-  const int64_t pixels = rows * tiling.columns + op.kernel_size + 2;
-  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A>);
+  const int64_t rows = kSlots * op.num_levels * op.kernel_size;
+  const int64_t pixels = rows * tiling.columns + kPair * (op.kernel_size + 2);
+  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A, kPair>);
 }
 
 // The bias and what the offsets add to the pixels of a row: a sum over the taps that fall inside.
@@ -227,69 +147,116 @@ struct RowConstants {
   }
 };
 
-// One row of a tile. The ring holds what row y - 1 left there if `continued`.
+// The source rows that a tap reads for two output rows, with their weights.
+template <class A>
+struct PairOfRows {
+  int64_t source[kSlots];
+  A weight[kSlots][kPair];
+  int64_t count = 0;
+
+  // `u` is where the tap falls in the upsampled map for the first of the two.
+  PairOfRows(const Sampling& axis, int64_t u, int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (u + r < 0 || u + r >= axis.out) continue;
+      const A upper = upper_weight(axis, u + r);
+      add(axis.lower[u + r], r, A(1) - upper);
+      if (upper > 0) add(axis.upper[u + r], r, upper);
+    }
+  }
+
+  static A upper_weight(const Sampling& axis, int64_t u) {
+    return axis.upper[u] > axis.lower[u] ? static_cast<const A*>(axis.weight)[u] : A(0);
+  }
+
+  // The last source row that the tap read for output rows up to the one that falls on `u`.
+  static int64_t last(const Sampling& axis, int64_t u) {
+    if (u < 0) return -1;
+    return upper_weight(axis, u) > 0 ? axis.upper[u] : axis.lower[u];
+  }
+
+ private:
+  void add(int64_t row, int64_t r, A w) {
+    int64_t i = 0;
+    while (i < count && source[i] != row) ++i;
+    if (i == count) {
+      source[count++] = row;
+      weight[i][0] = weight[i][1] = 0;
+    }
+    weight[i][r] += w;
+  }
+};
+
+// Two rows of a tile, from `y` on. The ring holds what the two before left there if `continued`.
 template <class S, bool Stream>
-FASTFUSE_INLINE void sum_row(const TapSum& op, const Tile& tile, int64_t y, bool continued,
-                             void* scratch) {
+FASTFUSE_INLINE void sum_rows(const TapSum& op, const Tile& tile, int64_t y, bool continued,
+                              void* scratch) {
   using A = compute_t<S>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t k = op.kernel_size, length = (tile.x1 - tile.x0) * tile.stride;
-  A* slot = static_cast<A*>(scratch);  // [level][ky][parity of the source row][x][stride]
-  A* const constants = slot + 2 * op.num_levels * k * length;
-  Term<A>* const terms = reinterpret_cast<Term<A>*>(constants + (k + 2) * tile.stride);
-  Term<A>* end = terms;
+  const int64_t rows = smaller(kPair, op.out.height - y);
+  const int64_t columns = (tile.x1 - tile.x0 + 1) / kPair * kPair;
+  const int64_t k = op.kernel_size, length = columns * tile.stride;
+  A* slots = static_cast<A*>(scratch);  // [level][ky][slot][x][stride]
+  A* const constants = slots + kSlots * op.num_levels * k * length;
+  auto* const terms = reinterpret_cast<Term<A, kPair>*>(constants + kPair * (k + 2) * tile.stride);
+  Term<A, kPair>* end = terms;
 
   for (int64_t i = 0; i < op.num_levels; ++i) {
     const TapLevel& level = op.levels[i];
     const Image& taps = level.taps;
-    const Sampling& axis = level.axis;
-    const A* weights = static_cast<const A*>(axis.weight);
     const S* from = static_cast<const S*>(taps.data) + tile.n * taps.stride_n + tile.c0;
     const A scale = static_cast<A>(level.scale);
-    for (int64_t ky = 0; ky < k; ++ky, slot += 2 * length) {
-      const int64_t u = y + ky - op.padding;  // where the tap falls in the upsampled map
-      if (u < 0 || u >= op.height) continue;
-      const auto use = [&](int64_t source, A weight) {
-        A* to = slot + (source & 1) * length;
-        *end++ = {to, weight * scale};
-        if (continued && u > 0 &&
-            (source == axis.lower[u - 1] || (source == axis.upper[u - 1] && weights[u - 1] > 0)))
-          return;  // made for row y - 1
+    // Where source rows are skipped, no two pairs share one, and slots are given out in order.
+    const bool dense = taps.height <= op.height;
+    for (int64_t ky = 0; ky < k; ++ky, slots += kSlots * length) {
+      const int64_t u = y + ky - op.padding;
+      const PairOfRows<A> pair(level.axis, u, rows);
+      const int64_t made =
+          dense && continued && u <= op.height ? PairOfRows<A>::last(level.axis, u - 1) : -1;
+      for (int64_t j = 0; j < pair.count; ++j) {
+        const int64_t source = pair.source[j];
+        A* to = slots + (dense ? source % kSlots : j) * length;
+        *end++ = {to, {pair.weight[j][0] * scale, pair.weight[j][1] * scale}};
+        if (source <= made) continue;
         const S* row = from + source * taps.stride_h + ky * k * level.tap_stride;
         const bool more = source + 1 < taps.height;
-        for (int64_t x = tile.x0; x < tile.x1; ++x, to += tile.stride) {
+        for (int64_t x = tile.x0; x < tile.x1; x += kPair, to += kPair * tile.stride) {
           for (int64_t kx = 0; more && kx < k; ++kx)
             prefetch_below(row + taps.stride_h + kx * level.tap_stride, taps.stride_w, taps.width,
-                           x, op.out.width, tile.channels);
+                           x / kPair, (op.out.width + 1) / kPair, tile.channels);
           for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
             constexpr int V = decltype(vectors)::value;
-            Vec<A> sum[V] = {};
-            add_entries<V, A>(level.terms, x, row + c, load, sum);
-            for (int v = 0; v < V; ++v) store(to + c + v * lanes, sum[v]);
+            Vec<A> sum[kPair][V] = {};
+            add_entries<V, A>(level.terms, x / kPair, row + c, load, sum, Count<kPair>{});
+            for (int r = 0; r < kPair; ++r)
+              for (int v = 0; v < V; ++v) store(to + r * tile.stride + c + v * lanes, sum[r][v]);
           });
         }
-      };
-      const A weight = axis.upper[u] > axis.lower[u] ? weights[u] : A(0);
-      use(axis.lower[u], A(1) - weight);
-      if (weight > 0) use(axis.upper[u], weight);
+      }
     }
   }
 
   S* out = static_cast<S*>(op.out.data) + tile.n * op.out.stride_n + y * op.out.stride_h +
            tile.x0 * op.out.stride_w + tile.c0;
-  const RowConstants<A> start(op, tile, y, constants);
+  const RowConstants<A> start[kPair] = {
+      {op, tile, y, constants},
+      {op, tile, smaller(y + 1, op.out.height - 1), constants + (k + 2) * tile.stride}};
   const A base_scale = static_cast<A>(op.base_scale);
   int64_t offset = 0;
   for (int64_t x = tile.x0; x < tile.x1; ++x, offset += tile.stride, out += op.out.stride_w) {
-    const A* constant = start.at(x);
+    const A* constant[kPair] = {start[0].at(x), start[1].at(x)};
     for_channels<A, Stream>(tile.channels, [&](auto vectors, int64_t c, auto load, auto store) {
       constexpr int V = decltype(vectors)::value;
-      Vec<A> sum[V];
-      for (int v = 0; v < V; ++v) sum[v] = fastfuse::load(constant + c + v * lanes);
-      if (op.accumulate)
-        for (int v = 0; v < V; ++v) sum[v] += base_scale * load(out + c + v * lanes);
-      add_terms<V, A>(terms, end, offset + c, sum);
-      for (int v = 0; v < V; ++v) store(out + c + v * lanes, sum[v]);
+      Vec<A> sum[kPair][V] = {};
+      for (int r = 0; r < kPair; ++r) {
+        for (int v = 0; v < V; ++v) sum[r][v] = fastfuse::load(constant[r] + c + v * lanes);
+        if (op.accumulate && r < rows)
+          for (int v = 0; v < V; ++v)
+            sum[r][v] += base_scale * load(out + r * op.out.stride_h + c + v * lanes);
+      }
+      add_terms<V>(terms, end, offset + c, sum);
+      for (int r = 0; r < kPair; ++r)
+        if (r < rows)
+          for (int v = 0; v < V; ++v) store(out + r * op.out.stride_h + c + v * lanes, sum[r][v]);
     });
   }
 }
@@ -297,18 +264,21 @@ FASTFUSE_INLINE void sum_row(const TapSum& op, const Tile& tile, int64_t y, bool
 template <class S, bool Stream>
 void forward_channels_last(const TapSum& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
-  for_rows<A>(forward_tiling<A>(op), op.channels, op.out.width, op.out.height, begin, end,
-              [&](const Tile& tile, int64_t y, bool continued) {
-                sum_row<S, Stream>(op, tile, y, continued, scratch);
+  for_rows<A>(forward_tiling<A>(op), op.channels, op.out.width, forward_pairs(op), begin, end,
+              [&](const Tile& tile, int64_t pair, bool continued) {
+                sum_rows<S, Stream>(op, tile, pair * kPair, continued, scratch);
               });
 }
+
+// Taps are gathered kTaps at a time along each axis: every value is loaded once for all of them.
+int64_t padded_taps(const TapSum& op) { return (op.kernel_size + kTaps - 1) / kTaps * kTaps; }
 
 template <class A>
 Tiling backward_tiling(const TapSum& op) {
   const TapLevel& level = op.levels[0];
   const int64_t min_columns = kMinColumns * level.taps.width / op.out.width;
-  return Tiling(op.channels, level.taps.width, level.ring_rows * op.kernel_size * sizeof(A),
-                larger(min_columns, 1));
+  return Tiling(op.channels, level.taps.width, level.ring_rows * padded_taps(op) * sizeof(A),
+                larger(min_columns, 1), 1);
 }
 
 template <class A>
@@ -320,8 +290,8 @@ template <class A>
 int64_t backward_channels_last_scratch(const TapSum& op) {
   const Tiling tiling = backward_tiling<A>(op);
   const int64_t rows = op.levels[0].ring_rows;
-  const int64_t pixels = rows * op.kernel_size * tiling.columns;
-  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A>);
+  const int64_t pixels = rows * padded_taps(op) * tiling.columns;
+  return pixels * (tiling.channels + kLanes<A>)*sizeof(A) + rows * sizeof(Term<A, kTaps>);
 }
 
 // One source row of a tile. The ring holds the gradient's rows reduced along x for every kx, up to
@@ -333,12 +303,13 @@ FASTFUSE_INLINE void gather_row(const TapSum& op, const Tile& tile, int64_t s, b
   constexpr int64_t lanes = kLanes<A>;
   const TapLevel& level = op.levels[0];
   const Image &out = op.out, &taps = level.taps;
-  const AdjointSampling &along_y = level.adjoint_y, &along_x = level.adjoint_x;
-  const int64_t k = op.kernel_size, length = k * (tile.x1 - tile.x0) * tile.stride;
+  const AdjointSampling& along_y = level.adjoint_y;
+  const int64_t k = op.kernel_size, groups = (k + kTaps - 1) / kTaps;
+  const int64_t padded_k = groups * kTaps, length = padded_k * (tile.x1 - tile.x0) * tile.stride;
   const S* from = static_cast<const S*>(out.data) + tile.n * out.stride_n + tile.c0;
   S* to = static_cast<S*>(taps.data) + tile.n * taps.stride_n + s * taps.stride_h + tile.c0;
-  A* const ring = static_cast<A*>(scratch);  // [gradient's row % ring_rows][x][kx][stride]
-  Term<A>* const terms = reinterpret_cast<Term<A>*>(ring + level.ring_rows * length);
+  A* const ring = static_cast<A*>(scratch);  // [gradient's row % ring_rows][x][padded kx][stride]
+  auto* const terms = reinterpret_cast<Term<A, kTaps>*>(ring + level.ring_rows * length);
 
   // The rows of the gradient that any tap of a source row reads.
   const auto rows_of = [&](int64_t source) {
@@ -351,45 +322,50 @@ FASTFUSE_INLINE void gather_row(const TapSum& op, const Tile& tile, int64_t s, b
     const S* gradient = from + y * out.stride_h;
     A* column = ring + y % level.ring_rows * length;
     for (int64_t x = tile.x0; x < tile.x1; ++x) {
-      const A* weights = static_cast<const A*>(along_x.weight) + along_x.offset[x];
       if (y + 1 < out.height)
         prefetch_below(gradient + out.stride_h, out.stride_w, out.width, x, taps.width,
                        tile.channels);
-      for (int64_t kx = 0; kx < k; ++kx, column += tile.stride) {
-        const Range xs = readers(along_x, x, kx, op.padding, out.width);
-        const S* first = gradient + (along_x.first[x] + op.padding - kx) * out.stride_w;
+      for (int64_t kx = 0; kx < k; kx += kTaps, column += kTaps * tile.stride)
         for_channels<A>(tile.channels, [&](auto vectors, int64_t c, auto load, auto) {
           constexpr int V = decltype(vectors)::value;
-          Vec<A> sum[V] = {};
-          const S* pixel = first + xs.begin * out.stride_w + c;
-          for (int64_t i = xs.begin; i < xs.end; ++i, pixel += out.stride_w) {
-            const S* from = opaque(pixel);
-            for (int v = 0; v < V; ++v) sum[v] += weights[i] * load(from + v * lanes);
-          }
-          for (int v = 0; v < V; ++v) store(column + c + v * lanes, sum[v]);
+          Vec<A> sum[kTaps][V] = {};
+          add_entries<V, A>(level.terms, x * groups + kx / kTaps, gradient + c, load, sum,
+                            Count<kTaps>{});
+          for (int r = 0; r < kTaps; ++r)
+            for (int v = 0; v < V; ++v) store(column + r * tile.stride + c + v * lanes, sum[r][v]);
         });
-      }
     }
   }
 
   const A* weights = static_cast<const A*>(along_y.weight) + along_y.offset[s];
   const A scale = static_cast<A>(level.scale);
-  for (int64_t ky = 0; ky < k; ++ky) {
-    const Range ys = readers(along_y, s, ky, op.padding, out.height);
-    Term<A>* end = terms;
-    for (int64_t i = ys.begin; i < ys.end; ++i) {
-      const int64_t y = along_y.first[s] + i - ky + op.padding;
-      *end++ = {ring + y % level.ring_rows * length, weights[i] * scale};
+  for (int64_t ky0 = 0; ky0 < k; ky0 += kTaps) {
+    const int64_t group = smaller(kTaps, k - ky0);
+    Term<A, kTaps>* end = terms;
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      Term<A, kTaps> term = {ring + y % level.ring_rows * length, {}};
+      bool counts = false;
+      for (int64_t r = 0; r < group; ++r) {
+        const int64_t i = y + ky0 + r - op.padding - along_y.first[s];
+        if (i < 0 || i >= along_y.count[s]) continue;
+        term.weight[r] = weights[i] * scale;
+        counts = true;
+      }
+      if (counts) *end++ = term;
     }
     int64_t offset = 0;
     for (int64_t x = tile.x0; x < tile.x1; ++x)
-      for (int64_t kx = 0; kx < k; ++kx, offset += tile.stride) {
-        S* tap = to + x * taps.stride_w + (ky * k + kx) * level.tap_stride;
+      for (int64_t kx = 0; kx < padded_k; ++kx, offset += tile.stride) {
+        if (kx >= k) continue;
+        S* tap = to + x * taps.stride_w + (ky0 * k + kx) * level.tap_stride;
         for_channels<A, Stream>(tile.channels, [&](auto vectors, int64_t c, auto, auto store) {
           constexpr int V = decltype(vectors)::value;
-          Vec<A> sum[V] = {};
-          add_terms<V, A>(terms, end, offset + c, sum);
-          for (int v = 0; v < V; ++v) store(tap + c + v * lanes, sum[v]);
+          Vec<A> sum[kTaps][V] = {};
+          add_terms<V>(terms, end, offset + c, sum);
+          for (int r = 0; r < kTaps; ++r)
+            if (r < group)
+              for (int v = 0; v < V; ++v)
+                store(tap + r * k * level.tap_stride + c + v * lanes, sum[r][v]);
         });
       }
   }
@@ -471,9 +447,9 @@ void forward_contiguous(const TapSum& op, int64_t begin, int64_t end, void* scra
                         kx * level.tap_stride;
         A* row = same_width ? wide : narrow;
         for_each_vector<A>(taps.width, [&](int64_t x, auto load, auto store) {
-          Vec<A> value[1] = {};
-          add_entries<1, A>(level.terms, y, from + x, load, value);
-          store(row + x, value[0]);
+          Vec<A> value[1][1] = {};
+          add_entries<1, A>(level.terms, y, from + x, load, value, Count<1>{});
+          store(row + x, value[0][0]);
         });
         if (!same_width) widen_row(narrow, level.axis, wide);
         for (int64_t x = 0; x < 2 * lanes; ++x) wide[op.width + x] = 0;  // add_to goes further

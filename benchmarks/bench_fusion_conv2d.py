@@ -1,0 +1,266 @@
+"""fusion_conv2d against upsampling, concatenating and convolving.
+
+Rivals, all at their best: random inputs, fresh results, both memory formats (the weight in that of
+the inputs), no interpolation where sizes agree, and neither mean nor std nor bias, which cost
+fastfuse nothing and eager a pass.
+
+- eager: upsample -> concat -> ``F.conv2d``.
+- compiled: ``torch.compile`` of eager, compiled before the clock starts.
+
+Quick runs measure UPerNet's fusion and PSPNet's, the latter forward only. On CPUs they leave out
+what takes longest: both layouts and compiled (in its faster layout) are measured forward in float32
+alone, memory forward alone; everything else in the faster layout. What bounds the op is the GEMM:
+memory regimes other than fresh are left to full runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Variant, compare, count_flops, current_regime
+from peak_memory import peak_extra_memory
+from torch import Tensor
+
+import fastfuse
+from fastfuse.ops.layout import memory_format
+from fastfuse.tolerances import tolerance
+
+OP = "fusion_conv2d"
+FORWARD, BOTH = "forward", "forward + backward"
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
+
+Shape = tuple[int, int, int]  # (C, H, W) of one level
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Levels, the first of the target's size, to ``out_channels`` by a k x k convolution."""
+
+    levels: tuple[Shape, ...]
+    out_channels: int
+    kernel_size: int = 3
+    batch: int = 1
+
+    @property
+    def products(self) -> int:
+        """That an output sums."""
+        return self.kernel_size**2 * sum(c for c, _, _ in self.levels)
+
+
+def _pyramid(channels: int, height: int, width: int, levels: int = 4) -> tuple[Shape, ...]:
+    """Levels at 1, 1/2, 1/4, ... of a size, rounded up, as strided convolutions make them."""
+    return tuple((channels, -(-height >> i), -(-width >> i)) for i in range(levels))
+
+
+POOLED = tuple((512, n, n) for n in (1, 2, 3, 6))
+SHAPES: dict[str, Fusion] = {
+    "UPer fusion": Fusion(_pyramid(512, 128, 128), 512),
+    "PSP fusion": Fusion(((2048, 64, 64), *POOLED), 512),
+    "UPer pooling": Fusion(((768, 16, 16), *POOLED), 512),
+    "SegFormer": Fusion(_pyramid(768, 128, 128), 768, kernel_size=1),
+    "96x160": Fusion(_pyramid(512, 96, 160), 512),
+    "odd sizes": Fusion(_pyramid(256, 90, 121), 256),
+    "batch 4": Fusion(_pyramid(256, 64, 64), 256, batch=4),
+}
+MAIN = tuple(SHAPES)
+GROWTH = {
+    f"4 x 256 from {side}x{side}": Fusion(_pyramid(256, side, side), 256)
+    for side in (64, 96, 128, 192, 256)
+}
+SHAPES |= GROWTH
+SHAPES["tiny"] = Fusion(_pyramid(8, 4, 4, levels=2), 8)
+DTYPES = ("float32", "bfloat16")
+DETAILED = "UPer fusion"  # its memory is measured, and in quick runs its backward
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape, dtype and mode; ``ours`` are fastfuse's layouts, ``rivals`` (name, layout)."""
+
+    shape: str
+    dtype: str
+    mode: str
+    rivals: tuple[tuple[str, str], ...] = ()
+    ours: tuple[str, ...] = LAYOUTS
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.dtype}, {self.mode}"
+
+
+def cells(quick: bool, regime: str, device: str) -> list[Cell]:
+    if quick and regime != "fresh":
+        return []
+    if quick:
+        found = [_quick(DETAILED, d, m, device) for m in (FORWARD, BOTH) for d in DTYPES]
+        found += [_quick("PSP fusion", dtype, FORWARD, device) for dtype in DTYPES]
+    else:
+        shapes = MAIN if regime == "fresh" else (DETAILED,)
+        rivals = tuple((name, layout) for name in ("eager", "compiled") for layout in LAYOUTS)
+        found = [Cell(s, d, m, rivals) for s in shapes for d in DTYPES for m in (FORWARD, BOTH)]
+    if regime == "fresh":
+        found += [] if quick else [Cell(shape, "float32", FORWARD) for shape in GROWTH]
+        tiny = (("eager", CONTIGUOUS),)
+        found += [Cell("tiny", "float32", m, tiny, (CONTIGUOUS,)) for m in (FORWARD, BOTH)]
+    return found
+
+
+def _quick(shape: str, dtype: str, mode: str, device: str) -> Cell:
+    faster = CHANNELS_LAST if dtype == "float32" or device == "cuda" else CONTIGUOUS
+    both = tuple(("eager", layout) for layout in LAYOUTS)
+    detailed = shape == DETAILED and mode == FORWARD
+    if detailed and (dtype == "float32" or device == "cuda"):
+        return Cell(shape, dtype, mode, (*both, ("compiled", faster)))
+    if device == "cuda":
+        return Cell(shape, dtype, mode, both)
+    return Cell(shape, dtype, mode, (("eager", faster),), (CHANNELS_LAST,))
+
+
+def _fastfuse(features: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return fastfuse.fusion_conv2d(features, weight)
+
+
+def _eager(features: Sequence[Tensor], weight: Tensor) -> Tensor:
+    size = features[0].shape[2:]
+    upsampled = torch.cat([_upsample(x, size) for x in features], dim=1)
+    return F.conv2d(upsampled, weight, padding=weight.shape[2] // 2)
+
+
+def _upsample(x: Tensor, size: torch.Size) -> Tensor:
+    if x.shape[2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def build(
+    name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
+) -> Callable[[], Any]:
+    """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
+    generator = torch.Generator().manual_seed(0)
+    format_ = memory_format(layout == CHANNELS_LAST)
+
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(size, generator=generator) * scale
+        return x.to(device, getattr(torch, dtype)).contiguous(memory_format=format_)
+
+    fusion = SHAPES[shape]
+    k, channels = fusion.kernel_size, sum(c for c, _, _ in fusion.levels)
+    features = [random(fusion.batch, *level) for level in fusion.levels]
+    weight = random(fusion.out_channels, channels, k, k, scale=fusion.products**-0.5)
+    function = _fastfuse if name == "fastfuse" else _eager
+    if name == "compiled":
+        function = torch.compile(_eager, dynamic=False)
+
+    if mode == FORWARD:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(features, weight)
+
+        return forward
+
+    grad_output = random(fusion.batch, fusion.out_channels, *fusion.levels[0][1:])
+    leaves = [x.requires_grad_() for x in (*features, weight)]
+
+    def both() -> tuple[Tensor, ...]:
+        output = function(features, weight)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+    return both
+
+
+def moved_bytes(shape: str, dtype: str, mode: str) -> int:
+    """Levels and weight read once and the output written once; backward the same the other way."""
+    fusion = SHAPES[shape]
+    height, width = fusion.levels[0][1:]
+    values = fusion.products * fusion.out_channels
+    values += fusion.batch * sum(c * h * w for c, h, w in fusion.levels)
+    values += fusion.batch * fusion.out_channels * height * width
+    return values * getattr(torch, dtype).itemsize * (1 if mode == FORWARD else 2)
+
+
+def _tolerances(cell: Cell, device: str) -> list[float]:
+    """Of the output and the gradients of the levels and of the weight.
+
+    In float32 the roundings of long sums partly cancel: they grow with the fourth root of the
+    products. In bfloat16 both ways sum in float32, and round levels, taps and results; but on GPUs
+    eager's gradient of upsampling is summed in bfloat16, over the pixels that read a level's.
+    """
+    fusion, dtype = SHAPES[cell.shape], getattr(torch, cell.dtype)
+    pixels = fusion.levels[0][1] * fusion.levels[0][2]
+    ratios = [max(1.0, pixels / (h * w)) for _, h, w in fusion.levels]
+    if cell.dtype == "float32":
+        read = fusion.kernel_size**2 * fusion.out_channels
+        counts = [fusion.products, *(4 * r * read for r in ratios), fusion.batch * pixels]
+        found = [tolerance(dtype, roundings=2, reduction=count**0.5) for count in counts]
+    else:
+        rounded = [1.0, *(r if device == "cuda" else 1.0 for r in ratios), 1.0]
+        found = [tolerance(dtype, roundings=4, reduction=r) for r in rounded]
+    return found[:1] if cell.mode == FORWARD else found
+
+
+def _variants(cell: Cell, device: str) -> list[Variant]:
+    def variant(name: str, layout: str, **more: Any) -> Variant:
+        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
+        return Variant(name, call, layout, **more)
+
+    variants = [variant("fastfuse", layout, rival=False) for layout in cell.ours]
+    for name, layout in cell.rivals:
+        variants.append(variant(name, layout, optional=name == "compiled"))
+    if not cell.rivals:
+        variants.append(variant("eager", CHANNELS_LAST, timed=False))
+    return variants
+
+
+def _flops(cell: Cell, device: str) -> dict[str, int]:
+    def count(name: str) -> int:
+        arguments = (name, CHANNELS_LAST, cell.shape, cell.dtype, cell.mode, device)
+        return count_flops(lambda: build(*arguments))
+
+    eager = count("eager")
+    return {"fastfuse": count("fastfuse"), "eager": eager, "compiled": eager}
+
+
+def test_fusion_conv2d(
+    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
+) -> None:
+    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
+
+    def memory(variants: Sequence[Variant]) -> list[int | None]:
+        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
+        known = [v for v in variants if v.name != "compiled"]
+        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
+        target, tiny = f"{__name__}:build", {"shape": "tiny"}
+        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
+        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
+        return [by_title.get(v.title) for v in variants]
+
+    measures_memory = cell.shape == DETAILED and current_regime() == "fresh"
+    measures_memory = measures_memory and (not quick or cell.mode == FORWARD)
+    info = compare(
+        benchmark,
+        _variants(cell, device),
+        info={
+            "op": OP,
+            "shape": cell.shape,
+            "levels": SHAPES[cell.shape].levels,
+            "dtype": cell.dtype,
+            "mode": cell.mode,
+            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
+        },
+        tolerances=_tolerances(cell, device),
+        budget_s=1 if tiny else 4 if quick else 15,
+        min_rounds=3,
+        max_rounds=2000 if tiny else 20,
+        device=device,
+        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
+        flops=None if tiny else _flops(cell, device),
+        host=tiny,
+        memory=memory if measures_memory else None,
+        progress=progress,
+    )
+    assert info["variants"]

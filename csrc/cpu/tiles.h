@@ -1,0 +1,108 @@
+// Tiles of channels_last images whose working rows fit the second-level cache, for vector bodies.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace fastfuse {
+namespace {
+
+FASTFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t kRingBytes = 768 << 10;
+constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
+constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
+
+// `columns` to be cut into tiles whose every column takes `column_bytes` per channel.
+struct Tiling {
+  int64_t channels, columns, channel_blocks, column_blocks;
+
+  // Tiles are a multiple of columns wide.
+  Tiling(int64_t all_channels, int64_t all_columns, int64_t column_bytes, int64_t min_columns,
+         int64_t multiple) {
+    channels = smaller(all_channels, kMaxChannels);
+    const auto fitting = [&] { return kRingBytes / (channels * column_bytes); };
+    while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
+      channels = larger(channels / 2, kMinChannels);
+    column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
+    columns = divided(divided(all_columns, column_blocks), multiple) * multiple;
+    column_blocks = divided(all_columns, columns);
+    channel_blocks = divided(all_channels, channels);
+  }
+  static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+  int64_t tiles() const { return channel_blocks * column_blocks; }
+};
+
+struct Tile {
+  int64_t n, c0, channels, x0, x1;
+  int64_t stride;  // of the buffers: channels in whole vectors
+};
+
+// Calls row(tile, y, whether it did y - 1 of the tile just before) for the units [begin, end).
+template <class A, class Do>
+FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_t all_columns,
+                              int64_t height, int64_t begin, int64_t end, Do row) {
+  while (begin < end) {
+    const int64_t line = begin / height, first = begin % height;
+    const int64_t last = smaller(first + end - begin, height);
+    const int64_t index = line % tiling.tiles();
+    Tile tile;
+    tile.n = line / tiling.tiles();
+    tile.c0 = index / tiling.column_blocks * tiling.channels;
+    tile.channels = smaller(tiling.channels, all_channels - tile.c0);
+    tile.stride = Tiling::divided(tile.channels, kLanes<A>) * kLanes<A>;
+    tile.x0 = smaller(index % tiling.column_blocks * tiling.columns, all_columns);
+    tile.x1 = smaller(tile.x0 + tiling.columns, all_columns);
+    for (int64_t y = first; y < last; ++y) row(tile, y, y > first);
+    begin += last - first;
+  }
+}
+
+template <int V>
+struct Count {
+  static constexpr int value = V;
+};
+
+// Calls part(Count<vectors>, first channel, load, store) over n channels, each of them once:
+// outputs may be added to.
+template <class A, bool Stream = false, class Part>
+FASTFUSE_INLINE void for_channels(int64_t n, Part part) {
+  constexpr int kVectors = 4;
+  constexpr int64_t lanes = kLanes<A>;
+  const auto whole_load = [](const auto* p) { return load(p); };
+  const auto whole_store = [](auto* p, auto v) {
+    if constexpr (Stream)
+      stream(p, v);
+    else
+      store(p, v);
+  };
+  int64_t c = 0;
+  for (; c + kVectors * lanes <= n; c += kVectors * lanes)
+    part(Count<kVectors>{}, c, whole_load, whole_store);
+  for (; c + lanes <= n; c += lanes) part(Count<1>{}, c, whole_load, whole_store);
+  if (c < n)
+    part(
+        Count<1>{}, c, [m = n - c](const auto* p) { return load_partial(p, m); },
+        [m = n - c](auto* p, auto v) { store_partial(p, v, m); });
+}
+
+// Hardware prefetchers stop at page ends, and a pixel of all taps is more than a page: the pixels
+// of the next row that correspond to position `x` of `size`, into the second-level cache.
+template <class S>
+FASTFUSE_INLINE void prefetch_below(const S* row, int64_t stride, int64_t pixels, int64_t x,
+                                    int64_t size, int64_t channels) {
+  for (int64_t i = x * pixels / size; i < (x + 1) * pixels / size; ++i)
+    for (int64_t c = 0; c < channels; c += 64 / static_cast<int64_t>(sizeof(S)))
+      __builtin_prefetch(row + i * stride + c, 0, 2);
+}
+
+// The same address, of which the compiler knows nothing: what is at constant distances from it is
+// addressed so, and not by an index register for each.
+template <class P>
+FASTFUSE_INLINE P opaque(P p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+}  // namespace
+}  // namespace fastfuse
