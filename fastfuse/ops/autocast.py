@@ -33,6 +33,6 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which what was cast stays as it is."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    if _autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

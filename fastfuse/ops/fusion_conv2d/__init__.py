@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
@@ -26,6 +27,11 @@ from fastfuse.ops.layout import is_channels_last
 __all__ = ["OPERATION", "fusion_conv2d"]
 
 NAME = "fusion_conv2d"
+
+# Multiply-adds at the target's resolution below which a call on the CPU is bound by its overhead
+# and runs as its definition says. Not while compiling, where the question would become a condition
+# on the sizes.
+LITTLE_WORK = 4_000_000
 
 
 def fusion_conv2d(
@@ -97,7 +103,11 @@ def fusion_conv2d(
     check_convolved_size(NAME, (height, width), weight.shape[2], padding)
     mean = check_constants(NAME, "mean", mean, features)
     std = check_constants(NAME, "std", std, features, positive=True)
-    if select(OPERATION, features[0]) == "reference":
+    work = weight.numel() * features[0].shape[0] * height * width
+    little = features[0].device.type == "cpu" and (
+        not torch.compiler.is_compiling() and work < LITTLE_WORK
+    )
+    if select(OPERATION, features[0]) == "reference" or little:
         with without_autocast(features[0].device.type):
             return reference(
                 features, weight, bias, (height, width), mean, std, padding, align_corners

@@ -100,7 +100,9 @@ def _inside(tap: int, padding: int, size: int, out_size: int) -> tuple[int, int]
     return min(max(padding - tap, 0), out_size), max(min(size + padding - tap, out_size), 0)
 
 
-def _sums_inside(x: Tensor, dim: int, size: int, kernel_size: int, padding: int) -> list[Tensor]:
+def _sums_inside(
+    x: Tensor, dim: int, size: int, kernel_size: int, padding: int, dtype: torch.dtype
+) -> list[Tensor]:
     """For every tap along an axis the sum over ``dim``, which goes, of where it falls inside.
 
     The middle, which all taps share, is summed once; nothing is subtracted.
@@ -109,15 +111,15 @@ def _sums_inside(x: Tensor, dim: int, size: int, kernel_size: int, padding: int)
     ranges = [_inside(tap, padding, size, out_size) for tap in range(kernel_size)]
     first, end = max(r[0] for r in ranges), min(r[1] for r in ranges)
     if first >= end:
-        return [x.narrow(dim, a, max(b - a, 0)).sum(dim) for a, b in ranges]
-    middle = x.narrow(dim, first, end - first).sum(dim)
+        return [x.narrow(dim, a, max(b - a, 0)).sum(dim, dtype=dtype) for a, b in ranges]
+    middle = x.narrow(dim, first, end - first).sum(dim, dtype=dtype)
     sums = []
     for a, b in ranges:
         total = middle
         if a < first:
-            total = total + x.narrow(dim, a, first - a).sum(dim)
+            total = total + x.narrow(dim, a, first - a).sum(dim, dtype=dtype)
         if end < b:
-            total = total + x.narrow(dim, end, b - end).sum(dim)
+            total = total + x.narrow(dim, end, b - end).sum(dim, dtype=dtype)
         sums.append(total)
     return sums
 
@@ -130,9 +132,9 @@ def offsets_gradient(
     Every offset is added wherever its tap falls inside: its gradient is the sum over there.
     """
     wide = torch.promote_types(grad_output.dtype, torch.float32)
-    columns = _sums_inside(grad_output.to(wide), 3, width, kernel_size, padding)
+    columns = _sums_inside(grad_output, 3, width, kernel_size, padding, wide)
     by_kx = torch.stack([c.sum(0) for c in columns])  # (kx, C, H)
-    by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding)
+    by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding, wide)
     return torch.stack(by_ky).flatten()  # (ky, kx, C)
 
 

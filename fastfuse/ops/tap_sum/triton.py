@@ -28,6 +28,8 @@ __all__ = ["backward", "backward_into", "forward", "forward_into"]
 
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
+# Three programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
+MAX_REGISTERS = 168
 VECTOR_BYTES = 16  # the widest access of one thread
 SPECIALIZED_MULTIPLE = 16  # Triton knows of an integer that it is a multiple of 16, or nothing
 # Output rows of one program where every level at least doubles its height: four of them read three
@@ -150,7 +152,7 @@ def _forward_kernel(
     offsets,  # one value per channel of taps, or None
     bias,  # one value per channel, or None
     channels, out_height, out_width, height, width,
-    kernel_size,  # not a constant: loops over taps that the compiler unrolls take all registers
+    kernel_size,  # not a constant: unrolled, the loops over taps would take all registers
     padding, stride_n, stride_c, stride_h, stride_w,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # one value per level
     ACCUMULATE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
@@ -168,9 +170,9 @@ def _forward_kernel(
     out_offset = (x.to(tl.int64) * stride_w)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
 
     # Start from what is there.
-    totals = ()
+    totals = (tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE),) * RUN
     for run in tl.static_range(RUN):
-        total = tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE)
+        total = totals[0]
         if ACCUMULATE:
             row = tl.minimum(y + run, out_height - 1)
             start = out + row.to(tl.int64) * stride_h
@@ -180,7 +182,7 @@ def _forward_kernel(
         if bias is not None:
             pointer = bias + tl.broadcast_to(channel[None, :], inside.shape)
             total += tl.load(pointer, mask=inside, other=0.0).to(DTYPE)
-        totals = totals + (total,)
+        totals = totals[1:] + (total,)
 
     # Add the taps.
     if offsets is not None:
@@ -230,15 +232,16 @@ def _backward_kernel(
     totals = (zeros,) * KERNEL_SIZE
     for group in range(0, last_y - first_y + 1, READERS):
         # The rows of this group: where they are, how wide, and what they weigh.
-        row_offsets, row_widths, row_weights = (), (), ()
+        none_yet = (0,) * READERS
+        row_offsets, row_widths, row_weights = none_yet, none_yet, none_yet
         for reader in tl.static_range(READERS):
             target_y = first_y + group + reader
             row_weight = weight_of(target_y, y, in_height, height, ALIGN_CORNERS, DTYPE)
             grad_y = target_y + (padding - ky)
             reads = (target_y <= last_y) & (row_weight > 0) & (grad_y >= 0) & (grad_y < out_height)
-            row_offsets = row_offsets + (grad_y.to(tl.int64) * grad_h,)
-            row_widths = row_widths + (tl.where(reads, out_width, 0),)  # 0: it is not read
-            row_weights = row_weights + (row_weight,)
+            row_offsets = row_offsets[1:] + (grad_y.to(tl.int64) * grad_h,)
+            row_widths = row_widths[1:] + (tl.where(reads, out_width, 0),)  # 0: it is not read
+            row_weights = row_weights[1:] + (row_weight,)
         weights = (tl.zeros([BLOCK_X], dtype=DTYPE),) * KERNEL_SIZE  # of the column, by tap
         for column in range(columns):
             # Along y: the rows in this column.
@@ -350,7 +353,7 @@ def forward_into(
             COLUMNS=tuple(1 if level.shape[3] == width else 2 for level in taps),
             ACCUMULATE=accumulate, ALIGN_CORNERS=align_corners,
             RUN=run, BLOCK_X=blocks[0], BLOCK_C=blocks[1],
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -380,7 +383,8 @@ def backward_into(
         return
     batch, channels, out_height, out_width = grad_output.shape
     in_height, in_width = grad_taps.shape[2:]
-    blocks = _blocks(in_width, channels, grad_taps.element_size(), channels_last, kernel_size)
+    sums = kernel_size + 1  # of every tap and of the column
+    blocks = _blocks(in_width, channels, grad_taps.element_size(), channels_last, sums)
     with torch.cuda.device_of(grad_output):
         _backward_kernel[_grid(batch * kernel_size, in_height, 1, in_width, channels, blocks)](
             grad_output, grad_taps, scale,
@@ -389,5 +393,5 @@ def backward_into(
             KERNEL_SIZE=kernel_size, ALIGN_CORNERS=align_corners,
             READERS=_reader_rows(in_height, height, align_corners),
             BLOCK_X=blocks[0], BLOCK_C=blocks[1],
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -1,0 +1,134 @@
+"""tap_sum's Triton kernels on a CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastfuse import backend, tap_sum
+from fastfuse.backends import DTYPES
+from fastfuse.ops.tap_sum.samples import exact, samples
+from fastfuse.tolerances import relative_error, tolerance
+from fastfuse.verify import check_sample
+
+pytestmark = pytest.mark.gpu
+
+both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+SIZE = (128, 128)
+
+
+def upernet(dtype: torch.dtype, channels_last: bool, ratio: int = 2) -> Tensor:
+    """The taps of a 3x3 convolution to 512 channels."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return (
+        torch.randn(1, 9 * 512, SIZE[0] // ratio, SIZE[1] // ratio, device="cuda")
+        .to(dtype)
+        .contiguous(memory_format=memory_format)
+    )
+
+
+@both_layouts
+@every_dtype
+def test_equals_the_definition(dtype: torch.dtype, channels_last: bool) -> None:
+    with backend("triton"):
+        for small in (True, False):
+            for sample in samples(
+                device="cuda", dtype=dtype, channels_last=channels_last, small=small
+            ):
+                check_sample(sample)
+
+
+@both_layouts
+def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
+    with backend("triton"):
+        for sample in samples(
+            device="cuda", dtype=torch.float64, channels_last=channels_last, small=True
+        ):
+            inputs = tuple(x.requires_grad_() for x in sample.inputs)
+            assert torch.autograd.gradcheck(sample.call, inputs, fast_mode=True)
+            assert torch.autograd.gradgradcheck(sample.call, inputs, fast_mode=True)
+
+
+@both_layouts
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_the_cpu_and_itself(dtype: torch.dtype, ratio: int, channels_last: bool) -> None:
+    """UPerNet's shapes: within tolerance of the CPU kernels, and the same bits every time."""
+    taps = upernet(dtype, channels_last, ratio).requires_grad_()
+    offsets = torch.randn(taps.shape[1], device="cuda", dtype=dtype)
+    runs = []
+    for _ in range(3):
+        output = tap_sum(taps, SIZE, kernel_size=3, offsets=offsets)
+        (gradient,) = torch.autograd.grad(output, taps, torch.ones_like(output))
+        runs.append((output, gradient))
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
+    copy = taps.detach().cpu().requires_grad_()
+    output = tap_sum(copy, SIZE, kernel_size=3, offsets=offsets.cpu())
+    (gradient,) = torch.autograd.grad(output, copy, torch.ones_like(output))
+    for mine, theirs in zip(runs[0], (output, gradient), strict=True):
+        assert relative_error(mine.cpu(), theirs) <= 2 * tolerance(dtype, reduction=4 * ratio**2)
+
+
+@both_layouts
+@every_dtype
+def test_into_slices_of_the_channels(dtype: torch.dtype, channels_last: bool) -> None:
+    """All levels in one launch, rounded once, and a scaled gradient."""
+    wide = torch.promote_types(dtype, torch.float32)
+    levels = [upernet(dtype, channels_last, ratio)[:, : 9 * 64] for ratio in (2, 4, 8)]
+    whole = torch.randn(1, 192, *SIZE, device="cuda").to(dtype)
+    if channels_last:
+        whole = whole.contiguous(memory_format=torch.channels_last)
+    before, out = whole.clone(), whole[:, 64:128]
+    scales, offsets, bias = (torch.randn(n, dtype=wide, device="cuda") for n in (4, 9 * 64, 64))
+    geometry = (*SIZE, 3, 1, False)
+    torch.ops.fastfuse.tap_sum_into(
+        out, levels, scales, offsets, bias, True, *geometry, channels_last
+    )
+    expected = scales[0].double() * before[:, 64:128].double() + bias.double()[:, None, None]
+    for level, scale in zip(levels, scales[1:].double(), strict=True):
+        expected += scale * exact(level, None, SIZE, 3, 1, False, dtype)
+    nothing = torch.zeros(1, 9 * 64, 1, 1, device="cuda")
+    expected += exact(nothing, offsets, SIZE, 3, 1, False, dtype)
+    assert relative_error(out, expected) <= tolerance(dtype)
+    assert torch.equal(whole[:, :64], before[:, :64])
+    assert torch.equal(whole[:, 128:], before[:, 128:])
+
+    gradient = torch.zeros_like(levels[1])
+    grad_output = before[:, 64:128]
+    torch.ops.fastfuse.tap_sum_backward_into(
+        gradient, grad_output, scales[:1], *geometry, channels_last
+    )
+    taps = levels[1].double().requires_grad_()
+    exact(taps, None, SIZE, 3, 1, False, dtype).backward(grad_output.double())
+    assert taps.grad is not None
+    error = relative_error(gradient, scales[0].double() * taps.grad)
+    assert error <= tolerance(dtype, reduction=64)
+
+
+def test_compiles_and_runs_in_a_cuda_graph() -> None:
+    torch._dynamo.reset()
+    taps = upernet(torch.bfloat16, True)
+
+    def step(taps: Tensor) -> Tensor:
+        return tap_sum(taps, SIZE, kernel_size=3)
+
+    expected = step(taps)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True)(taps), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(taps)
+    captured.zero_()
+    graph.replay()
+    torch.testing.assert_close(captured, expected)
+
+
+def test_any_strides() -> None:
+    whole = upernet(torch.float32, True)
+    for taps in (whole[:, 3:93:2, 5:60, 7:40], whole[:, :45].transpose(2, 3)):
+        result = tap_sum(taps, (90, 70), kernel_size=3)
+        dense = tap_sum(taps.contiguous(), (90, 70), kernel_size=3)
+        assert relative_error(result, dense) <= tolerance(torch.float32)

@@ -1,0 +1,165 @@
+"""Triton kernels compiled ahead of time, without a GPU.
+
+Launchers run on CPU tensors with their kernels replaced by recorders; what they would launch is
+compiled with the specialisation that a launch would get. What the compiler made of it is kept under
+.cache/ by a hash of the sources.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastfuse.ops.bilinear_triton as sampling
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "triton_offline"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+
+Launch = tuple[Any, dict[str, Any]]  # a kernel and the arguments it is launched with
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
+            self.launches.append((self.kernel, arguments))
+
+        return launch
+
+
+def recorded(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
+    """What ``call`` launches of a module's kernels, in order."""
+    launches: list[Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, kernel in list(vars(module).items()):
+            if name.endswith("_kernel"):
+                patch.setattr(module, name, Recorder(kernel, launches))
+        call()
+    return launches
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
+    """The kernel as a launch would specialise it: None and 1 are constants, 16 divides or not."""
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def specialise(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            return tuple(specialise((*path, i), v, parameter) for i, v in enumerate(value))
+        free = not parameter.do_not_specialize
+        if isinstance(value, torch.Tensor):
+            kind, divisible = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        elif parameter.is_constexpr or value is None or (value == 1 and free):
+            constants[path] = value
+            return "constexpr"
+        else:
+            kind, divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        if divisible and free:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
+    signature = {
+        parameter.name: specialise((i,), arguments[parameter.name], parameter)
+        for i, parameter in enumerate(kernel.params)
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {k: v for k, v in arguments.items() if k not in kernel.arg_names}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _inspect(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of local memory, and how many global accesses have which width."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            command = [str(CUOBJDUMP), option, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump("--dump-resource-usage")))
+        assembly = dump("-sass")
+    widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    local = 0
+    for operation, modifiers in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)\s", assembly):
+        if operation in ("LDL", "STL"):
+            local += 1
+            continue
+        width = next((WIDTHS[m] for m in modifiers.split(".") if m in WIDTHS), 32)
+        widths[operation][width] += 1
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "local": local,
+        "shared": int(usage["SHARED"]),
+        **{name: {str(w): n for w, n in sorted(counts.items())} for name, counts in widths.items()},
+    }
+
+
+def inspected(
+    module: ModuleType, case: str, arch: int, launches: Callable[[], Iterable[tuple[str, Launch]]]
+) -> dict[str, dict[str, Any]]:
+    """By name: what the compiler made of a launch, from the cache if the sources are there.
+
+    ``launches`` gives names and launches of the module's kernels; ``case`` is its name in the
+    cache, where it stays as long as the kernels and the file that defines ``launches`` do.
+    """
+    files = (sampling.__file__, module.__file__, __file__, launches.__code__.co_filename)
+    sources = [Path(str(file)).read_bytes() for file in files]
+    case = f"{triton.__version__} {arch} {case}"
+    key = hashlib.sha256(b"\0".join([*sources, case.encode()])).hexdigest()
+    cached = CACHE / f"{key}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    with ThreadPoolExecutor(1) as pool:  # looks into one kernel while the next compiles
+        results: dict[bytes, Future[dict[str, Any]]] = {}
+        names = {}
+        for name, (kernel, arguments) in launches():
+            cubin = compiled(kernel, arguments, arch).asm["cubin"]
+            names[name] = cubin
+            if cubin not in results:
+                results[cubin] = pool.submit(_inspect, cubin)
+        rows = {name: results[cubin].result() for name, cubin in names.items()}
+    CACHE.mkdir(parents=True, exist_ok=True)
+    scratch = CACHE / f"{key}.{os.getpid()}"
+    scratch.write_text(json.dumps(rows))
+    scratch.replace(cached)
+    return rows
+
+
+def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{title}\n{'kernel':24} registers  stack  local  shared  loads, stores by bits")
+    for name, row in results.items():
+        print(
+            f"{name:24} {row['registers']:9}  {row['stack']:5}  {row['local']:5}  "
+            f"{row['shared']:6}  {row['LDG']} {row['STG']}"
+        )
