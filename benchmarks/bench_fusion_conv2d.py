@@ -10,7 +10,7 @@ fastfuse nothing and eager a pass.
 Quick runs measure UPerNet's fusion and PSPNet's, the latter forward only. On CPUs they leave out
 what takes longest: both layouts and compiled (in its faster layout) are measured forward in float32
 alone, memory forward alone; everything else in the faster layout. What bounds the op is the GEMM:
-memory regimes other than fresh are left to full runs.
+there is only fresh memory.
 """
 
 from __future__ import annotations
@@ -93,19 +93,17 @@ class Cell:
 
 
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
-    if quick and regime != "fresh":
+    if regime != "fresh":
         return []
     if quick:
         found = [_quick(DETAILED, d, m, device) for m in (FORWARD, BOTH) for d in DTYPES]
         found += [_quick("PSP fusion", dtype, FORWARD, device) for dtype in DTYPES]
     else:
-        shapes = MAIN if regime == "fresh" else (DETAILED,)
         rivals = tuple((name, layout) for name in ("eager", "compiled") for layout in LAYOUTS)
-        found = [Cell(s, d, m, rivals) for s in shapes for d in DTYPES for m in (FORWARD, BOTH)]
-    if regime == "fresh":
-        found += [] if quick else [Cell(shape, "float32", FORWARD) for shape in GROWTH]
-        tiny = (("eager", CONTIGUOUS),)
-        found += [Cell("tiny", "float32", m, tiny, (CONTIGUOUS,)) for m in (FORWARD, BOTH)]
+        found = [Cell(s, d, m, rivals) for s in MAIN for d in DTYPES for m in (FORWARD, BOTH)]
+    found += [] if quick else [Cell(shape, "float32", FORWARD) for shape in GROWTH]
+    tiny = (("eager", CONTIGUOUS),)
+    found += [Cell("tiny", "float32", m, tiny, (CONTIGUOUS,)) for m in (FORWARD, BOTH)]
     return found
 
 
