@@ -14,7 +14,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("upsample_equalize_concat", "upsample_equalize_concat_errors", "nn", "golden")
+    for name in (
+        "upsample_equalize_concat",
+        "upsample_equalize_concat_errors",
+        "tap_sum",
+        "tap_sum_machinery",
+        "tap_sum_errors",
+        "nn",
+        "golden",
+    )
 ]
 # Inductor compiles code of its own, and peak memory means nothing with redzones around it.
 DESELECT = "not compile and not export and not peak and not without_the_compiled and not broken"

@@ -43,8 +43,8 @@ def close(result: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(result, expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_backend = pytest.mark.parametrize(
     ("backend", "device"),
     [
         ("reference", "cpu"),
@@ -52,6 +52,10 @@ def close(result: Tensor, expected: Tensor) -> None:
         *(pytest.param(name, "cuda", marks=pytest.mark.gpu) for name in ("reference", "triton")),
     ],
 )
+
+
+@every_layout
+@every_backend
 @pytest.mark.parametrize("name", golden("upsample_equalize_concat"))
 def test_upsample_equalize_concat(name: str, backend: str, device: str, layout: str) -> None:
     """Forward and gradients equal exact rational arithmetic, rounded once, to 1e-12."""
@@ -75,3 +79,54 @@ def test_upsample_equalize_concat(name: str, backend: str, device: str, layout: 
     for feature, values in zip(features, case["gradients"], strict=True):
         assert feature.grad is not None
         close(feature.grad, tensor(values, list(feature.shape), device, layout))
+
+
+def cases_of(op: str) -> list[str]:
+    return [name for name in golden("fusion_conv2d") if name.startswith(f"{op}, ")]
+
+
+@every_layout
+@every_backend
+@pytest.mark.parametrize("name", cases_of("tap_sum"))
+def test_tap_sum(name: str, backend: str, device: str, layout: str) -> None:
+    skip_unless_it_runs("tap_sum", backend, device)
+    case = golden("fusion_conv2d")[name]
+    taps = tensor(case["taps"], case["taps_shape"], device, layout).requires_grad_()
+    offsets = torch.tensor(case["offsets"], dtype=torch.float64, device=device, requires_grad=True)
+    how = {key: case[key] for key in ("kernel_size", "padding", "align_corners")}
+    with fastfuse.backend(backend):
+        output = fastfuse.tap_sum(taps, case["size"], offsets=offsets, **how)
+        output.backward(tensor(case["grad_output"], case["output_shape"], device, layout))
+
+    close(output.detach(), tensor(case["output"], case["output_shape"], device, layout))
+    assert taps.grad is not None
+    assert offsets.grad is not None
+    close(taps.grad, tensor(case["taps_gradient"], case["taps_shape"], device, layout))
+    close(offsets.grad, torch.tensor(case["offsets_gradient"], dtype=torch.float64).to(device))
+
+
+@every_layout
+@every_backend
+@pytest.mark.parametrize("name", cases_of("fusion_conv2d"))
+def test_fusion_conv2d(
+    name: str, backend: str, device: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_unless_it_runs("fusion_conv2d", backend, device)
+    monkeypatch.setattr("fastfuse.ops.fusion_conv2d.LITTLE_WORK", 0)
+    case = golden("fusion_conv2d")[name]
+    features = [
+        tensor(values, shape, device, layout).requires_grad_()
+        for values, shape in zip(case["features"], case["shapes"], strict=True)
+    ]
+    weight = tensor(case["weight"], case["weight_shape"], device, layout).requires_grad_()
+    bias = torch.tensor(case["bias"], dtype=torch.float64, device=device, requires_grad=True)
+    how = {key: case[key] for key in ("size", "mean", "std", "padding", "align_corners")}
+    with fastfuse.backend(backend):
+        output = fastfuse.fusion_conv2d(features, weight, bias, **how)
+        output.backward(tensor(case["grad_output"], case["output_shape"], device, layout))
+
+    close(output.detach(), tensor(case["output"], case["output_shape"], device, layout))
+    expected = [*case["gradients"], case["weight_gradient"], case["bias_gradient"]]
+    for leaf, values in zip([*features, weight, bias], expected, strict=True):
+        assert leaf.grad is not None
+        close(leaf.grad, torch.tensor(values, dtype=torch.float64).to(device).view(leaf.shape))

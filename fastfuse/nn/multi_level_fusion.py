@@ -17,8 +17,8 @@ __all__ = ["MultiLevelFusion"]
 class MultiLevelFusion(ConvUnit):
     """Upsample, (equalize,) concatenate, Conv2d without bias, normalization, activation.
 
-    The first three and the convolution are one :func:`fastfuse.fusion_conv2d`: no upsampled level
-    and no concatenation is built.
+    All of it up to the convolution is one :func:`fastfuse.fusion_conv2d`, which convolves smaller
+    levels at their own resolution.
 
     Args:
         in_channels: channels of every level, in the order of concatenation.

@@ -27,6 +27,7 @@ __all__ = [
     "check_padding",
     "check_same_kind",
     "check_size",
+    "check_tensor",
     "check_vector",
     "feature_list",
 ]
@@ -46,15 +47,18 @@ def feature_list(op: str, features: Sequence[Tensor]) -> list[Tensor]:
     if len(features) == 0:
         raise ValueError(f"{op}: features must have at least one level; got none")
     for i, feature in enumerate(features):
-        if not isinstance(feature, Tensor):
-            raise TypeError(f"{op}: features[{i}] must be a tensor; got {type(feature).__name__}")
+        check_tensor(op, f"features[{i}]", feature)
     return list(features)
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor; got {type(value).__name__}")
 
 
 def check_image(op: str, argument: str, image: Tensor) -> None:
     """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide."""
-    if not isinstance(image, Tensor):
-        raise TypeError(f"{op}: {argument} must be a tensor; got {type(image).__name__}")
+    check_tensor(op, argument, image)
     shape = tuple(image.shape)
     if image.dim() != 4:
         raise ValueError(f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}")
@@ -151,8 +155,7 @@ def check_vector(
     op: str, argument: str, vector: Tensor, length: int, meaning: str, like: Tensor
 ) -> None:
     """A 1-D tensor of a length, in the dtype and on the device of ``like``."""
-    if not isinstance(vector, Tensor):
-        raise TypeError(f"{op}: {argument} must be a tensor; got {type(vector).__name__}")
+    check_tensor(op, argument, vector)
     if tuple(vector.shape) != (length,):
         raise ValueError(
             f"{op}: {argument} must have {meaning}, shape ({length},); "

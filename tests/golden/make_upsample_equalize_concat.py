@@ -120,17 +120,20 @@ def run(
     }
 
 
-def main() -> None:
-    cases = {name: run(*case, rng=random.Random(name)) for name, case in CASES.items()}
-    # One line per list of numbers: readable differences, and floats that read back as written.
+def write(path: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """One line per list of numbers: readable differences, and floats that read back as written."""
     text = ",\n".join(
         f"{json.dumps(name)}: {{\n"
         + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in case.items())
         + "\n}"
         for name, case in cases.items()
     )
-    GOLDEN.write_text("{\n" + text + "\n}\n")
-    print(f"{GOLDEN}: {len(cases)} cases, {GOLDEN.stat().st_size / 1000:.0f} kB")
+    path.write_text("{\n" + text + "\n}\n")
+    print(f"{path}: {len(cases)} cases, {path.stat().st_size / 1000:.0f} kB")
+
+
+def main() -> None:
+    write(GOLDEN, {name: run(*case, rng=random.Random(name)) for name, case in CASES.items()})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The convolution of upsampled, concatenated levels, without upsampling or concatenating them."""
+"""The convolution of upsampled, concatenated levels, each at its own resolution."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
+from fastfuse.backends import (
+    Operation,
+    cpu_refusal,
+    requested_backend,
+    select,
+    triton_refusal,
+)
 from fastfuse.ops.autocast import cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_constants,
@@ -16,6 +22,7 @@ from fastfuse.ops.checks import (
     check_padding,
     check_same_kind,
     check_size,
+    check_tensor,
     check_vector,
     feature_list,
 )
@@ -28,9 +35,9 @@ __all__ = ["OPERATION", "fusion_conv2d"]
 
 NAME = "fusion_conv2d"
 
-# Multiply-adds at the target's resolution below which a call on the CPU is bound by its overhead
-# and runs as its definition says. Not while compiling, where the question would become a condition
-# on the sizes.
+# Multiply-adds at the target's resolution below which a call on the CPU is bound by its overhead:
+# the backend "auto" then takes the reference. Not while compiling, where the question would become
+# a condition on the sizes.
 LITTLE_WORK = 4_000_000
 
 
@@ -45,13 +52,14 @@ def fusion_conv2d(
     padding: int | None = None,
     align_corners: bool = False,
 ) -> Tensor:
-    """Convolve levels as if upsampled, equalized and concatenated, which they never are.
+    """Convolve levels as if upsampled, equalized and concatenated, each at its own resolution.
 
     Equals ``conv2d(upsample_equalize_concat(features, size=size, mean=mean, std=std), weight, bias,
     padding=padding)``, borders included. Convolution and upsampling are both linear: a level is
     convolved at its own resolution, a product per tap of the kernel, and the taps are upsampled,
-    shifted and summed. The work shrinks by the square of a level's ratio, and neither the upsampled
-    levels nor their concatenation are ever built. The mean and std cost nothing.
+    shifted and summed. The work shrinks by the square of a level's ratio, and neither upsampled
+    levels nor their concatenation are built. Only levels for which that would be more work, such
+    as those larger than the target, are brought to its size first: a static rule decides.
 
     Args:
         features: levels (N, C_i, H_i, W_i) of one N, device and dtype (float64, float32, bfloat16
@@ -88,8 +96,8 @@ def fusion_conv2d(
     features = feature_list(NAME, features)
     _check_weight(weight)
     optional = [] if bias is None else [bias]
-    if optional and not isinstance(bias, Tensor):
-        raise TypeError(f"{NAME}: bias must be a tensor or None; got {type(bias).__name__}")
+    for tensor in optional:
+        check_tensor(NAME, "bias", tensor)
     weight, *features = cast_for_autocast([weight, *features, *optional])
     bias = features.pop() if optional else None
     check_features(NAME, features)
@@ -104,10 +112,10 @@ def fusion_conv2d(
     mean = check_constants(NAME, "mean", mean, features)
     std = check_constants(NAME, "std", std, features, positive=True)
     work = weight.numel() * features[0].shape[0] * height * width
-    little = features[0].device.type == "cpu" and (
-        not torch.compiler.is_compiling() and work < LITTLE_WORK
-    )
-    if select(OPERATION, features[0]) == "reference" or little:
+    chosen = select(OPERATION, features[0])
+    if chosen == "cpu" and requested_backend() == "auto" and not torch.compiler.is_compiling():
+        chosen = "reference" if work < LITTLE_WORK else chosen
+    if chosen == "reference":
         with without_autocast(features[0].device.type):
             return reference(
                 features, weight, bias, (height, width), mean, std, padding, align_corners
@@ -119,8 +127,7 @@ def fusion_conv2d(
 
 
 def _check_weight(weight: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{NAME}: weight must be a tensor; got {type(weight).__name__}")
+    check_tensor(NAME, "weight", weight)
     shape = tuple(weight.shape)
     if weight.dim() != 4:
         raise ValueError(

@@ -21,6 +21,9 @@ __all__ = ["add", "gradients"]
 # Bytes of the taps of a chunk: on CPUs about what the last-level cache holds.
 CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 CHUNK_CHANNELS = 64  # a chunk is a multiple
+# Narrow dtypes: levels of so few of the target's pixels are multiplied in float32, which takes
+# little there, and their taps kept in two parts, so that they add no rounding error.
+EXACT_PIXELS = 1 / 32
 
 
 class _Taps:
@@ -71,19 +74,30 @@ def add(
 
     Bias (C_out,) and offsets (k, k, C_out) are in the accumulation dtype.
     """
+    narrow = out.dtype not in (torch.float32, torch.float64)
+    pixels = EXACT_PIXELS * g.size[0] * g.size[1] if narrow else 0
+    in_parts = [i for i in g.plan.own if g.sizes[i][0] * g.sizes[i][1] <= pixels]
     scales = None
     if c.inverse_std is not None:
         base = c.inverse_std.new_ones(1) if base_scale is None else base_scale
-        scales = torch.cat([base, *(c.inverse_std[i : i + 1] for i in g.plan.own)])
+        levels = [*g.plan.own, *in_parts]
+        scales = torch.cat([base, *(c.inverse_std[i : i + 1] for i in levels)])
     memory = _Taps(g, out)
     for chunk in memory.chunks():
         images = memory.images(chunk)
+        remainders = []
         for i, taps in images.items():
             products = tap_weights(weight, chunk, g.slice_of(i))
-            torch.mm(matrix(features[i]), products.t(), out=matrix(taps))
+            if i in in_parts:
+                exact = torch.mm(matrix(features[i]).float(), products.t().float())
+                matrix(taps).copy_(exact)
+                remainders.append(torch.empty_like(taps))
+                matrix(remainders[-1]).copy_(exact - matrix(taps))
+            else:
+                torch.mm(matrix(features[i]), products.t(), out=matrix(taps))
         torch.ops.fastfuse.tap_sum_into(
             out[:, chunk],
-            list(images.values()),
+            [*images.values(), *remainders],
             scales,
             None if offsets is None else offsets[:, :, chunk].flatten(),
             None if bias is None else bias[chunk],

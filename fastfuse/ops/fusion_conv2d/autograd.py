@@ -101,11 +101,10 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """``needs_input_grad`` has an entry for every feature, and those of weight and bias follow."""
     features, weight, bias, height, width, mean, std, padding, align_corners, _ = inputs
-    needs = ctx.needs_input_grad
-    wanted, weight_wanted, bias_wanted = ctx.wanted = (
-        [bool(need) for need in needs[0]], bool(needs[1]), bool(needs[2])
-    )  # fmt: skip
+    *wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[: len(features) + 2]
+    ctx.wanted = wanted, weight_wanted, bias_wanted
     ctx.shapes = [f.shape for f in features]
     ctx.geometry = (height, width, weight.shape[2], padding, align_corners)
     ctx.weight_channels_last = is_channels_last([weight])
@@ -159,7 +158,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[list[Tensor | None], Any,
 
 
 def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    return *_gradients(ctx, grad_output), *[None] * 7
+    gradients, weight_gradient, bias_gradient = _gradients(ctx, grad_output)
+    return gradients, weight_gradient, bias_gradient, *[None] * 7
 
 
 def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -239,34 +239,17 @@ class FusionConv2d(torch.autograd.Function):
     """The formula registered above, for eager mode, whose tensors are the arguments."""
 
     @staticmethod
-    def forward(
-        ctx: Any, arguments: tuple[Any, ...], weight: Tensor, bias: Tensor | None, *features: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *tensors_and_arguments: Any) -> Tensor:
+        *features, weight, bias, arguments = tensors_and_arguments
         with below_autograd():
             output = torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
-        needs = ctx.needs_input_grad
-        ctx_view = _Needs(ctx, (needs[3:], needs[1], needs[2]))
-        _setup_context(ctx_view, (features, weight, bias, *arguments), output)
+        _setup_context(ctx, (features, weight, bias, *arguments), output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         gradients, weight_gradient, bias_gradient = _gradients(ctx, grad_output)
-        return None, weight_gradient, bias_gradient, *gradients
-
-
-class _Needs:
-    """A context whose ``needs_input_grad`` is in the order of the op's arguments."""
-
-    def __init__(self, ctx: Any, needs_input_grad: tuple[Any, ...]) -> None:
-        object.__setattr__(self, "_ctx", ctx)
-        object.__setattr__(self, "needs_input_grad", needs_input_grad)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ctx, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._ctx, name, value)
+        return *gradients, weight_gradient, bias_gradient, None
 
 
 def call(
@@ -277,7 +260,7 @@ def call(
         return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
     tensors = [weight, *features, *([] if bias is None else [bias])]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return FusionConv2d.apply(arguments, weight, bias, *features)
+        return FusionConv2d.apply(*features, weight, bias, arguments)
     with below_autograd():
         return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
 

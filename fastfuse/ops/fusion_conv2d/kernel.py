@@ -116,7 +116,10 @@ def backward(
     grad_output = in_layout(grad_output, True)
     features = [in_layout(f, True) for f in features]
     levels = [i for i, want in enumerate(wanted) if want]
-    gradients: dict[int, Tensor] = {}
+    batch = grad_output.shape[0]
+    gradients = {  # the others are found below
+        i: empty_image(grad_output, batch, 0, *g.sizes[i]) for i in levels if g.channels[i] == 0
+    }
     weight_gradient = None
     if features:
         shape = (g.out_channels, sum(channels), kernel_size, kernel_size)

@@ -28,7 +28,10 @@ WINOGRAD_MACS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Indices of the levels convolved at the target's resolution, and at their own."""
+    """Indices of the levels convolved at the target's resolution, and at their own.
+
+    A level without channels is in neither.
+    """
 
     target: tuple[int, ...]
     own: tuple[int, ...]
@@ -48,6 +51,8 @@ def make_plan(
     at_target: list[int] = []
     at_own: list[int] = []
     for i, (c, size) in enumerate(zip(channels, sizes, strict=True)):
+        if c == 0:
+            continue
         if tuple(size) == tuple(target):
             at_target.append(i)
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ __all__ = ["exact", "samples"]
 
 # name: levels (C, H, W), output channels, target size or None, kernel size, padding
 _SMALL = {
-    "pyramid": ([(2, 4, 6), (3, 2, 3)], 2, None, 3, 1),
-    "1x1": ([(2, 4, 4), (2, 2, 2)], 3, None, 1, 0),
-    "little work": ([(2, 4, 5), (1, 2, 3)], 2, None, 3, 1),
+    "at its own size": ([(2, 4, 6), (6, 2, 3)], 2, None, 3, 1),
+    "at the target's": ([(2, 4, 6), (1, 5, 5)], 2, None, 3, 1),
+    "1x1": ([(2, 4, 4), (12, 1, 1)], 2, None, 1, 0),
 }
 _LARGE = {
     "powers of two": ([(64, 32, 32), (64, 16, 16), (64, 8, 8), (64, 4, 4)], 64, None, 3, 1),
@@ -33,7 +32,6 @@ _LARGE = {
     "no padding": ([(32, 16, 16), (32, 8, 8)], 24, None, 3, 0),
     "no level of the size": ([(64, 8, 8), (64, 4, 4)], 24, (24, 20), 3, 1),
     "one level": ([(24, 14, 11)], 16, None, 3, 1),
-    "little work": ([(8, 9, 7), (8, 4, 3)], 8, None, 3, 1),
     "wide padding": ([(40, 9, 8), (40, 3, 4)], 16, None, 3, 2),
 }
 
@@ -57,18 +55,8 @@ def exact(
 def samples(
     *, device: torch.device | str, dtype: torch.dtype, channels_last: bool, small: bool = False
 ) -> Iterator[Sample]:
-    """Random samples; ``small`` ones have few enough values for gradcheck.
-
-    All but those called "little work" run by the plan, however little there is to do.
-    """
-    from fastfuse.ops import fusion_conv2d as room
-
-    def by_plan(*args: Any, **kwargs: Any) -> Tensor:
-        usual, room.LITTLE_WORK = room.LITTLE_WORK, 0
-        try:
-            return room.fusion_conv2d(*args, **kwargs)
-        finally:
-            room.LITTLE_WORK = usual
+    """Random samples; ``small`` ones have few enough values for gradcheck."""
+    from fastfuse.ops.fusion_conv2d import fusion_conv2d
 
     generator = torch.Generator().manual_seed(0)
 
@@ -90,7 +78,6 @@ def samples(
             target = size or (max(s[1] for s in shapes), max(s[2] for s in shapes))
             ratio = max(target[0] / s[1] * target[1] / s[2] for s in shapes)
             pixels = 2.0 * target[0] * target[1]
-            run = room.fusion_conv2d if name == "little work" else by_plan
             how = {
                 "size": size, "mean": mean, "std": std, "padding": padding,
                 "align_corners": align_corners,
@@ -98,7 +85,7 @@ def samples(
             yield Sample(
                 name=f"{name}, align_corners={align_corners}",
                 inputs=(weight, bias, *features),
-                call=lambda w, b, *f, how=how, run=run: run(f, w, b, **how),
+                call=lambda w, b, *f, how=how: fusion_conv2d(f, w, b, **how),
                 exact=lambda w, b, *f, how=how: exact(f, w, b, **how, coordinates=dtype),
                 channels_last=is_channels_last(features),
                 reduction=(
@@ -107,5 +94,5 @@ def samples(
                     *[max(1.0, ratio) * k * k * math.sqrt(outputs)] * len(features),
                 ),
                 output_reduction=math.sqrt(products),
-                roundings=4 if name == "little work" else 2,
+                roundings=2,
             )

@@ -14,6 +14,7 @@ from fastfuse.ops.checks import (
     check_kernel_size,
     check_padding,
     check_size,
+    check_tensor,
     check_vector,
 )
 from fastfuse.ops.layout import is_channels_last
@@ -80,6 +81,7 @@ def tap_sum(
             f"got {taps.shape[1]}"
         )
     if offsets is not None:
+        check_tensor(NAME, "offsets", offsets)
         taps, offsets = cast_for_autocast([taps, offsets])
         check_vector(NAME, "offsets", offsets, taps.shape[1], "one value per channel of taps", taps)
     else:

@@ -1,0 +1,241 @@
+"""tap_sum in PyTorch's machinery, and the ops that write to memory that is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from inputs import both_layouts, every_dtype, images
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastfuse import backend, tap_sum
+from fastfuse.backends import BackendError
+from fastfuse.ops.tap_sum.samples import exact
+from fastfuse.tolerances import relative_error, tolerance
+
+OPS = torch.ops.fastfuse
+
+
+def _op_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
+    (taps,) = images((2, 45, 4, 6))
+    last = taps.contiguous(memory_format=torch.channels_last)
+    taps.requires_grad_()
+    offsets = torch.randn(45, requires_grad=True)
+    grad = torch.randn(2, 5, 8, 9, requires_grad=True)
+    forward, backward = OPS.tap_sum.default, OPS.tap_sum_backward.default
+    return [
+        (forward, (taps, offsets, 8, 9, 3, 1, False, False)),
+        (forward, (last, None, 7, 5, 3, 3, True, True)),
+        (backward, (grad, 4, 6, 8, 9, 3, 1, False, False)),
+        (backward, (grad.detach(), 2, 3, 8, 9, 1, 0, True, True)),
+        (backward, (grad, 2, 3, 6, 7, 3, 2, True, True)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_opcheck(case: int) -> None:
+    op, args = _op_inputs()[case]
+    torch.library.opcheck(op, args)
+
+
+def _step(taps: Tensor, offsets: Tensor, size: list[int]) -> Tensor:
+    return tap_sum(taps, size, kernel_size=3, offsets=offsets).relu() * 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(any_backend: str, dynamic: bool) -> None:
+    """One graph, forward and backward, static and dynamic shapes."""
+    torch._dynamo.reset()
+    compiler = "inductor" if any_backend == "cpu" else "aot_eager"  # the reference is many nodes
+    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=compiler)
+    for height in (12, 20) if dynamic else (12,):
+        values = [torch.randn(2, 36, height // 2, 8), torch.randn(36)]
+        results = []
+        for function in (_step, compiled):
+            leaves = [x.clone().requires_grad_() for x in values]
+            output = function(*leaves, [height, 16])
+            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+        for eager, graph in zip(*results, strict=True):
+            torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_export() -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, taps: Tensor) -> Tensor:
+            return tap_sum(taps, (8, 8), kernel_size=3)
+
+    batch = torch.export.Dim("batch", min=1, max=8)
+    (taps,) = images((2, 36, 4, 4))
+    program = torch.export.export(Sum(), (taps,), dynamic_shapes={"taps": {0: batch}})
+    assert any("fastfuse.tap_sum" in str(node.target) for node in program.graph.nodes)
+    (taps,) = images((5, 36, 4, 4))
+    torch.testing.assert_close(program.module()(taps), Sum()(taps))
+
+
+def test_autocast_casts_taps_and_offsets(any_backend: str) -> None:
+    taps, offsets = torch.randn(2, 27, 4, 4).requires_grad_(), torch.randn(27).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = tap_sum(taps, (8, 8), kernel_size=3, offsets=offsets)
+        mixed = tap_sum(taps.bfloat16(), (8, 8), kernel_size=3, offsets=offsets)
+        double = tap_sum(taps.double(), (8, 8), kernel_size=3)
+    assert output.dtype == mixed.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
+    with torch.no_grad():
+        halves = (taps.bfloat16(), offsets.bfloat16())
+        expected = tap_sum(halves[0], (8, 8), kernel_size=3, offsets=halves[1])
+    assert torch.equal(output, expected)
+    assert torch.equal(mixed, expected)
+    for gradient in torch.autograd.grad(output.float().sum(), [taps, offsets]):
+        assert gradient.dtype == torch.float32
+
+
+def test_flop_formula() -> None:
+    taps = torch.randn(5, 9 * 2, 3, 4, requires_grad=True)
+    # y: 9 taps, 6 rows of 4 values; x: 3 taps, 6 rows of 8; a multiply-add per weight, 2 weights
+    expected = 5 * 2 * 2 * (9 * 6 * 4 * 2 + 3 * 6 * 8 * 2)
+    with FlopCounterMode(display=False) as counter:
+        output = tap_sum(taps, (6, 8), kernel_size=3)
+    assert counter.get_total_flops() == expected
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == expected
+    with FlopCounterMode(display=False) as counter:
+        tap_sum(taps.detach(), (3, 8), kernel_size=3, padding=0)  # one row; one weight along y
+    assert counter.get_total_flops() == 5 * 2 * 2 * (9 * 1 * 4 * 1 + 3 * 1 * 6 * 2)
+
+
+def test_meta() -> None:
+    result = tap_sum(torch.randn(2, 45, 4, 4, device="meta"), (7, 9), kernel_size=3, padding=2)
+    assert result.shape == (2, 5, 9, 11)
+
+
+def test_torch_func_transforms() -> None:
+    """They run on the reference; a fused backend asked for by name says why it cannot."""
+    (taps,) = images((2, 27, 4, 4))
+
+    def loss(taps: Tensor) -> Tensor:
+        return tap_sum(taps, (8, 8), kernel_size=3).square().sum()
+
+    leaf = taps.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(taps), expected, rtol=1e-4, atol=1e-4)
+    stacked = torch.randn(3, 2, 27, 4, 4)
+    mapped = torch.vmap(lambda x: tap_sum(x, (8, 8), kernel_size=3))(stacked)
+    torch.testing.assert_close(mapped[1], tap_sum(stacked[1], (8, 8), kernel_size=3))
+    with backend("cpu"), pytest.raises(BackendError, match=r"tap_sum: .*torch.func transform"):
+        torch.func.grad(loss)(taps)
+
+
+def test_forward_mode_runs_on_the_reference() -> None:
+    x, tangent = images((2, 27, 4, 4), (2, 27, 4, 4), dtype=torch.float64)
+    with forward_ad.dual_level():
+        output = tap_sum(forward_ad.make_dual(x, tangent), (8, 8), kernel_size=3)
+        result = forward_ad.unpack_dual(output).tangent
+        with backend("cpu"), pytest.raises(BackendError, match="forward-mode differentiation"):
+            tap_sum(x, (8, 8), kernel_size=3)
+    torch.testing.assert_close(result, tap_sum(tangent, (8, 8), kernel_size=3))
+
+
+def test_inference_mode() -> None:
+    taps = torch.randn(2, 27, 4, 4, requires_grad=True)
+    expected = tap_sum(taps, (8, 8), kernel_size=3)
+    with torch.inference_mode():
+        assert torch.equal(tap_sum(taps, (8, 8), kernel_size=3), expected)
+
+
+# ---- writing to memory that is there ------------------------------------------------------------
+
+SOURCES = {
+    "one": [(4, 3)],
+    "three": [(4, 5), (2, 2), (1, 1)],
+    "down": [(16, 9), (8, 6)],
+    "none": [],
+}
+GEOMETRY = (8, 6, 3, 1, False)
+
+
+def _expected_sum(
+    base: Tensor | float,
+    taps: list[Tensor],
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    total = torch.zeros(2, 4, 8, 6, dtype=torch.float64) + base
+    for i, level in enumerate(taps):
+        scale = 1.0 if scales is None else scales[1 + i].double()
+        total = total + scale * exact(level, None, (8, 6), 3, 1, False, dtype)
+    if offsets is not None:
+        nothing = torch.zeros(2, 36, 1, 1, dtype=torch.float64)
+        total = total + exact(nothing, offsets, (8, 6), 3, 1, False, dtype)
+    return total if bias is None else total + bias.double()[:, None, None]
+
+
+@both_layouts
+@every_dtype
+@pytest.mark.parametrize("levels", SOURCES)
+def test_sum_into_written_slice(
+    isa: str, levels: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Levels with scales, offsets and a bias, added to a slice of channels; rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    whole = images((2, 9, 8, 6), dtype=dtype, channels_last=channels_last)[0]
+    before = whole.clone()
+    taps = [
+        images((2, 36, *source), dtype=dtype, channels_last=channels_last != (i == 1))[0]
+        for i, source in enumerate(SOURCES[levels])
+    ]
+    scales = torch.randn(2 * len(taps) + 2, dtype=wide)[::2]
+    offsets, bias = torch.randn(36, dtype=wide), torch.randn(4, dtype=wide)
+    OPS.tap_sum_into(whole[:, 2:6], taps, scales, offsets, bias, True, *GEOMETRY, channels_last)
+    base = scales[0].double() * before[:, 2:6].double()
+    expected = _expected_sum(base, taps, scales, offsets, bias, dtype)
+    assert relative_error(whole[:, 2:6], expected) <= tolerance(dtype)
+    for untouched in (slice(0, 2), slice(6, 9)):
+        assert torch.equal(whole[:, untouched], before[:, untouched])
+
+
+@both_layouts
+@pytest.mark.parametrize("optional", ["nothing", "scales", "offsets", "bias"])
+@pytest.mark.parametrize("levels", SOURCES)
+def test_sum_into_without_what_is_optional(levels: str, optional: str, channels_last: bool) -> None:
+    """What stands in ``out`` is not read, or added as it is."""
+    taps = [torch.randn(2, 36, *source) for source in SOURCES[levels]]
+    scales = torch.randn(len(taps) + 1) if optional == "scales" else None
+    offsets = torch.randn(36) if optional == "offsets" else None
+    bias = torch.randn(4) if optional == "bias" else None
+    (out,) = images((2, 4, 8, 6), channels_last=channels_last)
+    out.fill_(torch.nan)
+    options = (taps, scales, offsets, bias)
+    OPS.tap_sum_into(out, *options, False, *GEOMETRY, channels_last)
+    expected = _expected_sum(0.0, *options, torch.float32)
+    assert relative_error(out, expected) <= tolerance(torch.float32)
+    OPS.tap_sum_into(out, *options, True, *GEOMETRY, channels_last)
+    base = expected if scales is None else scales[0].double() * expected
+    expected = _expected_sum(base, *options, torch.float32)
+    assert relative_error(out, expected) <= tolerance(torch.float32, roundings=2)
+
+
+@both_layouts
+@every_dtype
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradient_into_written_slice(
+    isa: str, scaled: bool, dtype: torch.dtype, channels_last: bool
+) -> None:
+    whole, grad_output = images(
+        (2, 40, 3, 4), (2, 7, 7, 8), dtype=dtype, channels_last=channels_last
+    )
+    before, grad_output = whole.clone(), grad_output[:, 2:6]
+    scale = torch.randn(1, dtype=torch.promote_types(dtype, torch.float32)) if scaled else None
+    OPS.tap_sum_backward_into(whole[:, 1:37], grad_output, scale, 7, 8, 3, 1, False, channels_last)
+    taps = torch.zeros(2, 36, 3, 4, dtype=torch.float64, requires_grad=True)
+    exact(taps, None, (7, 8), 3, 1, False, dtype).backward(grad_output.double())
+    assert taps.grad is not None
+    expected = taps.grad if scale is None else scale.double() * taps.grad
+    assert relative_error(whole[:, 1:37], expected) <= tolerance(dtype, reduction=20)
+    for untouched in (slice(0, 1), slice(37, 40)):
+        assert torch.equal(whole[:, untouched], before[:, untouched])
