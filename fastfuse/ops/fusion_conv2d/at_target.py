@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +13,19 @@ from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
 from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_last, write_taps
 
 __all__ = ["convolve", "gradients"]
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """cuDNN's convolutions with the same bits every time."""
+    if device.type != "cuda":
+        yield
+        return
+    usual, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = usual
 
 
 def _scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
@@ -73,7 +87,9 @@ def convolve(
     bias = bias if scale is None else None
     weights = _weights(weight, g, levels)
     if not g.is_product:
-        return torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding), equalized, scale
+        with _deterministic(x.device):
+            out = torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding)
+        return out, equalized, scale
     out = empty_image(x, x.shape[0], g.out_channels, *g.out_size)
     products = weights[:, :, 0, 0].t()
     if bias is None:
@@ -130,10 +146,11 @@ def gradients(
         else:
             shape = (g.out_channels, channels, g.kernel_size, g.kernel_size)
             weights = grad_output.new_empty(1).expand(shape)
-        x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
-            grad_output, x, weights, None, [1, 1], [g.padding] * 2, [1, 1], False, [0, 0], 1,
-            [bool(wanted), weight_gradient is not None, False],
-        )  # fmt: skip
+        with _deterministic(grad_output.device):
+            x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
+                grad_output, x, weights, None, [1, 1], [g.padding] * 2, [1, 1], False, [0, 0], 1,
+                [bool(wanted), weight_gradient is not None, False],
+            )  # fmt: skip
         if weight_gradient is not None:
             pieces = _scaled(w_gradient, scale).split([g.channels[i] for i in levels], dim=1)
             for i, piece in zip(levels, pieces, strict=True):
