@@ -331,3 +331,36 @@ def test_inference_mode() -> None:
     expected = call(leaves, mean=[0.5] * 4)
     with torch.inference_mode():
         assert torch.equal(call(leaves, mean=[0.5] * 4), expected)
+
+
+def test_backward_of_float32_under_autocast() -> None:
+    """Products have the dtype of their inputs: nothing inside is cast once more."""
+    levels = images((1, 64, 32, 32), (1, 64, 4, 4), channels_last=True)
+    inputs = [x.requires_grad_() for x in (*levels, torch.randn(64, 128, 3, 3) / 34)]
+    output = fusion_conv2d(inputs[:2], inputs[2])
+    expected = torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(output, inputs, torch.ones_like(output))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_small_levels_are_exact_under_autocast() -> None:
+    levels = [x.bfloat16() for x in images((1, 64, 32, 32), (1, 64, 4, 4), channels_last=True)]
+    weight = (torch.randn(64, 128, 3, 3) / 34).bfloat16()
+    expected = fusion_conv2d(levels, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fusion_conv2d(levels, weight)
+    assert torch.equal(found, expected)
+
+
+def test_std_does_not_bias_narrow_gradients() -> None:
+    """1 / std is not rounded to the features' dtype, which would move every value one way."""
+    (x,) = images((1, 64, 32, 32), channels_last=True)
+    weight = (torch.randn(64, 64, 3, 3) / 24).bfloat16().requires_grad_()
+    output = fusion_conv2d([x.bfloat16()], weight, std=[1.5045])
+    gradient = torch.randn_like(output)
+    (found,) = torch.autograd.grad(output, weight, gradient)
+    wide = weight.detach().double().requires_grad_()
+    output = fusion_conv2d([x.bfloat16().double()], wide, std=[1.5045])
+    (expected,) = torch.autograd.grad(output, wide, gradient.double())
+    assert ((found.double() - expected) / expected).median().abs() < 3e-4

@@ -368,3 +368,29 @@ def test_same_bits_for_any_number_of_threads(
     for result in results[1:]:
         for name, a, b in zip(("output", "taps", "offsets"), result, results[0], strict=True):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "k", "source", "size"),
+    [(torch.float64, 264, 3, 10, 96), (torch.float32, 336, 5, 10, 128)],
+    ids=["float64", "float32"],
+)
+def test_tiles_of_some_channels_are_streamed(
+    isa: str, dtype: torch.dtype, channels: int, k: int, source: int, size: int
+) -> None:
+    """Large outputs whose channels are whole cache lines, and are not when they are halved."""
+    (taps,) = images((1, k * k * channels, source, source), dtype=dtype, channels_last=True)
+    last = tap_sum(taps, (size, size), kernel_size=k)
+    contiguous = tap_sum(taps.contiguous(), (size, size), kernel_size=k)
+    assert last.numel() * last.element_size() >= 16 << 20
+    assert relative_error(last, contiguous) <= tolerance(dtype)
+
+
+def test_gradients_of_some_channels_are_streamed(isa: str) -> None:
+    (taps,) = images((1, 9 * 344, 30, 30), dtype=torch.float64, channels_last=True)
+    (gradient,) = images((1, 344, 60, 60), dtype=torch.float64, channels_last=True)
+    arguments = (30, 30, 60, 60, 3, 1, False)
+    last = torch.ops.fastfuse.tap_sum_backward(gradient, *arguments, True)
+    contiguous = torch.ops.fastfuse.tap_sum_backward(gradient.contiguous(), *arguments, False)
+    assert last.shape == taps.shape
+    assert relative_error(last, contiguous) <= tolerance(torch.float64)

@@ -17,13 +17,14 @@ constexpr int64_t kMinColumns = 32;  // of the output, unless there are very man
 struct Tiling {
   int64_t channels, columns, channel_blocks, column_blocks;
 
-  // Tiles are a multiple of columns wide.
+  // Tiles are a multiple of columns wide, and of kMinChannels channels, which are whole cache
+  // lines.
   Tiling(int64_t all_channels, int64_t all_columns, int64_t column_bytes, int64_t min_columns,
          int64_t multiple) {
     channels = smaller(all_channels, kMaxChannels);
     const auto fitting = [&] { return kRingBytes / (channels * column_bytes); };
     while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
-      channels = larger(channels / 2, kMinChannels);
+      channels = larger(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
     column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
     columns = divided(divided(all_columns, column_blocks), multiple) * multiple;
     column_blocks = divided(all_columns, columns);

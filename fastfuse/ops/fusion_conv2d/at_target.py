@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,27 +16,46 @@ from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_l
 __all__ = ["convolve", "gradients"]
 
 
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """cuDNN's convolutions with the same bits every time."""
-    if device.type != "cuda":
-        yield
-        return
-    usual, torch.backends.cudnn.deterministic = torch.backends.cudnn.deterministic, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = usual
+class _Deterministic:
+    """A context in which cuDNN's convolutions give the same bits every time.
+
+    The setting is the process's, and threads may be inside together: the first to enter keeps what
+    it was, the last to leave restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.usual = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.usual = torch.backends.cudnn.deterministic
+                torch.backends.cudnn.deterministic = True
+            self.inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.cudnn.deterministic = self.usual
+
+
+_DETERMINISTIC = _Deterministic()
+
+
+def _deterministic(device: torch.device) -> AbstractContextManager[None]:
+    return _DETERMINISTIC if device.type == "cuda" else nullcontext()
 
 
 def _scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    return tensor if scale is None else tensor * scale.to(tensor.dtype)
+    """Multiplied in the accumulation dtype, which is that of ``scale``, and rounded once."""
+    return tensor if scale is None else (tensor * scale).to(tensor.dtype)
 
 
 def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> tuple[list[Tensor], bool]:
     """What to convolve at the target's resolution, and whether it is equalized already."""
     levels = list(g.plan.target)
-    if not g.is_resized and (g.winograd or len(levels) == 1):
+    if not g.equalizes_first:
         return [features[i] for i in levels], False
     fused = torch.ops.fastfuse.upsample_equalize_concat(
         [features[i] for i in levels],
@@ -112,7 +132,7 @@ def gradients(
     """Gradients of the levels convolved at the target's resolution; whether they were equalized."""
     levels = list(g.plan.target)
     batch, channels = grad_output.shape[0], sum(g.channels[i] for i in levels)
-    equalized = g.is_resized or not (g.winograd or len(levels) == 1)
+    equalized = g.equalizes_first
     if not wanted and weight_gradient is None:
         return equalized
     inputs = [] if weight_gradient is None else _inputs(features, g, c)[0]

@@ -7,13 +7,14 @@ every order come from these two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.dispatch import below_autograd, recording
 from fastfuse.ops.fusion_conv2d import kernel
 from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry
@@ -35,9 +36,22 @@ for _schema in (
     "bool channels_last, bool weight_channels_last) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+
+
+def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel whose products have the dtype of their inputs, autocast or not."""
+
+    def run(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        with without_autocast(tensor.device.type):
+            return function(first, *args)
+
+    return run
+
+
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("fusion_conv2d", kernel.forward, _device)
-    _LIBRARY.impl("fusion_conv2d_backward", kernel.backward, _device)
+    _LIBRARY.impl("fusion_conv2d", _as_given(kernel.forward), _device)
+    _LIBRARY.impl("fusion_conv2d_backward", _as_given(kernel.backward), _device)
 
 _FORWARD, _BACKWARD = "fastfuse::fusion_conv2d", "fastfuse::fusion_conv2d_backward"
 

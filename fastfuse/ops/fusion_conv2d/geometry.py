@@ -44,9 +44,11 @@ class Geometry:
         return self.kernel_size == 1 and self.padding == 0
 
     @property
-    def is_resized(self) -> bool:
-        """Whether a level that is convolved at the target's resolution has to be brought there."""
-        return any(self.sizes[i] != self.size for i in self.plan.target)
+    def equalizes_first(self) -> bool:
+        """Whether what is convolved at the target's resolution is upsampled, equalized and
+        concatenated first: levels of other sizes, or several where the convolution takes one."""
+        resized = any(self.sizes[i] != self.size for i in self.plan.target)
+        return resized or (len(self.plan.target) > 1 and not self.winograd)
 
     def slice_of(self, level: int) -> slice:
         start = sum(self.channels[:level])
