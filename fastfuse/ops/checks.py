@@ -138,17 +138,14 @@ def check_padding(op: str, padding: int | None, kernel_size: int) -> int:
     return padding
 
 
-def check_convolved_size(
-    op: str, size: tuple[int, int], kernel_size: int, padding: int
-) -> tuple[int, int]:
-    """(height, width) of what a convolution makes of a map; there must be a pixel left."""
+def check_convolved_size(op: str, size: tuple[int, int], kernel_size: int, padding: int) -> None:
+    """A convolution must leave at least a pixel of a map."""
     height, width = (extent + 2 * padding - (kernel_size - 1) for extent in size)
     if height < 1 or width < 1:
         raise ValueError(
             f"{op}: size and padding must leave at least 1 pixel for a kernel of {kernel_size}; "
             f"got size ({size[0]}, {size[1]}) and padding {padding}"
         )
-    return height, width
 
 
 def check_vector(

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.dispatch import below_autograd, recording
 from fastfuse.ops.fusion_conv2d import kernel
-from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry
+from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry, geometry_of
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
 
@@ -308,16 +308,7 @@ def _forward_flops(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    g = geometry(
-        features[0],
-        [f.shape[1] for f in features],
-        [(f.shape[2], f.shape[3]) for f in features],
-        weight.shape[0],
-        (height, width),
-        weight.shape[2],
-        padding,
-        align_corners,
-    )
+    g = geometry_of(features, weight, (height, width), padding, align_corners)
     return _flops(g, features[0].shape[0])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.plan import Plan, make_plan
 
-__all__ = ["Constants", "Geometry", "geometry"]
+__all__ = ["Constants", "Geometry", "geometry", "geometry_of"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,26 @@ def geometry(
         tuple(channels), tuple(sizes), out_channels, size, kernel_size, padding, align_corners,
         chosen, use,
     )  # fmt: skip
+
+
+def geometry_of(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    size: tuple[int, int],
+    padding: int,
+    align_corners: bool,
+) -> Geometry:
+    """The same for features and a weight."""
+    return geometry(
+        features[0],
+        [f.shape[1] for f in features],
+        [(f.shape[2], f.shape[3]) for f in features],
+        weight.shape[0],
+        size,
+        weight.shape[2],
+        padding,
+        align_corners,
+    )
 
 
 @dataclass(frozen=True)

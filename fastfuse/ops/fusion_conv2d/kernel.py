@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import at_own, at_target
-from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry
+from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry, geometry_of
 from fastfuse.ops.fusion_conv2d.images import empty_image
 from fastfuse.ops.layout import in_layout, memory_format
 from fastfuse.ops.memory import empty
@@ -43,16 +43,7 @@ def forward(
     align_corners: bool,
     channels_last: bool,
 ) -> Tensor:
-    g = geometry(
-        features[0],
-        [f.shape[1] for f in features],
-        [(f.shape[2], f.shape[3]) for f in features],
-        weight.shape[0],
-        (height, width),
-        weight.shape[2],
-        padding,
-        align_corners,
-    )
+    g = geometry_of(features, weight, (height, width), padding, align_corners)
     c = Constants.of(mean, std, weight.dtype)
     features = [in_layout(f, True) for f in features]
     wide = torch.promote_types(weight.dtype, torch.float32)
