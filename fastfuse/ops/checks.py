@@ -21,6 +21,8 @@ __all__ = [
     "FLOAT32",
     "check_constants",
     "check_convolved_size",
+    "check_depthwise_weight",
+    "check_dilation",
     "check_features",
     "check_image",
     "check_kernel_size",
@@ -136,6 +138,31 @@ def check_padding(op: str, padding: int | None, kernel_size: int) -> int:
     if not 0 <= padding < 2**30:
         raise ValueError(f"{op}: padding must be at least 0 and below 2^30; got {padding}")
     return padding
+
+
+def check_dilation(op: str, dilation: int) -> None:
+    if not _is_int(dilation):
+        raise TypeError(f"{op}: dilation must be an int; got {type(dilation).__name__}")
+    if not 1 <= dilation < 2**15:
+        raise ValueError(f"{op}: dilation must be at least 1 and below 2^15; got {dilation}")
+
+
+def check_depthwise_weight(op: str, argument: str, weight: Tensor, x: Tensor) -> None:
+    """(C, 1, k, k) with k odd, in the dtype and on the device of the image x."""
+    check_tensor(op, argument, weight)
+    shape, channels = tuple(weight.shape), x.shape[1]
+    if not (
+        len(shape) == 4
+        and shape[:2] == (channels, 1)
+        and shape[2] == shape[3]
+        and shape[2] % 2 == 1
+        and shape[2] < 2**15
+    ):
+        raise ValueError(
+            f"{op}: {argument} must have shape (C, 1, k, k) with k odd and C = {channels}; "
+            f"got {shape}"
+        )
+    check_same_kind(op, argument, weight, x)
 
 
 def check_convolved_size(op: str, size: tuple[int, int], kernel_size: int, padding: int) -> None:

@@ -1,0 +1,78 @@
+"""Depthwise convolution: every channel with its own kernel, dilated or not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
+from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.ops.checks import (
+    check_depthwise_weight,
+    check_dilation,
+    check_image,
+    check_tensor,
+    check_vector,
+)
+from fastfuse.ops.depthwise_conv2d.autograd import call
+from fastfuse.ops.depthwise_conv2d.reference import reference
+from fastfuse.ops.depthwise_conv2d.samples import samples
+
+__all__ = ["OPERATION", "depthwise_conv2d"]
+
+NAME = "depthwise_conv2d"
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dilation: int = 1
+) -> Tensor:
+    """Convolve every channel with its own k x k kernel, stride 1, zero padding to the same size.
+
+    The same as ``conv2d(x, weight, bias, padding=dilation * (k // 2), dilation=dilation,
+    groups=C)``.
+
+    Args:
+        x: (N, C, H, W), float64, float32, bfloat16 or float16 (accumulation in float32, or float64
+            for float64), any strides; at least 1 pixel, the kernel may reach beyond the image.
+        weight: (C, 1, k, k), k odd, in x's dtype; 3, 5 and 7 have kernels of their own.
+        bias: (C,), in x's dtype.
+        dilation: distance of neighbouring taps in pixels, at least 1.
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format (contiguous or channels_last). Under autocast
+        x, weight and bias are cast to its dtype.
+
+    Raises:
+        TypeError: x, weight or bias is not a tensor, or dilation not an int.
+        ValueError: shapes, dtypes, devices or numbers that do not fit.
+        BackendError: a backend was asked for by name and cannot run.
+
+    Derivatives of every order for x, weight and bias; the same bits from run to run, and on CPUs for
+    any number of threads. Used in CEDNet's blocks (CEDNet, section 3.3) and ConvNeXt's.
+
+    >>> import torch, fastfuse
+    >>> x, weight = torch.randn(1, 8, 16, 16), torch.randn(8, 1, 7, 7)
+    >>> fastfuse.depthwise_conv2d(x, weight, dilation=3).shape
+    torch.Size([1, 8, 16, 16])
+    """
+    check_image(NAME, "x", x)
+    check_dilation(NAME, dilation)
+    check_tensor(NAME, "weight", weight)
+    if bias is not None:
+        check_tensor(NAME, "bias", bias)
+        x, weight, bias = cast_for_autocast([x, weight, bias])
+    else:
+        x, weight = cast_for_autocast([x, weight])
+    check_depthwise_weight(NAME, "weight", weight, x)
+    if bias is not None:
+        check_vector(NAME, "bias", bias, x.shape[1], "one value per channel", x)
+    if select(OPERATION, x) == "reference":
+        with without_autocast(x.device.type):
+            return reference(x, weight, bias, dilation)
+    return call(x, weight, bias, dilation)
+
+
+OPERATION = Operation(
+    name=NAME,
+    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
+    samples=samples,
+)

@@ -1,0 +1,21 @@
+"""The definition of depthwise_conv2d, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastfuse.ops.layout import is_channels_last, memory_format
+
+__all__ = ["reference"]
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Every channel convolved with its own k x k kernel, stride 1, zero padding to the same size.
+
+    ``out[n, c, y, x] = bias[c] + sum_{i, j} weight[c, 0, i, j] in[n, c, y + (i - r) d, x + (j - r) d]``
+    with r = k // 2 and d the dilation; what lies outside the image is 0.
+    """
+    padding = dilation * (weight.shape[2] // 2)
+    output = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+    return output.contiguous(memory_format=memory_format(is_channels_last([x])))

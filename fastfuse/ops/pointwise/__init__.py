@@ -1,0 +1,58 @@
+"""What blocks do to each pixel alone: layer norm, bias and GELU, residual, and their gradients.
+
+Images are seen as matrices (rows, channels), a row for a pixel, with unit stride along channels.
+These ops write to memory that is there, and nothing is recorded of them: they are steps of
+``ced_block`` and ``lr_ced_block``, between the products of a library. Vectors and sums (``norm``,
+``bias``, ``scale``, ``keep``, ``grad_*`` of parameters) are contiguous and in the accumulation dtype:
+float64 for float64, else float32. GELU is the exact one, ``x Phi(x)``. Row i belongs to image
+``(first + i) // pixels``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
+
+__all__ = ["SCHEMAS"]
+
+SCHEMAS = (
+    # out = [skip +] [GELU](LN(x)) over channels, the bracketed parts on demand
+    "layer_norm_into(Tensor(a!) out, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "Tensor? skip, bool gelu) -> ()",
+    # the gradients of LN, or of GELU after LN: grad_x = ..., grad_weight += ..., grad_bias += ...
+    "layer_norm_backward_into(Tensor(a!) grad_x, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
+    "Tensor grad_output, Tensor x, Tensor norm_weight, Tensor norm_bias, float eps, bool gelu) "
+    "-> ()",
+    # out = GELU(hidden + bias); out may be hidden
+    "bias_gelu_into(Tensor(a!) out, Tensor hidden, Tensor bias) -> ()",
+    # grad *= GELU'(hidden + bias); out = GELU(hidden + bias); grad_bias += the sum of grad's rows;
+    # out may be hidden
+    "bias_gelu_backward_into(Tensor(a!) grad, Tensor(b!) out, Tensor(c!) grad_bias, Tensor hidden, "
+    "Tensor bias) -> ()",
+    # out = x + keep[image] * scale * (product + bias)
+    "residual_into(Tensor(a!) out, Tensor x, Tensor product, Tensor bias, Tensor? scale, "
+    "Tensor? keep, SymInt pixels, SymInt first) -> ()",
+    # out = keep[image] * grad, unless there is no keep; sums += the sum of those rows
+    "residual_backward_into(Tensor(a!) out, Tensor(b!) sums, Tensor grad, Tensor? keep, "
+    "SymInt pixels, SymInt first) -> ()",
+)
+
+_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+
+
+def _cuda(name: str) -> Any:
+    def launch(*args: Any) -> Any:
+        from fastfuse.ops.pointwise import triton
+
+        return getattr(triton, name)(*args)
+
+    return launch
+
+
+for _schema in SCHEMAS:
+    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+    _name = _schema.partition("(")[0]
+    _LIBRARY.impl(_name, _cuda(_name), "CUDA")
