@@ -48,11 +48,12 @@ DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, 
   const int64_t reach = kernel_size / 2 * dilation;
   const int64_t fitting =
       kRingBytes / (kernel_size * t.group_channels * compute_size(dtype)) - 2 * reach;
-  const int64_t wanted = std::max<int64_t>({fitting, lanes, reach});
-  t.column_tiles = wanted >= t.width ? 1
-                                     : std::max<int64_t>(1, std::min(divided(t.width, wanted),
-                                                                     t.width / std::max<int64_t>(
-                                                                                   reach, 1)));
+  t.column_unit = lanes;  // whole cache lines of a contiguous image
+  const int64_t columns = divided(t.width, t.column_unit);
+  t.column_tiles = std::clamp<int64_t>(divided(t.width, std::max(fitting, lanes)), 1, columns);
+  // The last tile may lack all but one column of its last unit.
+  const auto narrowest = [&] { return (columns / t.column_tiles - 1) * t.column_unit + 1; };
+  while (t.column_tiles > 1 && narrowest() < reach) --t.column_tiles;
   const int64_t units = t.batch * t.groups * t.phases * t.column_tiles;
   const int64_t rows = divided(t.height, dilation);
   t.row_tiles = std::clamp<int64_t>(divided(kUnits, std::max<int64_t>(units, 1)), 1,
@@ -137,8 +138,7 @@ std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensor x, int64_t
   Tensor grad_weight = empty_output({channels, 1, kernel_size, kernel_size}, x, false);
   Tensor grad_bias = torch::stable::new_empty(x, {channels});
   if (channels == 0) return {grad_weight, grad_bias};
-  if (x.numel() == 0)
-    return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
+  if (x.numel() == 0) return {torch::stable::zero_(grad_weight), torch::stable::zero_(grad_bias)};
 
   const bool channels_last = has_unit_stride(x, true) && has_unit_stride(grad_output, true);
   x = with_unit_stride(x, channels_last);

@@ -17,6 +17,7 @@ struct DepthwiseTiles {
   int64_t kernel_size, dilation;
   int64_t group_channels, groups;
   int64_t phases, row_tiles, column_tiles;  // per group and image
+  int64_t column_unit;                      // what tiles are multiples of
 
   int64_t tiles() const { return batch * phases * row_tiles * column_tiles; }  // of a group
 };
@@ -32,7 +33,8 @@ struct DepthwiseForward {
 };
 
 // Sums over part `p` of a group's tiles, those from p * tiles / parts on, are at
-// sums[(group * parts + p) * (k * k + 1) * group_channels]: a vector per tap, then that of the bias.
+// sums[(group * parts + p) * (k * k + 1) * group_channels]: a vector per tap, then that of the
+// bias.
 struct DepthwiseWeightGradient {
   DepthwiseTiles tiles;
   Image x, grad_output;

@@ -1,11 +1,10 @@
 // Vector bodies of depthwise_conv2d. docs/depthwise_conv2d.md has the idea and what bounds it.
 //
-// Whatever the layout, rows are brought into small dense buffers [column][lane] in the compute type:
-// from there on a vector is a pixel's channels, and dilation along x a step between pixels. A block
-// is up to kMaxBlock outputs of one x-phase in registers.
+// Whatever the layout, rows are brought into small dense buffers [column][lane] in the compute
+// type: from there on a vector is a pixel's channels, and dilation along x a step between pixels. A
+// block is up to kMaxBlock outputs of one x-phase in registers.
 
 #include "cpu/depthwise_conv2d.h"
-
 #include "cpu/tiles.h"
 #include "cpu/vec.h"
 
@@ -49,8 +48,9 @@ FASTFUSE_INLINE Tile tile_of(const DepthwiseTiles& t, int64_t group, int64_t ind
   tile.rows = (t.height - tile.phase + t.dilation - 1) / t.dilation;
   tile.row0 = tile.rows * row / t.row_tiles;
   tile.row1 = tile.rows * (row + 1) / t.row_tiles;
-  tile.x0 = t.width * column / t.column_tiles;
-  tile.x1 = t.width * (column + 1) / t.column_tiles;
+  const int64_t units = (t.width + t.column_unit - 1) / t.column_unit;
+  tile.x0 = units * column / t.column_tiles * t.column_unit;
+  tile.x1 = smaller(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
   const int64_t reach = t.kernel_size / 2 * t.dilation;
   tile.in0 = larger(tile.x0 - reach, 0);
   tile.in1 = smaller(tile.x1 + reach, t.width);
@@ -66,8 +66,8 @@ FASTFUSE_INLINE S* at(const Image& image, int64_t n, int64_t c, int64_t y, int64
 // Columns [x0, x1) of a row and `channels` channels from c on, to `vectors` buffers
 // [column][lane] that are `distance` apart; lanes without a channel become 0.
 template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void read_row(const Image& image, int64_t n, int64_t c, int64_t channels,
-                              int64_t y, int64_t x0, int64_t x1, A* buffer, int64_t distance) {
+FASTFUSE_INLINE void read_row(const Image& image, int64_t n, int64_t c, int64_t channels, int64_t y,
+                              int64_t x0, int64_t x1, A* buffer, int64_t distance) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t v = 0; v * lanes < channels; ++v) {
     const int64_t count = smaller(channels - v * lanes, lanes);
@@ -95,6 +95,22 @@ FASTFUSE_INLINE void read_row(const Image& image, int64_t n, int64_t c, int64_t 
         for (int64_t i = 0; i < columns; ++i) store(to + i * lanes, square[i]);
       }
     }
+  }
+}
+
+// Columns [x0, x1) of a row for `channels` channels, into the second-level cache: hardware does not
+// foresee rows.
+template <class S, bool ChannelsLast, int Write>
+FASTFUSE_INLINE void prefetch_row(const Image& image, int64_t n, int64_t c, int64_t channels,
+                                  int64_t y, int64_t x0, int64_t x1) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  const S* p = at<const S>(image, n, c, y, x0);
+  if constexpr (ChannelsLast) {
+    for (int64_t x = x0; x < x1; ++x, p += image.stride_w)
+      for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(p + i, Write, 2);
+  } else {
+    for (int64_t i = 0; i < channels; ++i, p += image.stride_c)
+      for (int64_t x = 0; x < x1 - x0; x += kLine) __builtin_prefetch(p + x, Write, 2);
   }
 }
 
@@ -306,15 +322,21 @@ struct Rows {
   int64_t first, count;  // of the kernel's rows
 };
 
-// Calls block(outputs - 1, its first column, left, right) for the blocks of a row of a tile.
-template <class Do>
-FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const Tile& tile, Do block) {
+// Calls block(outputs - 1, its first column, left, right) for the blocks of a row of a tile, and
+// before each `between` of the columns [begin, end) that are its share of the row: what is wanted
+// next is asked for little by little.
+template <class Do, class Between>
+FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const Tile& tile, Do block,
+                                Between between) {
   const int64_t width = tile.x1 - tile.x0;
+  int64_t done = 0;
   for (int64_t phase = 0; phase < smaller(t.dilation, width); ++phase) {
     const int64_t outputs = (width - phase + t.dilation - 1) / t.dilation;
     const int64_t blocks = (outputs + kMaxBlock - 1) / kMaxBlock;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t begin = outputs * i / blocks, end = outputs * (i + 1) / blocks;
+      between(tile.x0 + done, tile.x0 + done + (end - begin));
+      done += end - begin;
       block(end - begin - 1, phase + begin * t.dilation, i == 0 && tile.x0 == 0,
             i == blocks - 1 && tile.x1 == t.width);
     }
@@ -332,17 +354,20 @@ FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const Tile& tile, Do tap)
   }
 }
 
-template <class A>
+template <class A, class Between>
 FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const Tile& tile, const Rows<A>& rows,
-                                  const A* weight, const A* bias, A* out) {
+                                  const A* weight, const A* bias, A* out, Between between) {
   constexpr int64_t lanes = kLanes<A>;
   weight += rows.first * t.kernel_size * lanes;
   if (const Blocks<A>* blocks = blocks_of<A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
-    for_blocks(t, tile, [&](int64_t size, int64_t x, bool left, bool right) {
-      const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
-      blocks->convolve[size](block, weight, bias, out + x * lanes);
-    });
+    for_blocks(
+        t, tile,
+        [&](int64_t size, int64_t x, bool left, bool right) {
+          const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
+          blocks->convolve[size](block, weight, bias, out + x * lanes);
+        },
+        between);
     return;
   }
   for (int64_t x = 0; x < tile.x1 - tile.x0; ++x) store(out + x * lanes, load(bias));
@@ -355,17 +380,20 @@ FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const Tile& tile, con
     });
 }
 
-template <class A>
+template <class A, class Between>
 FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const Tile& tile, const Rows<A>& rows,
-                             const A* grad, A* sums) {
+                             const A* grad, A* sums, Between between) {
   constexpr int64_t lanes = kLanes<A>;
   sums += rows.first * t.kernel_size * lanes;
   if (const Blocks<A>* blocks = blocks_of<A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
-    for_blocks(t, tile, [&](int64_t size, int64_t x, bool left, bool right) {
-      const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
-      blocks->sum[size](block, grad + x * lanes, sums);
-    });
+    for_blocks(
+        t, tile,
+        [&](int64_t size, int64_t x, bool left, bool right) {
+          const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
+          blocks->sum[size](block, grad + x * lanes, sums);
+        },
+        between);
     return;
   }
   for (int64_t y = 0; y < rows.count; ++y)
@@ -401,6 +429,14 @@ class Ring {
                                 place(next_, 0), distance_);
   }
 
+  // Columns of the row that output row i + 1 will read.
+  FASTFUSE_INLINE void prefetch(int64_t i, int64_t x0, int64_t x1) {
+    const int64_t row = i + t_.kernel_size / 2 + 1;
+    if (row < tile_.rows && i + 1 < tile_.row1)
+      prefetch_row<S, ChannelsLast, 0>(x_, tile_.n, tile_.group * t_.group_channels, channels_,
+                                       tile_.phase + row * t_.dilation, x0, x1);
+  }
+
   FASTFUSE_INLINE Rows<A> rows(int64_t i, int64_t vector, const A** pointers) {
     const int64_t r = t_.kernel_size / 2;
     const int64_t begin = larger(i - r, 0), end = smaller(i + r + 1, tile_.rows);
@@ -428,7 +464,9 @@ struct Buffers {
   A *taps, *bias, *row, *ring;
   const A** pointers;
 
-  static int64_t columns(const DepthwiseTiles& t) { return t.width / t.column_tiles + 1; }
+  static int64_t columns(const DepthwiseTiles& t) {  // of a tile, at most
+    return smaller(t.width, t.width / t.column_tiles + 2 * t.column_unit);
+  }
   static int64_t group(const DepthwiseTiles& t) {
     return (t.group_channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   }
@@ -481,7 +519,14 @@ void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scrat
       ring.advance(i);
       for (int64_t v = 0; v < vectors; ++v) {
         convolve_row<A>(t, tile, ring.rows(i, v, buffers.pointers), buffers.taps + v * k2 * lanes,
-                        buffers.bias + v * lanes, buffers.row);
+                        buffers.bias + v * lanes, buffers.row, [&](int64_t x0, int64_t x1) {
+                          if (v > 0) return;
+                          ring.prefetch(i, x0, x1);
+                          if (i + 1 < tile.row1)
+                            prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
+                                                             tile.phase + (i + 1) * t.dilation, x0,
+                                                             x1);
+                        });
         write_row<S, ChannelsLast>(op.out, op.addend, tile.n, c0 + v * lanes,
                                    smaller(lanes, channels - v * lanes),
                                    tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row);
@@ -511,13 +556,19 @@ void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* sc
       Ring<S, ChannelsLast> ring(t, op.x, tile, channels, buffers.ring);
       for (int64_t i = tile.row0; i < tile.row1; ++i) {
         ring.advance(i);
-        read_row<S, ChannelsLast>(op.grad_output, tile.n, c0, channels,
-                                  tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row,
-                                  width * lanes);
+        read_row<S, ChannelsLast>(op.grad_output, tile.n, c0, channels, tile.phase + i * t.dilation,
+                                  tile.x0, tile.x1, buffers.row, width * lanes);
         for (int64_t v = 0; v < vectors; ++v) {
           A* mine = sums + v * (k2 + 1) * lanes;
           const A* grad = buffers.row + v * width * lanes;
-          sum_row<A>(t, tile, ring.rows(i, v, buffers.pointers), grad, mine);
+          sum_row<A>(
+              t, tile, ring.rows(i, v, buffers.pointers), grad, mine, [&](int64_t x0, int64_t x1) {
+                if (v > 0) return;
+                ring.prefetch(i, x0, x1);
+                if (i + 1 < tile.row1)
+                  prefetch_row<S, ChannelsLast, 0>(op.grad_output, tile.n, c0, channels,
+                                                   tile.phase + (i + 1) * t.dilation, x0, x1);
+              });
           Vec<A> total = load(mine + k2 * lanes);
           for (int64_t x = 0; x < width; ++x) total += load(grad + x * lanes);
           store(mine + k2 * lanes, total);
