@@ -19,14 +19,6 @@ constexpr int kMaxBlock = 16;
 constexpr int kMaxBlock = 8;
 #endif
 
-template <int Begin, int End, class Do>
-FASTFUSE_INLINE void unrolled(Do f) {
-  if constexpr (Begin < End) {
-    f(Count<Begin>{});
-    unrolled<Begin + 1, End>(f);
-  }
-}
-
 // ---- tiles and their rows -----------------------------------------------------------------------
 
 struct Tile {
@@ -63,6 +55,22 @@ FASTFUSE_INLINE S* at(const Image& image, int64_t n, int64_t c, int64_t y, int64
          y * image.stride_h + x * image.stride_w;
 }
 
+// A square of a vector by a vector, rows with unit stride.
+template <class A, class From, class To>
+FASTFUSE_INLINE void copy_transposed(const From* from, int64_t from_stride, To* to,
+                                     int64_t to_stride) {
+  Vec<A> square[kLanes<A>];
+  unrolled<0, kLanes<A>>([&](auto i) __attribute__((always_inline)) {
+    square[i.value] = load(from);
+    from += from_stride;
+  });
+  transpose<A>(square);
+  unrolled<0, kLanes<A>>([&](auto i) __attribute__((always_inline)) {
+    store(to, square[i.value]);
+    to += to_stride;
+  });
+}
+
 // Columns [x0, x1) of a row and `channels` channels from c on, to `vectors` buffers
 // [column][lane] that are `distance` apart; lanes without a channel become 0.
 template <class S, bool ChannelsLast, class A>
@@ -84,12 +92,14 @@ FASTFUSE_INLINE void read_row(const Image& image, int64_t n, int64_t c, int64_t 
     } else {
       for (int64_t x = x0; x < x1; x += lanes, from += lanes, to += lanes * lanes) {
         const int64_t columns = smaller(x1 - x, lanes);
+        if (columns == lanes && count == lanes) {
+          copy_transposed<A>(from, image.stride_c, to, lanes);
+          continue;
+        }
         Vec<A> square[lanes] = {};
-        if (columns == lanes) {
-          for (int64_t i = 0; i < count; ++i) square[i] = load(from + i * image.stride_c);
-        } else {
-          for (int64_t i = 0; i < count; ++i)
-            square[i] = load_partial(from + i * image.stride_c, columns);
+        for (int64_t i = 0; i < count; ++i) {
+          const S* row = from + i * image.stride_c;
+          square[i] = columns == lanes ? load(row) : load_partial(row, columns);
         }
         transpose<A>(square);
         for (int64_t i = 0; i < columns; ++i) store(to + i * lanes, square[i]);
@@ -141,6 +151,10 @@ FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t 
   } else {
     for (int64_t x = x0; x < x1; x += lanes, buffer += lanes * lanes) {
       const int64_t columns = smaller(x1 - x, lanes);
+      if (columns == lanes && count == lanes && !plus) {
+        copy_transposed<A>(buffer, lanes, to + (x - x0), image.stride_c);
+        continue;
+      }
       Vec<A> square[lanes] = {};
       for (int64_t i = 0; i < columns; ++i) square[i] = load(buffer + i * lanes);
       transpose<A>(square);

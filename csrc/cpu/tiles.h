@@ -59,11 +59,6 @@ FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_
   }
 }
 
-template <int V>
-struct Count {
-  static constexpr int value = V;
-};
-
 // Calls part(Count<vectors>, first channel, load, store) over n channels, each of them once:
 // outputs may be added to.
 template <class A, bool Stream = false, class Part>

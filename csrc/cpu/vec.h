@@ -264,33 +264,62 @@ FASTFUSE_INLINE Vec<A> pick(const A* p, IndexVec<A> index) {
 #endif
 }
 
+// f(Count<Begin>{}), ..., f(Count<End - 1>{}): a loop whose every step is compiled on its own.
+template <int V>
+struct Count {
+  static constexpr int value = V;
+};
+
+template <int Begin, int End, class Do>
+FASTFUSE_INLINE void unrolled(Do f) {
+  if constexpr (Begin < End) {
+    f(Count<Begin>{});
+    unrolled<Begin + 1, End>(f);
+  }
+}
+
+#if !defined(__clang__)
+// The lanes of two vectors that make the first or the second result of exchanging blocks.
+template <class A, int Block, bool Second, int... I>
+FASTFUSE_INLINE IndexVec<A> exchanged() {
+  constexpr int lanes = kLanes<A>, i = sizeof...(I);
+  if constexpr (i < lanes) {
+    constexpr int index =
+        Second ? (i & Block ? lanes + i : i + Block) : (i & Block ? lanes + i - Block : i);
+    return exchanged<A, Block, Second, I..., index>();
+  } else {
+    return IndexVec<A>{I...};
+  }
+}
+
+template <class A, int Block>
+FASTFUSE_INLINE void exchange_blocks(Vec<A>* rows) {
+  if constexpr (Block < kLanes<A>) {
+    unrolled<0, kLanes<A>>([&](auto row) __attribute__((always_inline)) {
+      constexpr int i = decltype(row)::value;
+      if constexpr (!(i & Block)) {
+        const Vec<A> a = rows[i], b = rows[i + Block];
+        rows[i] = __builtin_shuffle(a, b, exchanged<A, Block, false>());
+        rows[i + Block] = __builtin_shuffle(a, b, exchanged<A, Block, true>());
+      }
+    });
+    exchange_blocks<A, 2 * Block>(rows);
+  }
+}
+#endif
+
 // rows[i][j] <-> rows[j][i], by log2(lanes) rounds of exchanging blocks.
 template <class A>
 FASTFUSE_INLINE void transpose(Vec<A>* rows) {
-  constexpr int lanes = kLanes<A>;
 #if defined(__clang__)
-  for (int i = 0; i < lanes; ++i)
+  for (int i = 0; i < kLanes<A>; ++i)
     for (int j = 0; j < i; ++j) {
       const A t = rows[i][j];
       rows[i][j] = rows[j][i];
       rows[j][i] = t;
     }
 #else
-#pragma GCC unroll 8
-  for (int block = 1; block < lanes; block *= 2) {
-    IndexVec<A> low, high;
-    for (int i = 0; i < lanes; ++i) {
-      low[i] = i & block ? lanes + i - block : i;
-      high[i] = i & block ? lanes + i : i + block;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      if (i & block) continue;
-      const Vec<A> a = rows[i], b = rows[i + block];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + block] = __builtin_shuffle(a, b, high);
-    }
-  }
+  exchange_blocks<A, 1>(rows);
 #endif
 }
 
