@@ -443,12 +443,16 @@ class Ring {
                                 place(next_, 0), distance_);
   }
 
-  // Columns of the row that output row i + 1 will read.
-  FASTFUSE_INLINE void prefetch(int64_t i, int64_t x0, int64_t x1) {
+  // Columns of the row that output row i + 1 will read, or, at the end, of a first row of the next
+  // tile, if it is the same group's.
+  FASTFUSE_INLINE void prefetch(int64_t i, const Tile& next, int64_t x0, int64_t x1) const {
     const int64_t row = i + t_.kernel_size / 2 + 1;
-    if (row < tile_.rows && i + 1 < tile_.row1)
-      prefetch_row<S, ChannelsLast, 0>(x_, tile_.n, tile_.group * t_.group_channels, channels_,
-                                       tile_.phase + row * t_.dilation, x0, x1);
+    if (row < tile_.rows && i + 1 < tile_.row1) prefetch_row_of(tile_, row, x0, x1);
+    const int64_t first = larger(next.row0 - t_.kernel_size / 2, 0);
+    const int64_t wanted = first + t_.kernel_size - (tile_.row1 - i);
+    if (wanted >= first && wanted < smaller(next.row0 + t_.kernel_size / 2 + 1, next.rows))
+      prefetch_row_of(next, wanted, next.x0 + (x0 - tile_.x0),
+                      smaller(next.x0 + (x1 - tile_.x0), next.x1));
   }
 
   FASTFUSE_INLINE Rows<A> rows(int64_t i, int64_t vector, const A** pointers) {
@@ -459,6 +463,11 @@ class Ring {
   }
 
  private:
+  FASTFUSE_INLINE void prefetch_row_of(const Tile& tile, int64_t row, int64_t x0,
+                                       int64_t x1) const {
+    prefetch_row<S, ChannelsLast, 0>(x_, tile.n, tile.group * t_.group_channels, channels_,
+                                     tile.phase + row * t_.dilation, x0, x1);
+  }
   FASTFUSE_INLINE A* place(int64_t row, int64_t vector) {
     const int64_t vectors = (channels_ + kLanes<A> - 1) / kLanes<A>;
     return memory_ + (row % t_.kernel_size * vectors + vector) * distance_;
@@ -528,6 +537,8 @@ void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scrat
                                                          : load_partial(bias, count));
       }
     }
+    const Tile next =
+        unit + 1 < end ? tile_of(t, (unit + 1) / t.tiles(), (unit + 1) % t.tiles()) : tile;
     Ring<S, ChannelsLast> ring(t, op.x, tile, channels, buffers.ring);
     for (int64_t i = tile.row0; i < tile.row1; ++i) {
       ring.advance(i);
@@ -535,7 +546,7 @@ void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scrat
         convolve_row<A>(t, tile, ring.rows(i, v, buffers.pointers), buffers.taps + v * k2 * lanes,
                         buffers.bias + v * lanes, buffers.row, [&](int64_t x0, int64_t x1) {
                           if (v > 0) return;
-                          ring.prefetch(i, x0, x1);
+                          ring.prefetch(i, next, x0, x1);
                           if (i + 1 < tile.row1)
                             prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
                                                              tile.phase + (i + 1) * t.dilation, x0,
@@ -567,6 +578,7 @@ void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* sc
          ++index) {
       const Tile tile = tile_of(t, group, index);
       const int64_t width = tile.x1 - tile.x0;
+      const Tile next = tile_of(t, group, index + 1 < t.tiles() ? index + 1 : index);
       Ring<S, ChannelsLast> ring(t, op.x, tile, channels, buffers.ring);
       for (int64_t i = tile.row0; i < tile.row1; ++i) {
         ring.advance(i);
@@ -578,7 +590,7 @@ void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* sc
           sum_row<A>(
               t, tile, ring.rows(i, v, buffers.pointers), grad, mine, [&](int64_t x0, int64_t x1) {
                 if (v > 0) return;
-                ring.prefetch(i, x0, x1);
+                ring.prefetch(i, next, x0, x1);
                 if (i + 1 < tile.row1)
                   prefetch_row<S, ChannelsLast, 0>(op.grad_output, tile.n, c0, channels,
                                                    tile.phase + (i + 1) * t.dilation, x0, x1);
