@@ -1,0 +1,245 @@
+// Vector bodies of the pointwise steps: each row is read, computed and written once, from and to
+// caches, between two matrix products.
+
+#include "cpu/gelu.h"
+#include "cpu/pointwise.h"
+#include "cpu/tiles.h"
+#include "cpu/vec.h"
+
+namespace fastfuse {
+namespace FASTFUSE_ISA {
+namespace {
+
+template <class S>
+FASTFUSE_INLINE S* row_of(const Rows& rows, int64_t row) {
+  return static_cast<S*>(rows.data) + row * rows.stride;
+}
+
+// Whether GELU may be as inexact as the storage type.
+template <class S>
+constexpr bool kNarrow = sizeof(S) == 2;
+
+template <class A>
+FASTFUSE_INLINE A sum_of_lanes(Vec<A> v) {
+  A buffer[kLanes<A>];
+  store(buffer, v);
+  for (int step = kLanes<A> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) buffer[i] += buffer[i + step];
+  return buffer[0];
+}
+
+// Sums `value(first channel, load)` over a row; lanes that are no channel must be 0.
+template <class A, class Value>
+FASTFUSE_INLINE A sum_of_row(int64_t channels, Value value) {
+  Vec<A> sums[2] = {};
+  int64_t c = 0;
+  const auto whole = [](const auto* p) { return load(p); };
+  for (; c + 2 * kLanes<A> <= channels; c += 2 * kLanes<A>) {
+    sums[0] += value(c, whole);
+    sums[1] += value(c + kLanes<A>, whole);
+  }
+  if (c + kLanes<A> <= channels) {
+    sums[0] += value(c, whole);
+    c += kLanes<A>;
+  }
+  Vec<A> total = sums[0] + sums[1];
+  if (c < channels) {
+    const int64_t rest = channels - c;
+    const Vec<A> last = value(c, [rest](const auto* p) { return load_partial(p, rest); });
+    A buffer[kLanes<A>];
+    store(buffer, last);
+    for (int64_t i = rest; i < kLanes<A>; ++i) buffer[i] = 0;
+    total += load(buffer);
+  }
+  return sum_of_lanes<A>(total);
+}
+
+template <class A>
+struct Moments {
+  A mean, inverse_std;
+};
+
+template <class S, class A = compute_t<S>>
+FASTFUSE_INLINE Moments<A> moments(const S* x, int64_t channels, double eps) {
+  const A count = static_cast<A>(channels);
+  const A mean = sum_of_row<A>(channels, [&](int64_t c, auto load) { return load(x + c); }) / count;
+  const A squares = sum_of_row<A>(channels, [&](int64_t c, auto load) {
+    const Vec<A> difference = load(x + c) - mean;
+    return difference * difference;
+  });
+  return {mean, A(1) / static_cast<A>(__builtin_sqrt(squares / count + static_cast<A>(eps)))};
+}
+
+template <class S>
+void layer_norm(const LayerNorm& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  const A *weight = static_cast<const A*>(op.weight), *bias = static_cast<const A*>(op.bias);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x = row_of<const S>(op.x, i);
+    const S* skip = op.skip.data ? row_of<const S>(op.skip, i) : nullptr;
+    S* out = row_of<S>(op.out, i);
+    const Moments<A> m = moments(x, op.channels, op.eps);
+    for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        const Vec<A> scale = load(weight + c) * m.inverse_std;
+        Vec<A> y = (load(x + c) - m.mean) * scale + load(bias + c);
+        if (op.gelu) y = y * normal<kNarrow<S>>(y).function;
+        if (skip) y += load(skip + c);
+        store(out + c, y);
+      }
+    });
+  }
+}
+
+template <class A>
+FASTFUSE_INLINE void clear(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+template <class S>
+void layer_norm_backward(const LayerNormBackward& op, int64_t begin, int64_t end, void* scratch) {
+  using A = compute_t<S>;
+  const LayerNorm& f = op.forward;
+  const A *weight = static_cast<const A*>(f.weight), *bias = static_cast<const A*>(f.bias);
+  A* scaled = static_cast<A*>(scratch);  // the gradient of the normalized row
+  for (int64_t block = begin; block < end; ++block) {
+    A* sum_weight = static_cast<A*>(op.sums) + 2 * block * f.channels;
+    A* sum_bias = sum_weight + f.channels;
+    clear(sum_weight, 2 * f.channels);
+    for (int64_t i = block * kRowBlock; i < smaller((block + 1) * kRowBlock, f.rows); ++i) {
+      const S *x = row_of<const S>(f.x, i), *grad = row_of<const S>(op.grad_output, i);
+      S* grad_x = row_of<S>(op.grad_x, i);
+      const Moments<A> m = moments(x, f.channels, f.eps);
+      Vec<A> total = {}, product = {};
+      for_channels<A>(f.channels, [&](auto count, int64_t c, auto load, auto store) {
+        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+          const Vec<A> normalized = (load(x + c) - m.mean) * m.inverse_std;
+          const Vec<A> w = load(weight + c);
+          Vec<A> g = load(grad + c);
+          if (f.gelu) {
+            const Vec<A> y = normalized * w + load(bias + c);
+            const Normal<A> n = normal<kNarrow<S>>(y);
+            g = g * (n.function + y * n.density);
+          }
+          store(sum_weight + c, load(sum_weight + c) + g * normalized);
+          store(sum_bias + c, load(sum_bias + c) + g);
+          const Vec<A> of_normalized = g * w;  // 0 where there is no channel, as w is
+          store(scaled + c, of_normalized);
+          total += of_normalized;
+          product += of_normalized * normalized;
+        }
+      });
+      const A channels = static_cast<A>(f.channels);
+      const A mean = sum_of_lanes<A>(total) / channels;
+      const A correlation = sum_of_lanes<A>(product) / channels;
+      for_channels<A>(f.channels, [&](auto count, int64_t c, auto load, auto store) {
+        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+          const Vec<A> normalized = (load(x + c) - m.mean) * m.inverse_std;
+          store(grad_x + c, (load(scaled + c) - mean - normalized * correlation) * m.inverse_std);
+        }
+      });
+    }
+  }
+}
+
+template <class S>
+void bias_gelu(const BiasGelu& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  const A* bias = static_cast<const A*>(op.bias);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* hidden = row_of<const S>(op.hidden, i);
+    S* out = row_of<S>(op.out, i);
+    for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        const Vec<A> h = load(hidden + c) + load(bias + c);
+        store(out + c, h * normal<kNarrow<S>>(h).function);
+      }
+    });
+  }
+}
+
+template <class S>
+void bias_gelu_backward(const BiasGelu& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  const A* bias = static_cast<const A*>(op.bias);
+  for (int64_t block = begin; block < end; ++block) {
+    A* sums = static_cast<A*>(op.sums) + block * op.channels;
+    clear(sums, op.channels);
+    for (int64_t i = block * kRowBlock; i < smaller((block + 1) * kRowBlock, op.rows); ++i) {
+      const S* hidden = row_of<const S>(op.hidden, i);
+      S *out = row_of<S>(op.out, i), *grad = row_of<S>(op.grad, i);
+      for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+          const Vec<A> h = load(hidden + c) + load(bias + c);
+          const Normal<A> n = normal<kNarrow<S>>(h);
+          const Vec<A> g = load(grad + c) * (n.function + h * n.density);
+          store(out + c, h * n.function);
+          store(grad + c, g);
+          store(sums + c, load(sums + c) + g);
+        }
+      });
+    }
+  }
+}
+
+// Calls row(i, keep of its image) for the rows [begin, end).
+template <class A, class Do>
+FASTFUSE_INLINE void for_kept_rows(const Residual& op, int64_t begin, int64_t end, Do row) {
+  const A* keep = static_cast<const A*>(op.keep);
+  while (begin < end) {
+    const int64_t image = (op.first + begin) / op.pixels;
+    const int64_t last = smaller((image + 1) * op.pixels - op.first, end);
+    const A factor = keep ? keep[image] : A(1);
+    for (; begin < last; ++begin) row(begin, factor);
+  }
+}
+
+template <class S>
+void residual(const Residual& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  const A *bias = static_cast<const A*>(op.bias), *scale = static_cast<const A*>(op.scale);
+  for_kept_rows<A>(op, begin, end, [&](int64_t i, A keep) {
+    const S *x = row_of<const S>(op.x, i), *product = row_of<const S>(op.product, i);
+    S* out = row_of<S>(op.out, i);
+    for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        const Vec<A> factor = scale ? load(scale + c) * keep : splat(keep);
+        store(out + c, load(x + c) + factor * (load(product + c) + load(bias + c)));
+      }
+    });
+  });
+}
+
+template <class S>
+void residual_backward(const Residual& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  for (int64_t block = begin; block < end; ++block) {
+    A* sums = static_cast<A*>(op.sums) + block * op.channels;
+    clear(sums, op.channels);
+    const int64_t last = smaller((block + 1) * kRowBlock, op.rows);
+    for_kept_rows<A>(op, block * kRowBlock, last, [&](int64_t i, A keep) {
+      const S* grad = row_of<const S>(op.x, i);
+      for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+          const Vec<A> kept = load(grad + c) * keep;
+          if (op.keep) store(row_of<S>(op.out, i) + c, kept);
+          store(sums + c, load(sums + c) + kept);
+        }
+      });
+    });
+  }
+}
+
+template <class S>
+constexpr PointwiseKernels::Kernel kernel() {
+  return {layer_norm<S>, layer_norm_backward<S>, bias_gelu<S>, bias_gelu_backward<S>,
+          residual<S>,   residual_backward<S>};
+}
+
+}  // namespace
+
+extern const PointwiseKernels pointwise_kernels = {
+    {kernel<double>(), kernel<float>(), kernel<bfloat16>(), kernel<float16>()}};
+
+}  // namespace FASTFUSE_ISA
+}  // namespace fastfuse

@@ -1,0 +1,404 @@
+"""depthwise_conv2d on CUDA devices: Triton kernels and their launchers.
+
+A multiply-add has two operands to fetch, and an image that was read is not the limit: fetching is.
+So a thread holds a run of output rows of one column in registers, ``dilation`` rows apart, and the
+weights of one column of the kernel. Every input row that it loads meets all of these weights, each
+for another output row: k multiply-adds for one load. The gradient of the weights exchanges roles,
+sums in the place of weights and rows of the gradient in the place of output rows. There the warps
+of a program take different columns of the kernel over the same pixels, which they find in the L1
+cache. Programs write partial sums, and a second kernel adds these in a fixed order.
+
+Rows are the same for all threads of a program; columns and channels are spread over them, whichever
+of the two is contiguous. Neighbours along x, whose halos overlap, are neighbouring programs.
+"""
+# ruff: noqa: RUF005  (kernels keep a block per row in a tuple, and Triton knows no unpacking)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["backward_weight", "forward"]
+
+NUM_WARPS = 4
+THREADS = 32 * NUM_WARPS
+# Three programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
+MAX_REGISTERS = 168
+SPECIALIZED_MULTIPLE = 16  # Triton knows of an integer that it is a multiple of 16, or nothing
+# channels_last: channels of one thread. Four float32 are 16 bytes, the widest access; eight bfloat16
+# would be too, but their float32 values leave registers for half the rows.
+VECTOR, VECTOR_BYTES = 4, 16
+# channels_last: a pixel's share of a tile, a full cache line of float32. More would narrow the tile
+# and widen its halo.
+BLOCK_CHANNELS = 32
+MIN_BLOCK_CHANNELS = 16
+# contiguous: a full line of float32 along x. A thread has one column: neighbours' loads, shifted by
+# a tap, are not aligned, and several columns would only lie farther apart.
+MAX_BLOCK_COLUMNS = 32
+# Registers of a run's sums by itemsize; unpacking two-byte values takes some. Beside them are the
+# weights of at most MAX_TAPS taps: larger kernels are cut.
+MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
+MAX_RUN, MAX_TAPS = 32, 9
+# The gradient of the weights: sums of a thread for each of its channels, the registers they may
+# take where a column of the kernel is more, and registers of the rows that they meet.
+MAX_WEIGHT_SUMS, MAX_WEIGHT_SUM_REGISTERS, MAX_ROW_REGISTERS = 16, 64, 32
+# Programs that fill today's devices about twice: below, runs are shortened for more of them. So
+# many write partial sums, if there are so many tiles: every order of summation is one of the shape.
+MIN_PROGRAMS = 256
+PARTIAL_PROGRAMS = 1024
+# Reducing the partial sums: rows of them in flight, and channels of one program.
+REDUCED_ROWS, REDUCED_CHANNELS = 16, 32
+
+
+@triton.jit
+def _split(index, parts):
+    """``(index // parts, index % parts)``."""
+    return index // parts, index % parts
+
+
+@triton.jit
+def _count(digit, carry, size):
+    """``(digit, carry)`` of a counter whose digits have different sizes, one step on."""
+    digit += carry
+    full = digit == size
+    return tl.where(full, 0, digit), full.to(tl.int32)
+
+
+@triton.jit
+def _along_axes(x, channel, CHANNELS_LAST: tl.constexpr):
+    """x and channel along the last axes of a tile, the contiguous one last. # [1, ., 1], [1, 1, .]"""
+    if CHANNELS_LAST:
+        return x[None, :, None], channel[None, None, :]
+    else:
+        return x[None, None, :], channel[None, :, None]
+
+
+@triton.jit
+def _forward_kernel(
+    out, x,
+    weight,  # its first tap; it may be walked backwards
+    bias,  # one value per channel, or None
+    addend,  # where out is, or None
+    channels, height, width,
+    run_blocks, residues,  # of rows that are ``dilation`` apart
+    dilation, x_step, out_step,  # rows that are as far apart, in values
+    x_n, x_c, x_h, x_w, weight_start, weight_c, weight_h, weight_w,
+    out_n, out_c, out_h, out_w,
+    KERNEL_SIZE: tl.constexpr, TAPS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    RUN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    RADIUS: tl.constexpr = KERNEL_SIZE // 2
+    block, x_block = _split(tl.program_id(0), tl.cdiv(width, BLOCK_X))
+    block, channel_block = _split(block, tl.cdiv(channels, BLOCK_C))
+    block, residue = _split(block, residues)
+    image, run_block = _split(block, run_blocks)
+    y = run_block * (RUN * dilation) + residue
+    column, channel = _along_axes(
+        x_block * BLOCK_X + tl.arange(0, BLOCK_X),
+        channel_block * BLOCK_C + tl.arange(0, BLOCK_C),
+        CHANNELS_LAST,
+    )
+    inside = (column < width) & (channel < channels)
+    # What is the same for all columns is loaded by each, for the layout of a tile.
+    each_channel = tl.broadcast_to(channel, inside.shape)
+    in_channel = each_channel < channels
+    x += image.to(tl.int64) * x_n + channel.to(tl.int64) * x_c
+    weight += weight_start + each_channel * weight_c
+
+    # Start from the bias.
+    total = tl.zeros(inside.shape, dtype=DTYPE)
+    if bias is not None:
+        total += tl.load(bias + each_channel, mask=in_channel, other=0.0).to(DTYPE)
+    totals = (total,) * RUN
+
+    for first in tl.static_range(0, KERNEL_SIZE, TAPS):
+        for kx in range(KERNEL_SIZE):
+            # The weights of a column.
+            taps = ()
+            tap = weight + (kx * weight_w + first * weight_h)
+            for ky in tl.static_range(TAPS):
+                if first + ky < KERNEL_SIZE:
+                    taps = taps + (tl.load(tap, mask=in_channel, other=0.0).to(DTYPE),)
+                    tap += weight_h
+            # Down the input: each row is for as many output rows as there are taps.
+            source_x = column + (kx - RADIUS) * dilation
+            source_y = y + (first - RADIUS) * dilation
+            source = x + source_x.to(tl.int64) * x_w + source_y.to(tl.int64) * x_h
+            in_columns = (source_x >= 0) & (source_x < width) & (channel < channels)
+            for row in tl.static_range(RUN + len(taps) - 1):
+                mask = in_columns & (source_y.to(tl.uint32) < height)  # a negative one is large
+                value = tl.load(source, mask=mask, other=0.0).to(DTYPE)
+                source += x_step
+                source_y += dilation
+                for run in tl.static_range(RUN):
+                    total = totals[0]
+                    if row >= run and row - run < len(taps):
+                        total += value * taps[row - run]
+                    totals = totals[1:] + (total,)
+
+    # Add, store.
+    offset = image.to(tl.int64) * out_n + y.to(tl.int64) * out_h
+    offset = offset + column.to(tl.int64) * out_w + channel.to(tl.int64) * out_c
+    for run in tl.static_range(RUN):
+        if y + run * dilation < height:
+            total = totals[run]
+            if addend is not None:
+                total += tl.load(addend + offset, mask=inside, other=0.0).to(DTYPE)
+            tl.store(out + offset, total.to(out.dtype.element_ty), mask=inside)
+        offset += out_step
+
+
+@triton.jit
+def _backward_weight_kernel(
+    partials,  # (chunks, k * k + 1, channels): of the weights' gradient and, last, the bias's
+    grad_out, x,
+    channels, height, width, run_blocks, residues, dilation, x_step, grad_step,
+    tiles, tiles_per_chunk,  # of RUN rows by BLOCK_X columns
+    grad_n, grad_c, grad_h, grad_w, x_n, x_c, x_h, x_w,
+    KERNEL_SIZE: tl.constexpr, CHANNELS_LAST: tl.constexpr, RUN: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,  # of the kernel: per thread, and by threads
+    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = partials.dtype.element_ty
+    RADIUS: tl.constexpr = KERNEL_SIZE // 2
+    x_blocks = tl.cdiv(width, BLOCK_X)
+    block, channel_block = _split(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    chunk, column_block = _split(block, tl.cdiv(KERNEL_SIZE, COLUMNS * BLOCK_K))
+    kernel_x = column_block * (COLUMNS * BLOCK_K) + tl.arange(0, BLOCK_K)
+    kx = kernel_x[:, None, None]
+    channel_1d = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixel, channel = _along_axes(tl.arange(0, BLOCK_X), channel_1d, CHANNELS_LAST)
+    grad_out += channel.to(tl.int64) * grad_c
+    x += channel.to(tl.int64) * x_c
+
+    zeros = tl.zeros((kx + pixel + channel).shape, dtype=DTYPE)  # [BLOCK_K, ...]
+    sums = (zeros,) * (COLUMNS * KERNEL_SIZE)
+    bias_sum = zeros
+    first = chunk * tiles_per_chunk
+    block, x_block = _split(first, x_blocks)
+    block, residue = _split(block, residues)
+    image, run_block = _split(block, run_blocks)
+    for _ in range(first, tl.minimum(first + tiles_per_chunk, tiles)):
+        # The rows of the gradient.
+        y = run_block * (RUN * dilation) + residue
+        column = x_block * BLOCK_X + pixel
+        start = grad_out + image.to(tl.int64) * grad_n + y.to(tl.int64) * grad_h
+        source = tl.broadcast_to(start + column.to(tl.int64) * grad_w, zeros.shape)
+        inside = tl.broadcast_to((column < width) & (channel < channels), zeros.shape)
+        rows = ()
+        for run in tl.static_range(RUN):
+            mask = inside & (y + run * dilation < height)
+            value = tl.load(source, mask=mask, other=0.0).to(DTYPE)
+            source += grad_step
+            bias_sum += value
+            rows = rows + (value,)
+        # Down the input, for a column of the kernel: each row meets all taps.
+        source_y = y - RADIUS * dilation
+        start = x + image.to(tl.int64) * x_n + source_y.to(tl.int64) * x_h
+        for index in tl.static_range(COLUMNS):
+            tap_x = kx + index * BLOCK_K
+            source_x = column + (tap_x - RADIUS) * dilation
+            in_columns = (source_x >= 0) & (source_x < width) & (tap_x < KERNEL_SIZE)
+            in_columns &= channel < channels
+            source = start + source_x.to(tl.int64) * x_w
+            for row in tl.static_range(RUN + KERNEL_SIZE - 1):
+                in_rows = (source_y + row * dilation).to(tl.uint32) < height
+                value = tl.load(source, mask=in_columns & in_rows, other=0.0).to(DTYPE)
+                source += x_step
+                for ky in tl.static_range(KERNEL_SIZE):
+                    total = sums[ky]
+                    if row >= ky and row - ky < RUN:
+                        total += value * rows[row - ky]
+                    sums = sums[:ky] + (total,) + sums[ky + 1 :]
+            sums = sums[KERNEL_SIZE:] + sums[:KERNEL_SIZE]
+        x_block, carry = _count(x_block, 1, x_blocks)
+        residue, carry = _count(residue, carry, residues)
+        run_block, carry = _count(run_block, carry, run_blocks)
+        image += carry
+
+    # Reduce and store.
+    AXIS: tl.constexpr = 1 if CHANNELS_LAST else 2
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    partials += chunk.to(tl.int64) * (TAPS + 1) * channels + channel_1d[None, :]
+    in_channel = (channel_1d < channels)[None, :]
+    for index in tl.static_range(COLUMNS):
+        tap_x = (kernel_x + index * BLOCK_K)[:, None]
+        mask = (tap_x < KERNEL_SIZE) & in_channel
+        for ky in tl.static_range(KERNEL_SIZE):
+            total = tl.sum(sums[index * KERNEL_SIZE + ky], axis=AXIS)
+            tl.store(partials + (ky * KERNEL_SIZE + tap_x) * channels, total, mask=mask)
+    tap_x = kernel_x[:, None]  # all hold the same sum
+    total = tl.sum(bias_sum, axis=AXIS)
+    tl.store(partials + (TAPS + tap_x) * channels, total, mask=(tap_x == 0) & in_channel)
+
+
+@triton.jit
+def _reduce_kernel(
+    partials, grad_weight, grad_bias, chunks, channels,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tap, channel_block = _split(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK, BLOCK_C], dtype=partials.dtype.element_ty)
+    for first in range(0, chunks, BLOCK):
+        chunk = (first + tl.arange(0, BLOCK))[:, None]
+        offset = (chunk.to(tl.int64) * (TAPS + 1) + tap) * channels + channel[None, :]
+        mask = (chunk < chunks) & (channel < channels)[None, :]
+        total += tl.load(partials + offset, mask=mask, other=0.0)
+    value = tl.sum(total, axis=0).to(grad_weight.dtype.element_ty)
+    if tap < TAPS:
+        tl.store(grad_weight + channel.to(tl.int64) * TAPS + tap, value, mask=channel < channels)
+    else:
+        tl.store(grad_bias + channel, value, mask=channel < channels)
+
+
+def _is_channels_last(image: Tensor) -> bool:
+    return image.stride(1) == 1 and image.stride(3) != 1
+
+
+def _with_unit_stride(image: Tensor, channels_last: bool) -> Tensor:
+    """The image, copied unless neighbouring threads' values are neighbours in it."""
+    axis = 1 if channels_last else 3
+    if image.stride(axis) == 1 or image.shape[axis] == 1:
+        return image
+    return image.contiguous(memory_format=_memory_format(channels_last))
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _tile(
+    columns: int, channels: int, values: int, channels_last: bool
+) -> tuple[int, int]:
+    """``(BLOCK_X, BLOCK_C)`` of ``values`` values."""
+    if not channels_last:
+        block_x = min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(columns))
+        return block_x, min(max(values // block_x, 1), triton.next_power_of_2(channels))
+    # The largest power of two that divides the channels, so that few blocks run over the end.
+    block_c = min(max(channels & -channels, MIN_BLOCK_CHANNELS), BLOCK_CHANNELS)
+    block_x = min(max(values // block_c, 1), triton.next_power_of_2(columns))
+    return block_x, min(values // block_x, triton.next_power_of_2(channels))
+
+
+def _vector(channels: int, itemsize: int, channels_last: bool) -> int:
+    """Values of one thread in a tile."""
+    if not channels_last or channels % SPECIALIZED_MULTIPLE:  # every value needs its address
+        return 1
+    return min(VECTOR, VECTOR_BYTES // itemsize)
+
+
+def _even(rows: int, limit: int) -> int:
+    """Rows cut into runs of about one length, ``limit`` at most."""
+    return triton.cdiv(rows, triton.cdiv(rows, max(limit, 1)))
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None,
+    dilation: int, flip: bool, channels_last: bool,
+) -> Tensor:  # fmt: skip
+    """``addend + conv2d(x, weight, bias)`` of stride 1 and the same size, every channel alone.
+
+    With ``flip`` the kernel is turned by 180 degrees: the gradient of the input.
+    """
+    batch, channels, height, width = x.shape
+    kernel_size, itemsize = weight.shape[2], x.element_size()
+    out = torch.empty(
+        x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(channels_last)
+    )
+    if out.numel() == 0:
+        return out
+    x = _with_unit_stride(x, channels_last)
+    if addend is not None:
+        addend = addend.contiguous(memory_format=_memory_format(channels_last))
+    weight = weight[:, 0]
+    if channels_last:  # what a thread loads of it is contiguous too
+        wide = torch.promote_types(x.dtype, torch.float32)
+        taps = torch.empty((kernel_size**2, channels), dtype=wide, device=x.device)
+        taps = taps.view(kernel_size, kernel_size, channels)
+        weight = taps.copy_(weight.permute(1, 2, 0)).permute(2, 0, 1)
+    weight_c, weight_h, weight_w = weight.stride()
+    start = 0
+    if flip:
+        start = (kernel_size - 1) * (weight_h + weight_w)
+        weight_h, weight_w = -weight_h, -weight_w
+
+    dilation = min(dilation, max(height, width))  # what is beyond is outside
+    residues = min(dilation, height)
+    vector = _vector(channels, itemsize, channels_last)
+    block_x, block_c = _tile(width, channels, THREADS * vector, channels_last)
+    tiles = batch * residues * triton.cdiv(width, block_x) * triton.cdiv(channels, block_c)
+    rows = triton.cdiv(height, dilation)
+    limit = min(MAX_SUM_REGISTERS[itemsize] // (vector * max(itemsize // 4, 1)), MAX_RUN)
+    while limit > 4 and tiles * triton.cdiv(rows, limit) < MIN_PROGRAMS:
+        limit //= 2
+    run = _even(rows, limit)
+    run_blocks = triton.cdiv(rows, run)
+    with torch.cuda.device_of(x):
+        _forward_kernel[(tiles * run_blocks,)](
+            out, x, weight, None if bias is None else bias.contiguous(), addend,
+            channels, height, width, run_blocks, residues, dilation,
+            dilation * x.stride(2), dilation * out.stride(2), *x.stride(), start, weight_c, weight_h, weight_w,
+            *out.stride(),
+            KERNEL_SIZE=kernel_size, TAPS=_even(kernel_size, MAX_TAPS),
+            CHANNELS_LAST=channels_last, RUN=run, BLOCK_X=block_x, BLOCK_C=block_c,
+            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out
+
+
+def backward_weight(
+    grad_output: Tensor, x: Tensor, kernel_size: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight (C, 1, k, k) and bias (C,), in x's dtype."""
+    batch, channels, height, width = x.shape
+    grad_weight = x.new_zeros((channels, 1, kernel_size, kernel_size))
+    grad_bias = x.new_zeros((channels,))
+    if x.numel() == 0:
+        return grad_weight, grad_bias
+    channels_last = _is_channels_last(x)
+    x, grad_output = (_with_unit_stride(image, channels_last) for image in (x, grad_output))
+
+    dilation = min(dilation, max(height, width))
+    residues = min(dilation, height)
+    registers = max(x.element_size() // 4, 1)  # of one sum
+    vector = _vector(channels, x.element_size(), channels_last)
+    while vector > 1 and kernel_size * vector * registers > MAX_WEIGHT_SUM_REGISTERS:
+        vector //= 2
+    sums = max(MAX_WEIGHT_SUMS // kernel_size, 1)
+    block_k = 1  # by warps: threads of one share their pixels' coordinates
+    while block_k < NUM_WARPS and triton.cdiv(kernel_size, block_k) > sums:
+        block_k *= 2
+    columns = min(triton.cdiv(kernel_size, block_k), sums)
+    block_x, block_c = _tile(width, channels, THREADS * vector // block_k, channels_last)
+    rows = triton.cdiv(height, dilation)
+    run = _even(rows, MAX_ROW_REGISTERS // (vector * registers))
+    run_blocks = triton.cdiv(rows, run)
+    tiles = batch * residues * run_blocks * triton.cdiv(width, block_x)
+    programs = triton.cdiv(channels, block_c) * triton.cdiv(kernel_size, columns * block_k)
+    tiles_per_chunk = triton.cdiv(tiles, min(triton.cdiv(PARTIAL_PROGRAMS, programs), tiles))
+    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    partials = torch.empty(
+        (chunks, kernel_size**2 + 1, channels),
+        dtype=torch.promote_types(x.dtype, torch.float32),
+        device=x.device,
+    )
+    with torch.cuda.device_of(x):
+        _backward_weight_kernel[(chunks * programs,)](
+            partials, grad_output, x, channels, height, width, run_blocks, residues, dilation,
+            dilation * x.stride(2), dilation * grad_output.stride(2),
+            tiles, tiles_per_chunk, *grad_output.stride(), *x.stride(),
+            KERNEL_SIZE=kernel_size, CHANNELS_LAST=channels_last, RUN=run,
+            COLUMNS=columns, BLOCK_K=block_k, BLOCK_X=block_x, BLOCK_C=block_c,
+            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip
+        block_c = min(REDUCED_CHANNELS, triton.next_power_of_2(channels))
+        _reduce_kernel[((kernel_size**2 + 1) * triton.cdiv(channels, block_c),)](
+            partials, grad_weight, grad_bias, chunks, channels,
+            TAPS=kernel_size**2, BLOCK=REDUCED_ROWS, BLOCK_C=block_c,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grad_weight, grad_bias
