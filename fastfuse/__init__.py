@@ -10,6 +10,7 @@ import importlib.metadata
 from fastfuse import nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
+from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.tap_sum import tap_sum
@@ -24,6 +25,7 @@ __all__ = [
     "BackendError",
     "Info",
     "backend",
+    "ced_block",
     "depthwise_conv2d",
     "fusion_conv2d",
     "info",

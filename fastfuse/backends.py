@@ -71,6 +71,7 @@ class Operation:
     name: str
     refusals: dict[str, Refusal]
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
+    twice_differentiable: bool = True
 
 
 def _checked(name: str, source: str) -> str:

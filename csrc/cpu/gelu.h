@@ -14,11 +14,6 @@
 namespace fastfuse {
 namespace {
 
-template <class A>
-struct Normal {
-  Vec<A> function, density;
-};
-
 template <class V, class... Coefficients>
 FASTFUSE_INLINE V polynomial(V x, float first, Coefficients... rest) {
   if constexpr (sizeof...(rest) == 0)
@@ -27,82 +22,111 @@ FASTFUSE_INLINE V polynomial(V x, float first, Coefficients... rest) {
     return first + x * polynomial(x, rest...);
 }
 
+#if defined(__AVX512F__)
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm512_max_ps((__m512)x, _mm512_set1_ps(low));
+}
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
+  return (Vec<float>)_mm512_roundscale_ps((__m512)x, 0);
+}
 // 2^n p, n whole and at least -126.
 FASTFUSE_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
-#if defined(__AVX512F__)
   return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const IndexVec<float> exponent = __builtin_convertvector(n, IndexVec<float>) + 127;
-  return p * (Vec<float>)(exponent << 23);
-#endif
 }
-
-FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_roundscale_ps((__m512)x, 0);
+// Relative error 2^-11 or, after a Newton step from 2^-14, that of float32.
+template <bool Narrow>
+FASTFUSE_INLINE Vec<float> reciprocal(Vec<float> x) {
+  const Vec<float> estimate = (Vec<float>)_mm512_rcp14_ps((__m512)x);
+  return Narrow ? estimate : estimate * (2.0f - x * estimate);
+}
 #else
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) { return x > low ? x : splat(low); }
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
   const Vec<float> large = Vec<float>{} + 0x1.8p23f;  // its last bit is 1
   Vec<float> sum = x + large;
   asm("" : "+m"(sum));  // or the compiler might take the difference for x
   return sum - large;
-#endif
 }
-
-// Relative error 2^-11.
-FASTFUSE_INLINE Vec<float> reciprocal_estimate(Vec<float> x) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_rcp14_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (Vec<float>)_mm256_rcp_ps((__m256)x);
-#else
+FASTFUSE_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
+  const IndexVec<float> exponent = __builtin_convertvector(n, IndexVec<float>) + 127;
+  return p * (Vec<float>)(exponent << 23);
+}
+template <bool Narrow>
+FASTFUSE_INLINE Vec<float> reciprocal(Vec<float> x) {
+#if defined(__AVX2__)
+  if constexpr (Narrow) return (Vec<float>)_mm256_rcp_ps((__m256)x);
+#endif
   return 1.0f / x;
-#endif
 }
+#endif
+
+FASTFUSE_INLINE Vec<float> magnitude(Vec<float> x) { return (Vec<float>)((Bits)x & 0x7FFFFFFFu); }
+
+// exp(-x^2 / 2) and Phi(-|x|).
+template <class A>
+struct Tail {
+  Vec<A> exponential, probability;
+};
 
 template <bool Narrow>
-FASTFUSE_INLINE Normal<float> normal(Vec<float> x) {
-  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  constexpr float kSqrtHalf = 0.707106781f, kInverseSqrt2Pi = 0.398942280f;
-  constexpr float kLowest = -87.3f;
-  Vec<float> exponent = -0.5f * x * x;
-  exponent = exponent > kLowest ? exponent : splat(kLowest);
-  const Vec<float> n = rounded(exponent * kLog2E);
-  const Vec<float> r = (exponent - n * kLn2High) - n * kLn2Low;
-  const Vec<float> magnitude = (Vec<float>)((Bits)x & 0x7FFFFFFFu);
-  Vec<float> e, tail;
+FASTFUSE_INLINE Tail<float> tail(Vec<float> x) {
+  constexpr float kHalfLog2E = 0.721347520f, kSqrtHalf = 0.707106781f;
+  const Vec<float> exponent = at_least(x * x * -kHalfLog2E, -126.0f);
+  const Vec<float> n = rounded(exponent), r = exponent - n;
   if constexpr (Narrow) {
-    e = scaled(polynomial(r, 0.999928074f, 1.0001642f, 0.504963257f, 0.165668287f), n);
-    const Vec<float> t = reciprocal_estimate(1.0f + 0.5f * kSqrtHalf * magnitude);
-    tail = e * t *
-           polynomial(t, 0.5f * 0.279927358f, 0.5f * 0.310710694f, 0.5f * 0.109576288f,
-                      0.5f * 0.469976043f, 0.5f * -0.170110416f);
+    const Vec<float> e =
+        scaled(polynomial(r, 0.999928074f, 0.69326099f, 0.24261112f, 0.0551716435f), n);
+    const Vec<float> t = reciprocal<true>(1.0f + 0.5f * kSqrtHalf * magnitude(x));
+    return {e, e * t *
+                   polynomial(t, 0.5f * 0.279927358f, 0.5f * 0.310710694f, 0.5f * 0.109576288f,
+                              0.5f * 0.469976043f, 0.5f * -0.170110416f)};
   } else {
-    e = scaled(polynomial(r, 1.0f, 1.00000004f, 0.499999921f, 0.166664202f, 0.0416682256f,
-                          0.00837481578f, 0.00138368419f),
-               n);
-    const Vec<float> denominator = 1.0f + 0.4f * kSqrtHalf * magnitude;
-#if defined(__AVX512F__)
-    Vec<float> t = reciprocal_estimate(denominator);  // 2^-14, and after a Newton step 2^-24
-    t = t * (2.0f - denominator * t);
-#else
-    const Vec<float> t = 1.0f / denominator;
-#endif
-    tail = e * t *
-           polynomial(t, 0.5f * 0.2256263f, 0.5f * 0.226575681f, 0.5f * 0.200958797f,
-                      0.5f * 0.196962174f, 0.5f * 0.0715103426f, 0.5f * 0.0997265919f,
-                      0.5f * 0.073844792f, 0.5f * -0.135472387f, 0.5f * 0.0402677664f);
+    const Vec<float> e = scaled(polynomial(r, 1.0f, 0.693147206f, 0.240226469f, 0.0555032878f,
+                                           0.00961848897f, 0.00133999312f, 0.000153458094f),
+                                n);
+    const Vec<float> t = reciprocal<false>(1.0f + 0.4f * kSqrtHalf * magnitude(x));
+    return {e, e * t *
+                   polynomial(t, 0.5f * 0.2256263f, 0.5f * 0.226575681f, 0.5f * 0.200958797f,
+                              0.5f * 0.196962174f, 0.5f * 0.0715103426f, 0.5f * 0.0997265919f,
+                              0.5f * 0.073844792f, 0.5f * -0.135472387f, 0.5f * 0.0402677664f)};
   }
-  return {x < 0.0f ? tail : 1.0f - tail, kInverseSqrt2Pi * e};
+}
+
+// GELU is max(x, 0) - |x| Phi(-|x|).
+template <bool Narrow>
+FASTFUSE_INLINE Vec<float> gelu(Vec<float> x) {
+  return at_least(x, 0.0f) - magnitude(x) * tail<Narrow>(x).probability;
+}
+
+template <class A>
+struct GeluWithDerivative {
+  Vec<A> value, derivative;
+};
+
+// The derivative is Phi(x) + x times the density.
+template <bool Narrow>
+FASTFUSE_INLINE GeluWithDerivative<float> gelu_with_derivative(Vec<float> x) {
+  constexpr float kInverseSqrt2Pi = 0.398942280f;
+  const Tail<float> t = tail<Narrow>(x);
+  const Vec<float> phi = x < 0.0f ? t.probability : 1.0f - t.probability;
+  return {x * phi, phi + x * (kInverseSqrt2Pi * t.exponential)};
 }
 
 template <bool Narrow>
-FASTFUSE_INLINE Normal<double> normal(Vec<double> x) {
-  Normal<double> result;
+FASTFUSE_INLINE GeluWithDerivative<double> gelu_with_derivative(Vec<double> x) {
+  constexpr double kSqrtHalf = 0.70710678118654752440, kInverseSqrt2Pi = 0.39894228040143267794;
+  GeluWithDerivative<double> result;
   for (int i = 0; i < kLanes<double>; ++i) {
-    result.function[i] = 0.5 * erfc(-0.70710678118654752440 * x[i]);
-    result.density[i] = 0.39894228040143267794 * exp(-0.5 * x[i] * x[i]);
+    const double phi = 0.5 * erfc(-kSqrtHalf * x[i]);
+    result.value[i] = x[i] * phi;
+    result.derivative[i] = phi + x[i] * kInverseSqrt2Pi * exp(-0.5 * x[i] * x[i]);
   }
   return result;
+}
+
+template <bool Narrow>
+FASTFUSE_INLINE Vec<double> gelu(Vec<double> x) {
+  return gelu_with_derivative<Narrow>(x).value;
 }
 
 }  // namespace

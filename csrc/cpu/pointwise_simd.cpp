@@ -83,7 +83,7 @@ void layer_norm(const LayerNorm& op, int64_t begin, int64_t end) {
       for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
         const Vec<A> scale = load(weight + c) * m.inverse_std;
         Vec<A> y = (load(x + c) - m.mean) * scale + load(bias + c);
-        if (op.gelu) y = y * normal<kNarrow<S>>(y).function;
+        if (op.gelu) y = gelu<kNarrow<S>>(y);
         if (skip) y += load(skip + c);
         store(out + c, y);
       }
@@ -118,8 +118,7 @@ void layer_norm_backward(const LayerNormBackward& op, int64_t begin, int64_t end
           Vec<A> g = load(grad + c);
           if (f.gelu) {
             const Vec<A> y = normalized * w + load(bias + c);
-            const Normal<A> n = normal<kNarrow<S>>(y);
-            g = g * (n.function + y * n.density);
+            g = g * gelu_with_derivative<kNarrow<S>>(y).derivative;
           }
           store(sum_weight + c, load(sum_weight + c) + g * normalized);
           store(sum_bias + c, load(sum_bias + c) + g);
@@ -152,7 +151,7 @@ void bias_gelu(const BiasGelu& op, int64_t begin, int64_t end) {
     for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
       for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
         const Vec<A> h = load(hidden + c) + load(bias + c);
-        store(out + c, h * normal<kNarrow<S>>(h).function);
+        store(out + c, gelu<kNarrow<S>>(h));
       }
     });
   }
@@ -171,9 +170,9 @@ void bias_gelu_backward(const BiasGelu& op, int64_t begin, int64_t end) {
       for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
         for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
           const Vec<A> h = load(hidden + c) + load(bias + c);
-          const Normal<A> n = normal<kNarrow<S>>(h);
-          const Vec<A> g = load(grad + c) * (n.function + h * n.density);
-          store(out + c, h * n.function);
+          const GeluWithDerivative<A> f = gelu_with_derivative<kNarrow<S>>(h);
+          const Vec<A> g = load(grad + c) * f.derivative;
+          store(out + c, f.value);
           store(grad + c, g);
           store(sums + c, load(sums + c) + g);
         }

@@ -1,6 +1,7 @@
 """Fused ops, one package each. ``OPERATIONS`` lists them for ``info`` and ``verify``."""
 
 from fastfuse.backends import Operation
+from fastfuse.ops.ced_block import OPERATION as _CED_BLOCK
 from fastfuse.ops.depthwise_conv2d import OPERATION as _DEPTHWISE_CONV2D
 from fastfuse.ops.fusion_conv2d import OPERATION as _FUSION_CONV2D
 from fastfuse.ops.tap_sum import OPERATION as _TAP_SUM
@@ -10,5 +11,11 @@ __all__ = ["OPERATIONS"]
 
 OPERATIONS: dict[str, Operation] = {
     operation.name: operation
-    for operation in (_UPSAMPLE_EQUALIZE_CONCAT, _TAP_SUM, _FUSION_CONV2D, _DEPTHWISE_CONV2D)
+    for operation in (
+        _UPSAMPLE_EQUALIZE_CONCAT,
+        _TAP_SUM,
+        _FUSION_CONV2D,
+        _DEPTHWISE_CONV2D,
+        _CED_BLOCK,
+    )
 }

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["cast_for_autocast", "without_autocast"]
+__all__ = ["autocasts", "cast_for_autocast", "without_autocast"]
 
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +21,11 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a device."""
+    return _autocast_dtype(device_type) is not None
 
 
 def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -33,6 +38,6 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
     """A context in which what was cast stays as it is."""
-    if _autocast_dtype(device_type) is None:
+    if not autocasts(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

@@ -23,9 +23,12 @@ __all__ = [
     "check_convolved_size",
     "check_depthwise_weight",
     "check_dilation",
+    "check_eps",
     "check_features",
     "check_image",
+    "check_keep",
     "check_kernel_size",
+    "check_matrix",
     "check_padding",
     "check_same_kind",
     "check_size",
@@ -186,6 +189,58 @@ def check_vector(
             f"got shape {tuple(vector.shape)}"
         )
     check_same_kind(op, argument, vector, like)
+
+
+def check_matrix(
+    op: str,
+    argument: str,
+    matrix: Tensor,
+    shape: tuple[int | None, int],
+    meaning: str,
+    like: Tensor,
+) -> None:
+    """A matrix of a shape, None for any extent, in the dtype and on the device of ``like``."""
+    check_tensor(op, argument, matrix)
+    fits = matrix.dim() == 2 and all(
+        wanted is None or extent == wanted
+        for extent, wanted in zip(matrix.shape, shape, strict=True)
+    )
+    if not fits or matrix.shape[0] < 1:
+        numbers = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        raise ValueError(
+            f"{op}: {argument} must have shape {meaning} = ({numbers}); "
+            f"got shape {tuple(matrix.shape)}"
+        )
+    check_same_kind(op, argument, matrix, like)
+
+
+def check_eps(op: str, eps: float) -> None:
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"{op}: eps must be a number; got {type(eps).__name__}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"{op}: eps must be above 0 and finite; got {eps}")
+
+
+def check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
+    """A constant factor for every sample."""
+    if keep is None:
+        return
+    check_tensor(op, "keep", keep)
+    if tuple(keep.shape) != (x.shape[0],):
+        raise ValueError(
+            f"{op}: keep must have one value per sample, shape ({x.shape[0]},); "
+            f"got shape {tuple(keep.shape)}"
+        )
+    if not keep.is_floating_point():
+        raise ValueError(f"{op}: keep must be a floating-point tensor; got {_name(keep.dtype)}")
+    if keep.requires_grad:
+        raise ValueError(
+            f"{op}: keep must be constant; got a tensor that requires grad (use .detach())"
+        )
+    if keep.device != x.device:
+        raise ValueError(
+            f"{op}: keep must be on the input's device {x.device}; got one on {keep.device}"
+        )
 
 
 def check_same_kind(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastfuse import _extension
 
-__all__ = ["in_layout", "is_channels_last", "memory_format"]
+__all__ = ["in_layout", "is_channels_last", "memory_format", "rows"]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 _LIBRARY.define(
@@ -51,3 +51,9 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
     if dense and image.device.type == "cpu" and _extension.module is not None:
         return torch.ops.fastfuse.copy_layout(image, channels_last)
     return image.contiguous(memory_format=wanted)
+
+
+def rows(image: Tensor) -> Tensor:
+    """A dense channels_last image as the matrix (N * H * W, C), a row for each pixel."""
+    batch, channels, height, width = image.shape
+    return image.permute(0, 2, 3, 1).view(batch * height * width, channels)

@@ -41,9 +41,10 @@ MAX_BLOCK_COLUMNS = 32
 # weights of at most MAX_TAPS taps: larger kernels are cut.
 MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
 MAX_RUN, MAX_TAPS = 32, 9
-# The gradient of the weights: sums of a thread for each of its channels, the registers they may
-# take where a column of the kernel is more, and registers of the rows that they meet.
-MAX_WEIGHT_SUMS, MAX_WEIGHT_SUM_REGISTERS, MAX_ROW_REGISTERS = 16, 64, 32
+# The gradient of the weights: sums of a thread for each of its channels, registers of one column's
+# sums, and registers of all sums and of the rows that they meet.
+MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS, MAX_WEIGHT_REGISTERS = 16, 64, 88
+MAX_ROWS = 16
 # Programs that fill today's devices about twice: below, runs are shortened for more of them. So
 # many write partial sums, if there are so many tiles: every order of summation is one of the shape.
 MIN_PROGRAMS = 256
@@ -366,7 +367,7 @@ def backward_weight(
     residues = min(dilation, height)
     registers = max(x.element_size() // 4, 1)  # of one sum
     vector = _vector(channels, x.element_size(), channels_last)
-    while vector > 1 and kernel_size * vector * registers > MAX_WEIGHT_SUM_REGISTERS:
+    while vector > 1 and kernel_size * vector * registers > MAX_COLUMN_REGISTERS:
         vector //= 2
     sums = max(MAX_WEIGHT_SUMS // kernel_size, 1)
     block_k = 1  # by warps: threads of one share their pixels' coordinates
@@ -375,7 +376,8 @@ def backward_weight(
     columns = min(triton.cdiv(kernel_size, block_k), sums)
     block_x, block_c = _tile(width, channels, THREADS * vector // block_k, channels_last)
     rows = triton.cdiv(height, dilation)
-    run = _even(rows, MAX_ROW_REGISTERS // (vector * registers))
+    run = MAX_WEIGHT_REGISTERS // (vector * registers) - columns * kernel_size
+    run = _even(rows, min(run, MAX_ROWS))
     run_blocks = triton.cdiv(rows, run)
     tiles = batch * residues * run_blocks * triton.cdiv(width, block_x)
     programs = triton.cdiv(channels, block_c) * triton.cdiv(kernel_size, columns * block_k)

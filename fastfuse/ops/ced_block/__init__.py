@@ -1,0 +1,105 @@
+"""The block of CEDNet and ConvNeXt: depthwise convolution, layer norm, MLP, residual."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
+from fastfuse.ops.autocast import without_autocast
+from fastfuse.ops.block import define_block, prepare
+from fastfuse.ops.ced_block import kernel
+from fastfuse.ops.ced_block.reference import reference
+from fastfuse.ops.ced_block.samples import samples
+
+__all__ = ["OPERATION", "ced_block"]
+
+NAME = "ced_block"
+PARAMETERS = (
+    "dw_weight",
+    "dw_bias",
+    "norm_weight",
+    "norm_bias",
+    "fc1_weight",
+    "fc1_bias",
+    "fc2_weight",
+    "fc2_bias",
+    "layer_scale?",
+)
+_call = define_block(NAME, PARAMETERS, ["float eps"], kernel)
+
+
+def ced_block(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    layer_scale: Tensor | None = None,
+    keep: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    recompute: bool = True,
+) -> Tensor:
+    """``x + keep * layer_scale * fc2(GELU(fc1(LN(DW(x)))))``, the block of CEDNet and ConvNeXt.
+
+    DW is a depthwise k x k convolution (7 x 7 in both papers), LN normalizes the channels of each
+    pixel, GELU is the exact one. For backward only x is kept, and the rest computed once more;
+    eager PyTorch keeps about twelve tensors of x's size.
+
+    Args:
+        x: (N, C, H, W), float64, float32, bfloat16 or float16, any strides; channels_last is best.
+        dw_weight, dw_bias: (C, 1, k, k), k odd, and (C,).
+        norm_weight, norm_bias: (C,).
+        fc1_weight, fc1_bias: (hidden, C) and (hidden,); hidden is 4 C in both papers.
+        fc2_weight, fc2_bias: (C, hidden) and (C,).
+        layer_scale: (C,), gamma; None: 1.
+        keep: (N,), a constant: the factor of each sample's branch under stochastic depth, already
+            divided by the probability to be kept; 0 drops the branch. None: 1.
+        eps: added to the variance.
+        recompute: False keeps the convolution's result and the hidden tensor too, six tensors of
+            x's size in all, which saves the first product of backward.
+
+    Returns:
+        (N, C, H, W) in x's dtype and memory format. Under autocast x and the weights of
+        convolution and products are cast to its dtype; biases, norm and scale need not be.
+
+    Raises:
+        TypeError: an argument is not a tensor, or eps not a number.
+        ValueError: shapes, dtypes or devices that do not fit; eps not above 0; keep that requires
+            grad.
+        BackendError: a backend was asked for by name and cannot run.
+
+    First derivatives for all tensors but keep (second ones: the reference backend). The same bits
+    from run to run. Source: CEDNet, section 3.3; ConvNeXt, figure 4.
+
+    >>> import torch, fastfuse
+    >>> c = 16
+    >>> x, ones, zeros = torch.randn(2, c, 8, 8), torch.ones(c), torch.zeros(c)
+    >>> convolution = torch.randn(c, 1, 7, 7), zeros
+    >>> products = torch.randn(4 * c, c), torch.zeros(4 * c), torch.randn(c, 4 * c), zeros
+    >>> fastfuse.ced_block(x, *convolution, ones, zeros, *products, layer_scale=ones).shape
+    torch.Size([2, 16, 8, 8])
+    """
+    parameters = [
+        dw_weight, dw_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+        layer_scale,
+    ]  # fmt: skip
+    x, parameters, keep, eps = prepare(NAME, x, PARAMETERS, parameters, keep, eps)
+    if select(OPERATION, x) == "reference":
+        with without_autocast(x.device.type):
+            return reference(
+                x, *[p if p is None else p.to(x.dtype) for p in parameters], keep, eps
+            )
+    return _call(x, parameters, keep, (eps,), recompute)
+
+
+OPERATION = Operation(
+    name=NAME,
+    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
+    samples=samples,
+    twice_differentiable=False,
+)

@@ -1,0 +1,97 @@
+"""ced_block and its gradients, composed of the depthwise convolution and the MLP on rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.layout import rows
+from fastfuse.ops.memory import empty
+from fastfuse.ops.pointwise import mlp as pointwise
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, wide
+
+__all__ = ["backward", "forward", "kept_shapes"]
+
+
+def kept_shapes(x: Tensor, parameters: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The convolution's result and the hidden tensor before its bias."""
+    batch, channels, height, width = x.shape
+    hidden = parameters[4].shape[0]
+    return [(batch, channels, height, width), (batch, hidden, height, width)]
+
+
+def _mlp(x: Tensor, parameters: Sequence[Tensor], keep: Tensor | None, eps: float) -> Mlp:
+    _, _, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
+    return Mlp(
+        fc1_weight,
+        wide(fc1_bias),
+        fc2_weight,
+        wide(fc2_bias),
+        wide(scale),
+        wide(keep),
+        Norm(wide(norm_weight), wide(norm_bias), eps),
+        x.shape[2] * x.shape[3],
+    )
+
+
+def forward(
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    keep: Tensor | None,
+    option: Sequence[float],
+    keeping: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    dw_weight, dw_bias = parameters[:2]
+    convolved = torch.ops.fastfuse.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
+    out = empty(x.shape, x, torch.channels_last)
+    mlp = _mlp(x, parameters, keep, *option)
+    kept = []
+    if keeping:
+        kept = [convolved, empty(kept_shapes(x, parameters)[1], x, torch.channels_last)]
+    hidden = rows(kept[1]) if keeping else None
+    pointwise.forward(rows(out), rows(x), rows(convolved), mlp, hidden)
+    return out, kept
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    keep: Tensor | None,
+    option: Sequence[float],
+    kept: Sequence[Tensor],
+    wants_x: bool,
+    wants_parameters: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    ops = torch.ops.fastfuse
+    dw_weight, dw_bias = parameters[:2]
+    convolved = (
+        kept[0] if kept else ops.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
+    )
+    grad_convolved = empty(x.shape, x, torch.channels_last)
+    g = pointwise.backward(
+        rows(grad_convolved),
+        rows(grad),
+        rows(convolved),
+        _mlp(x, parameters, keep, *option),
+        rows(kept[1]) if kept else None,
+        of_parameters=wants_parameters,
+    )
+    grad_x = None
+    if wants_x:
+        grad_x = ops.depthwise_conv2d(grad_convolved, dw_weight, None, grad, 1, True, True)
+    if g is None:
+        return grad_x, [None] * len(parameters)
+    dw = ops.depthwise_conv2d_backward_weight(grad_convolved, x, dw_weight.shape[2], 1)
+    return grad_x, [
+        *dw,
+        g.norm_weight,
+        g.norm_bias,
+        g.fc1_weight,
+        g.fc1_bias,
+        g.fc2_weight,
+        g.fc2_bias,
+        g.scale,
+    ]

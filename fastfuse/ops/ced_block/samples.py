@@ -1,0 +1,89 @@
+"""Inputs that exercise ced_block, shared by ``verify`` and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.ced_block.reference import reference
+from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.sample import Sample
+
+__all__ = ["block_parameters", "samples"]
+
+# name: (N, C, H, W), hidden, with layer scale and keep, recompute
+_SMALL = {"small": ((2, 3, 3, 4), 6, True, True)}
+_LARGE = {
+    "scaled": ((2, 24, 9, 13), 96, True, True),
+    "kept": ((2, 24, 9, 13), 96, True, False),
+    "plain": ((1, 17, 12, 11), 68, False, True),
+    "several chunks": ((1, 8, 40, 45), 4096, True, True),
+    "one pixel": ((3, 12, 1, 1), 48, True, True),
+}
+
+
+def block_parameters(
+    shapes: dict[str, tuple[int, ...]],
+    generator: torch.Generator,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Random ones at which every step is of order one; of norms the weights are around one."""
+    parameters = []
+    for name, shape in shapes.items():
+        fan_in = 1
+        for extent in shape[1:]:
+            fan_in *= extent
+        value = torch.randn(shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+        if name.startswith("norm") and name.endswith("weight"):
+            value = 1 + 0.2 * value
+        parameters.append(value.to(device, dtype))
+    return parameters
+
+
+def _shapes(channels: int, hidden: int, scaled: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "dw_weight": (channels, 1, 7, 7),
+        "dw_bias": (channels,),
+        "norm_weight": (channels,),
+        "norm_bias": (channels,),
+        "fc1_weight": (hidden, channels),
+        "fc1_bias": (hidden,),
+        "fc2_weight": (channels, hidden),
+        "fc2_bias": (channels,),
+    }
+    return {**shapes, "layer_scale": (channels,)} if scaled else shapes
+
+
+def samples(
+    *, device: torch.device | str, dtype: torch.dtype, channels_last: bool, small: bool = False
+) -> Iterator[Sample]:
+    """Random samples; ``small`` ones have few enough values for gradcheck."""
+    from fastfuse.ops.ced_block import ced_block
+
+    generator = torch.Generator().manual_seed(0)
+    for name, (shape, hidden, scaled, recompute) in (_SMALL if small else _LARGE).items():
+        x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        x = x.contiguous(memory_format=memory_format(channels_last))
+        parameters = block_parameters(
+            _shapes(shape[1], hidden, scaled), generator, device, dtype
+        )
+        keep = None
+        if scaled:
+            keep = torch.arange(shape[0], device=device, dtype=dtype) * 0.5 + 0.75
+        pixels = float(shape[0] * shape[2] * shape[3])
+        yield Sample(
+            name=name,
+            inputs=(x, *parameters),
+            call=lambda x, *p, keep=keep, r=recompute: ced_block(x, *p, keep=keep, recompute=r),
+            exact=lambda x, *p, keep=keep: reference(
+                x, *p[:8], layer_scale=p[8] if len(p) > 8 else None,
+                keep=None if keep is None else keep.double(),
+            ),
+            channels_last=is_channels_last([x]),
+            reduction=(8.0, *[max(pixels, 8.0)] * len(parameters)),
+            output_reduction=8.0,
+            roundings=3,  # of the convolution, the norm and the hidden tensor, on the way
+        )  # fmt: skip
