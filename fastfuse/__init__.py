@@ -13,6 +13,7 @@ from fastfuse.backends import BackendError, backend
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
+from fastfuse.ops.lr_ced_block import lr_ced_block
 from fastfuse.ops.tap_sum import tap_sum
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -29,6 +30,7 @@ __all__ = [
     "depthwise_conv2d",
     "fusion_conv2d",
     "info",
+    "lr_ced_block",
     "nn",
     "tap_sum",
     "upsample_equalize_concat",

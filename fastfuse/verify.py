@@ -172,9 +172,12 @@ def gradcheck(sample: Sample, *, twice: bool = True, faulty: bool = False) -> No
     """First and, if asked for, second derivatives against finite differences, in float64."""
     inputs = tuple(x.detach().clone().requires_grad_() for x in sample.inputs)
     call = (lambda *x: _WrongGradient.apply(sample.call(*x))) if faulty else sample.call
-    if not torch.autograd.gradcheck(call, inputs, raise_exception=False, fast_mode=True):
+    options = {"raise_exception": False, "fast_mode": True}
+    if not torch.autograd.gradcheck(call, inputs, **options):
         raise MismatchError(f"{sample.name}: gradcheck")
-    if twice and not torch.autograd.gradgradcheck(call, inputs, raise_exception=False, fast_mode=True):
+    if twice and not torch.autograd.gradgradcheck(
+        call, inputs, raise_exception=False, fast_mode=True
+    ):
         raise MismatchError(f"{sample.name}: gradgradcheck")
 
 

@@ -1,7 +1,19 @@
 """Thin modules over the ops."""
 
+from fastfuse.nn.ced_block import CONVNEXT_KEYS, CEDBlock, LRCEDBlock
 from fastfuse.nn.conv_unit import ConvUnit
+from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
+from fastfuse.nn.layer_norm import LayerNorm2d
 from fastfuse.nn.multi_level_fusion import MultiLevelFusion
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
 
-__all__ = ["ConvUnit", "MultiLevelFusion", "ScaleEqualizer"]
+__all__ = [
+    "CONVNEXT_KEYS",
+    "CEDBlock",
+    "ConvUnit",
+    "DepthwiseConv2d",
+    "LRCEDBlock",
+    "LayerNorm2d",
+    "MultiLevelFusion",
+    "ScaleEqualizer",
+]

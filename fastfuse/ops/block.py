@@ -189,9 +189,7 @@ def define_block(
             )  # fmt: skip
         remaining = iter(results)
         grad_x = next(remaining) if wants_x else None
-        of_weights = [
-            next(remaining, None) if weight is not None else None for weight in weights
-        ]
+        of_weights = [next(remaining, None) if weight is not None else None for weight in weights]
         # keep, the options, channels_last
         return grad_x, *of_weights, None, *[None] * len(options), None
 
@@ -216,8 +214,9 @@ def define_block(
             names = [parameter.removesuffix("?") for parameter in parameters]
             hidden = weights[names.index("fc1_weight")][0]
             kernel_sizes = [
-                shape[2] for shape, n in zip(weights, names, strict=False) if n.startswith("dw")
-                and n.endswith("weight")
+                shape[2]
+                for shape, n in zip(weights, names, strict=False)
+                if n.startswith("dw") and n.endswith("weight")
             ]
             pixels = x_shape[0] * x_shape[2] * x_shape[3]
             of_products = 2 * 2 * x_shape[1] * hidden

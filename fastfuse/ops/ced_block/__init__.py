@@ -91,9 +91,8 @@ def ced_block(
     x, parameters, keep, eps = prepare(NAME, x, PARAMETERS, parameters, keep, eps)
     if select(OPERATION, x) == "reference":
         with without_autocast(x.device.type):
-            return reference(
-                x, *[p if p is None else p.to(x.dtype) for p in parameters], keep, eps
-            )
+            same = [p if p is None else p.to(x.dtype) for p in parameters]
+            return reference(x, *same, keep, eps)  # type: ignore[arg-type, call-arg]
     return _call(x, parameters, keep, (eps,), recompute)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,14 @@ from fastfuse.ops.pointwise.mlp import Mlp, Norm, wide
 __all__ = ["backward", "forward", "kept_shapes"]
 
 
-def kept_shapes(x: Tensor, parameters: Sequence[Tensor]) -> list[tuple[int, ...]]:
+def kept_shapes(x: Tensor, parameters: Sequence[Any]) -> list[tuple[int, ...]]:
     """The convolution's result and the hidden tensor before its bias."""
     batch, channels, height, width = x.shape
     hidden = parameters[4].shape[0]
     return [(batch, channels, height, width), (batch, hidden, height, width)]
 
 
-def _mlp(x: Tensor, parameters: Sequence[Tensor], keep: Tensor | None, eps: float) -> Mlp:
+def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None, eps: float) -> Mlp:
     _, _, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
     return Mlp(
         fc1_weight,
@@ -38,9 +39,9 @@ def _mlp(x: Tensor, parameters: Sequence[Tensor], keep: Tensor | None, eps: floa
 
 def forward(
     x: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Any],
     keep: Tensor | None,
-    option: Sequence[float],
+    option: Sequence[Any],
     keeping: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     dw_weight, dw_bias = parameters[:2]
@@ -58,9 +59,9 @@ def forward(
 def backward(
     grad: Tensor,
     x: Tensor,
-    parameters: Sequence[Tensor],
+    parameters: Sequence[Any],
     keep: Tensor | None,
-    option: Sequence[float],
+    option: Sequence[Any],
     kept: Sequence[Tensor],
     wants_x: bool,
     wants_parameters: bool,

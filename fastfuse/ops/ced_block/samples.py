@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastfuse.ops.ced_block.reference import reference
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.sample import Sample
 
-__all__ = ["block_parameters", "samples"]
+__all__ = ["block_parameters", "block_shapes", "samples"]
 
 # name: (N, C, H, W), hidden, with layer scale and keep, recompute
 _SMALL = {"small": ((2, 3, 3, 4), 6, True, True)}
@@ -43,18 +44,21 @@ def block_parameters(
     return parameters
 
 
-def _shapes(channels: int, hidden: int, scaled: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "dw_weight": (channels, 1, 7, 7),
-        "dw_bias": (channels,),
-        "norm_weight": (channels,),
-        "norm_bias": (channels,),
-        "fc1_weight": (hidden, channels),
-        "fc1_bias": (hidden,),
-        "fc2_weight": (channels, hidden),
-        "fc2_bias": (channels,),
-    }
-    return {**shapes, "layer_scale": (channels,)} if scaled else shapes
+def block_shapes(
+    channels: int, hidden: int, scaled: bool, steps: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Of a block's parameters, in their order; an LR block has two convolutions and norms."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for step in ("", "2")[:steps]:
+        shapes[f"dw{step}_weight"] = (channels, 1, 7, 7)
+        shapes[f"dw{step}_bias"] = (channels,)
+        shapes[f"norm{step}_weight"] = (channels,)
+        shapes[f"norm{step}_bias"] = (channels,)
+    shapes["fc1_weight"], shapes["fc1_bias"] = (hidden, channels), (hidden,)
+    shapes["fc2_weight"], shapes["fc2_bias"] = (channels, hidden), (channels,)
+    if scaled:
+        shapes["layer_scale"] = (channels,)
+    return shapes
 
 
 def samples(
@@ -67,9 +71,8 @@ def samples(
     for name, (shape, hidden, scaled, recompute) in (_SMALL if small else _LARGE).items():
         x = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
         x = x.contiguous(memory_format=memory_format(channels_last))
-        parameters = block_parameters(
-            _shapes(shape[1], hidden, scaled), generator, device, dtype
-        )
+        shapes = block_shapes(shape[1], hidden, scaled)
+        parameters = block_parameters(shapes, generator, device, dtype)
         keep = None
         if scaled:
             keep = torch.arange(shape[0], device=device, dtype=dtype) * 0.5 + 0.75
@@ -77,11 +80,8 @@ def samples(
         yield Sample(
             name=name,
             inputs=(x, *parameters),
-            call=lambda x, *p, keep=keep, r=recompute: ced_block(x, *p, keep=keep, recompute=r),
-            exact=lambda x, *p, keep=keep: reference(
-                x, *p[:8], layer_scale=p[8] if len(p) > 8 else None,
-                keep=None if keep is None else keep.double(),
-            ),
+            call=partial(ced_block, keep=keep, recompute=recompute),
+            exact=partial(reference, keep=None if keep is None else keep.double()),
             channels_last=is_channels_last([x]),
             reduction=(8.0, *[max(pixels, 8.0)] * len(parameters)),
             output_reduction=8.0,

@@ -46,8 +46,8 @@ def depthwise_conv2d(
         ValueError: shapes, dtypes, devices or numbers that do not fit.
         BackendError: a backend was asked for by name and cannot run.
 
-    Derivatives of every order for x, weight and bias; the same bits from run to run, and on CPUs for
-    any number of threads. Used in CEDNet's blocks (CEDNet, section 3.3) and ConvNeXt's.
+    Derivatives of every order for x, weight and bias; the same bits from run to run, and on CPUs
+    for any number of threads. Used in CEDNet's blocks (CEDNet, section 3.3) and ConvNeXt's.
 
     >>> import torch, fastfuse
     >>> x, weight = torch.randn(1, 8, 16, 16), torch.randn(8, 1, 7, 7)

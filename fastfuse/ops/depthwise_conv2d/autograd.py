@@ -145,9 +145,7 @@ def _flops(shape: torch.Size, kernel_size: int) -> int:
 
 
 @register_flop_formula(torch.ops.fastfuse.depthwise_conv2d)
-def _forward_flops(
-    x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
-) -> int:
+def _forward_flops(x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _flops(x_shape, weight_shape[2])
 
 

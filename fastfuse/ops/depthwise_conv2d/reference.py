@@ -13,8 +13,8 @@ __all__ = ["reference"]
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Every channel convolved with its own k x k kernel, stride 1, zero padding to the same size.
 
-    ``out[n, c, y, x] = bias[c] + sum_{i, j} weight[c, 0, i, j] in[n, c, y + (i - r) d, x + (j - r) d]``
-    with r = k // 2 and d the dilation; what lies outside the image is 0.
+    ``out[n, c, p] = bias[c] + sum_t weight[c, 0, t] x[n, c, p + (t - r) d]`` over the kernel's
+    positions t, with r = k // 2 and d the dilation; what lies outside the image is 0.
     """
     padding = dilation * (weight.shape[2] // 2)
     output = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])

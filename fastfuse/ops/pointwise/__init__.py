@@ -3,9 +3,9 @@
 Images are seen as matrices (rows, channels), a row for a pixel, with unit stride along channels.
 These ops write to memory that is there, and nothing is recorded of them: they are steps of
 ``ced_block`` and ``lr_ced_block``, between the products of a library. Vectors and sums (``norm``,
-``bias``, ``scale``, ``keep``, ``grad_*`` of parameters) are contiguous and in the accumulation dtype:
-float64 for float64, else float32. GELU is the exact one, ``x Phi(x)``. Row i belongs to image
-``(first + i) // pixels``.
+``bias``, ``scale``, ``keep``, ``grad_*`` of parameters) are contiguous and in the accumulation
+dtype: float64 for float64, else float32. GELU is the exact one, ``x Phi(x)``. Row i belongs to
+image ``(first + i) // pixels``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ __all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "wide"]
 # want chunks that fill them; there the limit is for memory.
 HIDDEN_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
 MIN_ROWS, ROW_MULTIPLE = 512, 128
+
+
+@overload
+def wide(vector: Tensor) -> Tensor: ...
+
+
+@overload
+def wide(vector: None) -> None: ...
 
 
 def wide(vector: Tensor | None) -> Tensor | None:
@@ -84,9 +93,7 @@ def _normalized(inputs: Tensor, norm: Norm | None, buffer: Tensor) -> Tensor:
     if norm is None:
         return inputs
     out = buffer[: inputs.shape[0]]
-    torch.ops.fastfuse.layer_norm_into(
-        out, inputs, norm.weight, norm.bias, norm.eps, None, False
-    )
+    torch.ops.fastfuse.layer_norm_into(out, inputs, norm.weight, norm.bias, norm.eps, None, False)
     return out
 
 

@@ -1,0 +1,202 @@
+"""The blocks of CEDNet as modules; the plain one is ConvNeXt's too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
+from fastfuse.nn.layer_norm import LayerNorm2d
+from fastfuse.ops.ced_block import ced_block
+from fastfuse.ops.lr_ced_block import lr_ced_block
+
+__all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock"]
+
+_EXPANSION = 4
+
+# What a ConvNeXt block's parts are called: ours, then by where the weights come from.
+CONVNEXT_KEYS: dict[str, dict[str, str]] = {
+    "original": {
+        "dw": "dwconv",
+        "norm": "norm",
+        "fc1": "pwconv1",
+        "fc2": "pwconv2",
+        "layer_scale": "gamma",
+    },
+    "timm": {
+        "dw": "conv_dw",
+        "norm": "norm",
+        "fc1": "mlp.fc1",
+        "fc2": "mlp.fc2",
+        "layer_scale": "gamma",
+    },
+    "transformers": {
+        "dw": "dwconv",
+        "norm": "layernorm",
+        "fc1": "pwconv1",
+        "fc2": "pwconv2",
+        "layer_scale": "layer_scale_parameter",
+    },
+}
+
+
+class _Block(nn.Module):
+    """MLP, layer scale and stochastic depth."""
+
+    def __init__(self, channels: int, drop_path: float, layer_scale: float | None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if channels < 1:
+            raise ValueError(f"{name}: channels must be at least 1; got {channels}")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"{name}: drop_path must be in [0, 1); got {drop_path}")
+        self.fc1 = nn.Linear(channels, _EXPANSION * channels)
+        self.fc2 = nn.Linear(_EXPANSION * channels, channels)
+        self.layer_scale = (
+            None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale))
+        )
+        self.drop_path = drop_path
+
+    def _keep(self, x: Tensor) -> Tensor | None:
+        """A factor per sample, drawn once: backward computes the block again with the same."""
+        if not self.training or self.drop_path == 0:
+            return None
+        kept = 1 - self.drop_path
+        return torch.empty(x.shape[0], device=x.device).bernoulli_(kept).div_(kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_path={self.drop_path}"
+
+
+def _step(dw: DepthwiseConv2d, norm: LayerNorm2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert dw.bias is not None
+    return dw.weight, dw.bias, norm.weight, norm.bias
+
+
+class CEDBlock(_Block):
+    """``x + keep * layer_scale * fc2(GELU(fc1(LN(DW 7x7(x)))))``: see ``fastfuse.ced_block``.
+
+    8 C^2 + 58 C parameters with layer scale; keys ``dw.*``, ``norm.*``, ``fc1.*``, ``fc2.*``,
+    ``layer_scale``.
+
+    Args:
+        channels: C; the MLP's hidden width is 4 C.
+        drop_path: the rate of stochastic depth in training, in [0, 1), drawn for each sample.
+        layer_scale: the initial value of gamma; None: there is none.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+
+    Raises:
+        ValueError: channels below 1, or drop_path outside [0, 1).
+
+    >>> import torch, fastfuse
+    >>> fastfuse.nn.CEDBlock(8, drop_path=0.1)(torch.randn(2, 8, 9, 9)).shape
+    torch.Size([2, 8, 9, 9])
+    """
+
+    def __init__(
+        self, channels: int, *, drop_path: float = 0.0, layer_scale: float | None = 1e-6
+    ) -> None:
+        super().__init__(channels, drop_path, layer_scale)
+        self.dw = DepthwiseConv2d(channels)
+        self.norm = LayerNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ced_block(
+            x,
+            *_step(self.dw, self.norm),
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.layer_scale,
+            self._keep(x),
+            eps=self.norm.eps,
+        )
+
+    def load_convnext(self, state_dict: Mapping[str, Tensor], source: str = "original") -> None:
+        """Loads the weights of a ConvNeXt block, which is the same block.
+
+        Args:
+            state_dict: of that block alone, without a prefix; 1x1 convolutions count as linear.
+            source: "original" (facebookresearch), "timm" or "transformers": see ``CONVNEXT_KEYS``.
+
+        Raises:
+            ValueError: an unknown source.
+            RuntimeError: keys that are missing, left over or of another shape.
+
+        >>> import torch, fastfuse
+        >>> block = fastfuse.nn.CEDBlock(4)
+        >>> timm = {"conv_dw.weight": torch.randn(4, 1, 7, 7), "conv_dw.bias": torch.zeros(4),
+        ...         "norm.weight": torch.ones(4), "norm.bias": torch.zeros(4),
+        ...         "mlp.fc1.weight": torch.randn(16, 4), "mlp.fc1.bias": torch.zeros(16),
+        ...         "mlp.fc2.weight": torch.randn(4, 16), "mlp.fc2.bias": torch.zeros(4),
+        ...         "gamma": torch.ones(4)}
+        >>> block.load_convnext(timm, "timm")
+        """
+        if source not in CONVNEXT_KEYS:
+            raise ValueError(
+                f"CEDBlock: source must be one of {', '.join(CONVNEXT_KEYS)}; got {source!r}"
+            )
+        ours = {theirs: own for own, theirs in CONVNEXT_KEYS[source].items()}
+        renamed = {}
+        for key, value in state_dict.items():
+            part, _, parameter = key.rpartition(".")
+            name = ours.get(key) or (f"{ours[part]}.{parameter}" if part in ours else key)
+            linear = name in ("fc1.weight", "fc2.weight") and value.dim() == 4
+            renamed[name] = value.flatten(1) if linear else value
+        self.load_state_dict(renamed)
+
+
+class LRCEDBlock(_Block):
+    """CEDNet's long-range block, with a second, dilated convolution: see ``fastfuse.lr_ced_block``.
+
+    8 C^2 + 110 C parameters with layer scale; keys ``dw.*``, ``norm.*``, ``dw2.*``, ``norm2.*``,
+    ``fc1.*``, ``fc2.*``, ``layer_scale``.
+
+    Args:
+        channels: C; the MLP's hidden width is 4 C.
+        dilation: of the second convolution.
+        drop_path: the rate of stochastic depth in training, in [0, 1), drawn for each sample.
+        layer_scale: the initial value of gamma; None: there is none.
+
+    Shape: (N, C, H, W) -> (N, C, H, W).
+
+    Raises:
+        ValueError: channels or dilation below 1, or drop_path outside [0, 1).
+
+    >>> import torch, fastfuse
+    >>> fastfuse.nn.LRCEDBlock(8)(torch.randn(2, 8, 9, 9)).shape
+    torch.Size([2, 8, 9, 9])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dilation: int = 3,
+        drop_path: float = 0.0,
+        layer_scale: float | None = 1e-6,
+    ) -> None:
+        super().__init__(channels, drop_path, layer_scale)
+        self.dw = DepthwiseConv2d(channels)
+        self.norm = LayerNorm2d(channels)
+        self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
+        self.norm2 = LayerNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lr_ced_block(
+            x,
+            *_step(self.dw, self.norm),
+            *_step(self.dw2, self.norm2),
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.layer_scale,
+            self._keep(x),
+            dilation=self.dw2.dilation[0],
+            eps=self.norm.eps,
+        )

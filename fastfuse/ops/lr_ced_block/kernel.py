@@ -1,0 +1,150 @@
+"""lr_ced_block and its gradients, composed as ced_block is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.layout import rows
+from fastfuse.ops.memory import empty
+from fastfuse.ops.pointwise import mlp as pointwise
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, wide
+
+__all__ = ["backward", "forward", "kept_shapes"]
+
+
+def kept_shapes(x: Tensor, parameters: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Results of both convolutions, the images after them, the hidden tensor before its bias."""
+    batch, _, height, width = x.shape
+    hidden = parameters[8].shape[0]
+    return [*[tuple(x.shape)] * 4, (batch, hidden, height, width)]
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    *,
+    addend: Tensor | None = None,
+    flip: bool = False,
+) -> Tensor:
+    return torch.ops.fastfuse.depthwise_conv2d(x, weight, bias, addend, dilation, flip, True)
+
+
+class _Step:
+    """``x + GELU(LN(DW(x)))``, the first or the second of the block."""
+
+    def __init__(self, parameters: Sequence[Any], dilation: int, eps: float) -> None:
+        self.weight, self.bias, norm_weight, norm_bias = parameters
+        self.dilation = dilation
+        self.norm = Norm(wide(norm_weight), wide(norm_bias), eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's result, and the step's."""
+        convolved = _convolve(x, self.weight, self.bias, self.dilation)
+        out = empty(x.shape, x, torch.channels_last)
+        torch.ops.fastfuse.layer_norm_into(
+            rows(out), rows(convolved), self.norm.weight, self.norm.bias, self.norm.eps, rows(x),
+            True,
+        )  # fmt: skip
+        return convolved, out
+
+    def backward(
+        self, grad: Tensor, x: Tensor, convolved: Tensor, wants_x: bool, wants_parameters: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradients of x and of the four parameters."""
+        norm_sums = self.norm.weight.new_zeros((2, x.shape[1]))
+        grad_convolved = empty(x.shape, x, torch.channels_last)
+        torch.ops.fastfuse.layer_norm_backward_into(
+            rows(grad_convolved), *norm_sums, rows(grad), rows(convolved), self.norm.weight,
+            self.norm.bias, self.norm.eps, True,
+        )  # fmt: skip
+        grad_x = None
+        if wants_x:
+            grad_x = _convolve(
+                grad_convolved, self.weight, None, self.dilation, addend=grad, flip=True
+            )
+        if not wants_parameters:
+            return grad_x, [None] * 4
+        of_convolution = torch.ops.fastfuse.depthwise_conv2d_backward_weight(
+            grad_convolved, x, self.weight.shape[2], self.dilation
+        )
+        return grad_x, [*of_convolution, *norm_sums]
+
+
+def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None) -> Mlp:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
+    return Mlp(
+        fc1_weight,
+        wide(fc1_bias),
+        fc2_weight,
+        wide(fc2_bias),
+        wide(scale),
+        wide(keep),
+        None,
+        x.shape[2] * x.shape[3],
+    )
+
+
+def _steps(parameters: Sequence[Any], dilation: int, eps: float) -> tuple[_Step, _Step]:
+    return _Step(parameters[:4], 1, eps), _Step(parameters[4:8], dilation, eps)
+
+
+def forward(
+    x: Tensor,
+    parameters: Sequence[Any],
+    keep: Tensor | None,
+    option: Sequence[Any],
+    keeping: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    first, second = _steps(parameters, *option)
+    convolved, y = first.forward(x)
+    convolved2, z = second.forward(y)
+    kept = []
+    if keeping:
+        hidden = empty(kept_shapes(x, parameters)[4], x, torch.channels_last)
+        kept = [convolved, y, convolved2, z, hidden]
+    out = empty(x.shape, x, torch.channels_last)
+    mlp = _mlp(x, parameters[8:], keep)
+    pointwise.forward(rows(out), rows(x), rows(z), mlp, rows(kept[4]) if keeping else None)
+    return out, kept
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Any],
+    keep: Tensor | None,
+    option: Sequence[Any],
+    kept: Sequence[Tensor],
+    wants_x: bool,
+    wants_parameters: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    first, second = _steps(parameters, *option)
+    if kept:
+        convolved, y, convolved2, z, hidden = kept
+    else:
+        convolved, y = first.forward(x)
+        (convolved2, z), hidden = second.forward(y), None
+    grad_z = empty(x.shape, x, torch.channels_last)
+    g = pointwise.backward(
+        rows(grad_z),
+        rows(grad),
+        rows(z),
+        _mlp(x, parameters[8:], keep),
+        None if hidden is None else rows(hidden),
+        of_parameters=wants_parameters,
+    )
+    grad_y, of_second = second.backward(grad_z, y, convolved2, True, wants_parameters)
+    assert grad_y is not None
+    grad_x, of_first = first.backward(grad_y, x, convolved, wants_x, wants_parameters)
+    if grad_x is not None:
+        grad_x = grad_x.add_(grad)
+    of_mlp: list[Tensor | None] = [None] * 5
+    if g is not None:
+        of_mlp = [g.fc1_weight, g.fc1_bias, g.fc2_weight, g.fc2_bias, g.scale]
+    return grad_x, [*of_first, *of_second, *of_mlp]
