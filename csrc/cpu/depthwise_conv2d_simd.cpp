@@ -1,346 +1,18 @@
 // Vector bodies of depthwise_conv2d. docs/depthwise_conv2d.md has the idea and what bounds it.
-//
-// Whatever the layout, rows are brought into small dense buffers [column][lane] in the compute
-// type: from there on a vector is a pixel's channels, and dilation along x a step between pixels. A
-// block is up to kMaxBlock outputs of one x-phase in registers.
 
 #include "cpu/depthwise_conv2d.h"
-#include "cpu/tiles.h"
-#include "cpu/vec.h"
+#include "cpu/depthwise_conv2d_blocks.h"
+#include "cpu/depthwise_conv2d_rows.h"
 
 namespace fastfuse {
 namespace FASTFUSE_ISA {
 namespace {
 
-// Outputs of a block: as many as fit the registers beside a row of weights and an input.
-#if defined(__AVX512F__)
-constexpr int kMaxBlock = 16;
-#else
-constexpr int kMaxBlock = 8;
-#endif
-
-// ---- tiles and their rows -----------------------------------------------------------------------
-
-struct Tile {
-  int64_t group, n, phase;
-  int64_t row0, row1, rows;  // of a phase's rows
-  int64_t x0, x1;            // columns of the output
-  int64_t in0, in1;          // those it reads
-};
-
-FASTFUSE_INLINE Tile tile_of(const DepthwiseTiles& t, int64_t group, int64_t index) {
-  Tile tile;
-  tile.group = group;
-  const int64_t column = index % t.column_tiles;
-  index /= t.column_tiles;
-  const int64_t row = index % t.row_tiles;
-  index /= t.row_tiles;
-  tile.phase = index % t.phases;
-  tile.n = index / t.phases;
-  tile.rows = (t.height - tile.phase + t.dilation - 1) / t.dilation;
-  tile.row0 = tile.rows * row / t.row_tiles;
-  tile.row1 = tile.rows * (row + 1) / t.row_tiles;
-  const int64_t units = (t.width + t.column_unit - 1) / t.column_unit;
-  tile.x0 = units * column / t.column_tiles * t.column_unit;
-  tile.x1 = smaller(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
-  const int64_t reach = t.kernel_size / 2 * t.dilation;
-  tile.in0 = larger(tile.x0 - reach, 0);
-  tile.in1 = smaller(tile.x1 + reach, t.width);
-  return tile;
-}
-
-template <class S>
-FASTFUSE_INLINE S* at(const Image& image, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<S*>(image.data) + n * image.stride_n + c * image.stride_c +
-         y * image.stride_h + x * image.stride_w;
-}
-
-// A square of a vector by a vector, rows with unit stride.
-template <class A, class From, class To>
-FASTFUSE_INLINE void copy_transposed(const From* from, int64_t from_stride, To* to,
-                                     int64_t to_stride) {
-  Vec<A> square[kLanes<A>];
-  unrolled<0, kLanes<A>>([&](auto i) __attribute__((always_inline)) {
-    square[i.value] = load(from);
-    from += from_stride;
-  });
-  transpose<A>(square);
-  unrolled<0, kLanes<A>>([&](auto i) __attribute__((always_inline)) {
-    store(to, square[i.value]);
-    to += to_stride;
-  });
-}
-
-// Columns [x0, x1) of a row and `channels` channels from c on, to `vectors` buffers
-// [column][lane] that are `distance` apart; lanes without a channel become 0.
-template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void read_row(const Image& image, int64_t n, int64_t c, int64_t channels, int64_t y,
-                              int64_t x0, int64_t x1, A* buffer, int64_t distance) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t v = 0; v * lanes < channels; ++v) {
-    const int64_t count = smaller(channels - v * lanes, lanes);
-    const S* from = at<const S>(image, n, c + v * lanes, y, x0);
-    A* to = buffer + v * distance;
-    if constexpr (ChannelsLast) {
-      if (count == lanes) {
-        for (int64_t x = x0; x < x1; ++x, from += image.stride_w, to += lanes)
-          store(to, load(from));
-      } else {
-        for (int64_t x = x0; x < x1; ++x, from += image.stride_w, to += lanes)
-          store(to, load_partial(from, count));
-      }
-    } else {
-      for (int64_t x = x0; x < x1; x += lanes, from += lanes, to += lanes * lanes) {
-        const int64_t columns = smaller(x1 - x, lanes);
-        if (columns == lanes && count == lanes) {
-          copy_transposed<A>(from, image.stride_c, to, lanes);
-          continue;
-        }
-        Vec<A> square[lanes] = {};
-        for (int64_t i = 0; i < count; ++i) {
-          const S* row = from + i * image.stride_c;
-          square[i] = columns == lanes ? load(row) : load_partial(row, columns);
-        }
-        transpose<A>(square);
-        for (int64_t i = 0; i < columns; ++i) store(to + i * lanes, square[i]);
-      }
-    }
-  }
-}
-
-// Columns [x0, x1) of a row for `channels` channels, into the second-level cache: hardware does not
-// foresee rows.
-template <class S, bool ChannelsLast, int Write>
-FASTFUSE_INLINE void prefetch_row(const Image& image, int64_t n, int64_t c, int64_t channels,
-                                  int64_t y, int64_t x0, int64_t x1) {
-  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-  const S* p = at<const S>(image, n, c, y, x0);
-  if constexpr (ChannelsLast) {
-    for (int64_t x = x0; x < x1; ++x, p += image.stride_w)
-      for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(p + i, Write, 2);
-  } else {
-    for (int64_t i = 0; i < channels; ++i, p += image.stride_c)
-      for (int64_t x = 0; x < x1 - x0; x += kLine) __builtin_prefetch(p + x, Write, 2);
-  }
-}
-
-// The way back for one vector of channels, with an addend where there is one.
-template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t n, int64_t c,
-                               int64_t count, int64_t y, int64_t x0, int64_t x1, const A* buffer) {
-  constexpr int64_t lanes = kLanes<A>;
-  S* to = at<S>(image, n, c, y, x0);
-  const S* plus = addend.data ? at<const S>(addend, n, c, y, x0) : nullptr;
-  if constexpr (ChannelsLast) {
-    const auto pixels = [&](auto load_some, auto store_some) {
-      if (plus) {
-        for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w) {
-          store_some(to, load(buffer) + load_some(plus));
-          plus += addend.stride_w;
-        }
-      } else {
-        for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w)
-          store_some(to, load(buffer));
-      }
-    };
-    if (count == lanes)
-      pixels([](const S* p) { return load(p); }, [](S* p, Vec<A> v) { store(p, v); });
-    else
-      pixels([count](const S* p) { return load_partial(p, count); },
-             [count](S* p, Vec<A> v) { store_partial(p, v, count); });
-  } else {
-    for (int64_t x = x0; x < x1; x += lanes, buffer += lanes * lanes) {
-      const int64_t columns = smaller(x1 - x, lanes);
-      if (columns == lanes && count == lanes && !plus) {
-        copy_transposed<A>(buffer, lanes, to + (x - x0), image.stride_c);
-        continue;
-      }
-      Vec<A> square[lanes] = {};
-      for (int64_t i = 0; i < columns; ++i) square[i] = load(buffer + i * lanes);
-      transpose<A>(square);
-      for (int64_t i = 0; i < count; ++i) {
-        S* row = to + i * image.stride_c + (x - x0);
-        const S* more = plus ? plus + i * addend.stride_c + (x - x0) : nullptr;
-        if (columns == lanes)
-          store(row, more ? square[i] + load(more) : square[i]);
-        else
-          store_partial(row, more ? square[i] + load_partial(more, columns) : square[i], columns);
-      }
-    }
-  }
-}
-
-// `count` dense rows (taps) for the channels of a vector, to or from [tap][lane].
-template <class S, class A>
-FASTFUSE_INLINE void read_taps(const S* from, int64_t taps, int64_t count, bool flip, A* to) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
-    Vec<A> square[lanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const S* p = from + i * taps + t;
-      square[i] = here == lanes ? load(p) : load_partial(p, here);
-    }
-    transpose<A>(square);
-    for (int64_t i = 0; i < here; ++i)
-      store(to + (flip ? taps - 1 - (t + i) : t + i) * lanes, square[i]);
-  }
-}
-
-template <class S, class A>
-FASTFUSE_INLINE void write_taps(const A* from, int64_t taps, int64_t count, S* to) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
-    Vec<A> square[lanes] = {};
-    for (int64_t i = 0; i < here; ++i) square[i] = load(from + (t + i) * lanes);
-    transpose<A>(square);
-    for (int64_t i = 0; i < count; ++i) {
-      S* p = to + i * taps + t;
-      here == lanes ? store(p, square[i]) : store_partial(p, square[i], here);
-    }
-  }
-}
-
-// ---- blocks ------------------------------------------------------------------------------------
-
-// A block's outputs are `step` apart, the first at `offset` of every row. Rows are those inside the
-// image, `rows` of them, to be met by the kernel's rows from `weight` on. At the image's left or
-// right edge there is nothing beyond the block.
-template <class A>
-struct Block {
-  const A* const* row;
-  int64_t rows;
-  int64_t offset, step;
-  bool left, right;
-};
-
-// For each input in reach of a block of P outputs: use(Count<its place, from -r on>, address).
-template <int K, int P, class A, class Use>
-FASTFUSE_INLINE void for_inputs(const A* first, int64_t step, bool left, bool right, Use use) {
-  constexpr int r = K / 2;
-  if (!left) {
-    const A* p = first - r * step;
-    unrolled<-r, 0>([&](auto place) __attribute__((always_inline)) {
-      use(place, p);
-      p += step;
-    });
-  }
-  const A* p = first;
-  unrolled<0, P>([&](auto place) __attribute__((always_inline)) {
-    use(place, p);
-    p += step;
-  });
-  if (!right) {
-    unrolled<P, P + r>([&](auto place) __attribute__((always_inline)) {
-      use(place, p);
-      p += step;
-    });
-  }
-}
-
-template <class A>
-using ConvolveBlock = void (*)(const Block<A>&, const A* weight, const A* bias, A* out);
-
-template <class A, int K, int P>
-void convolve_block(const Block<A>& b, const A* weight, const A* bias, A* out) {
-  constexpr int64_t lanes = kLanes<A>;
-  constexpr int r = K / 2;
-  Vec<A> sum[P];
-  const Vec<A> start = load(bias);
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) { sum[p.value] = start; });
-  for (int64_t y = 0; y < b.rows; ++y, weight += K * lanes) {
-    Vec<A> w[K];
-    unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-      w[kx.value] = load(weight + kx.value * lanes);
-    });
-    for_inputs<K, P>(b.row[y] + b.offset, b.step, b.left, b.right,
-                     [&](auto place, const A* input) __attribute__((always_inline)) {
-                       const Vec<A> in = load(input);
-                       unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-                         constexpr int p = decltype(place)::value + r - decltype(kx)::value;
-                         if constexpr (0 <= p && p < P) sum[p] += in * w[kx.value];
-                       });
-                     });
-  }
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) {
-    store(out, sum[p.value]);
-    out += b.step;
-  });
-}
-
-template <class A>
-using SumBlock = void (*)(const Block<A>&, const A* grad, A* sums);
-
-// sums[ky][kx] += sum_p grad[p] * row[ky][p + kx - r]
-template <class A, int K, int P>
-void sum_block(const Block<A>& b, const A* grad, A* sums) {
-  constexpr int64_t lanes = kLanes<A>;
-  constexpr int r = K / 2;
-  Vec<A> g[P];
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) {
-    g[p.value] = load(grad);
-    grad += b.step;
-  });
-  for (int64_t y = 0; y < b.rows; ++y, sums += K * lanes) {
-    Vec<A> sum[K];
-    unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-      sum[kx.value] = load(sums + kx.value * lanes);
-    });
-    for_inputs<K, P>(b.row[y] + b.offset, b.step, b.left, b.right,
-                     [&](auto place, const A* input) __attribute__((always_inline)) {
-                       const Vec<A> in = load(input);
-                       unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-                         constexpr int p = decltype(place)::value + r - decltype(kx)::value;
-                         if constexpr (0 <= p && p < P) sum[kx.value] += in * g[p];
-                       });
-                     });
-    unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-      store(sums + kx.value * lanes, sum[kx.value]);
-    });
-  }
-}
-
-template <class A>
-struct Blocks {
-  ConvolveBlock<A> convolve[kMaxBlock];
-  SumBlock<A> sum[kMaxBlock];
-};
-
-template <class A, int K, int... P>
-struct MakeBlocks : MakeBlocks<A, K, kMaxBlock - static_cast<int>(sizeof...(P)), P...> {};
-template <class A, int K, int... P>
-struct MakeBlocks<A, K, 1, P...> {
-  static constexpr Blocks<A> value = {{convolve_block<A, K, 1>, convolve_block<A, K, P>...},
-                                      {sum_block<A, K, 1>, sum_block<A, K, P>...}};
-};
-
-template <class A>
-FASTFUSE_INLINE const Blocks<A>* blocks_of(int64_t kernel_size) {
-  switch (kernel_size) {
-    case 3:
-      return &MakeBlocks<A, 3>::value;
-    case 5:
-      return &MakeBlocks<A, 5>::value;
-    case 7:
-      return &MakeBlocks<A, 7>::value;
-    default:
-      return nullptr;
-  }
-}
-
-// The input rows that one output row reads, inside the image, and where they start.
-template <class A>
-struct Rows {
-  const A** row;
-  int64_t first, count;  // of the kernel's rows
-};
-
 // Calls block(outputs - 1, its first column, left, right) for the blocks of a row of a tile, and
 // before each `between` of the columns [begin, end) that are its share of the row: what is wanted
 // next is asked for little by little.
 template <class Do, class Between>
-FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const Tile& tile, Do block,
+FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const DepthwiseTile& tile, Do block,
                                 Between between) {
   const int64_t width = tile.x1 - tile.x0;
   int64_t done = 0;
@@ -360,7 +32,7 @@ FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const Tile& tile, Do bl
 // Calls tap(kx, first output, end) for the outputs of a row for which a tap is inside, and the
 // distance from an output's column to the input it meets, in the buffer of inputs.
 template <class Do>
-FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const Tile& tile, Do tap) {
+FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const DepthwiseTile& tile, Do tap) {
   for (int64_t kx = 0; kx < t.kernel_size; ++kx) {
     const int64_t shift = (kx - t.kernel_size / 2) * t.dilation;
     const int64_t begin = larger(tile.x0, -shift), end = smaller(tile.x1, t.width - shift);
@@ -368,18 +40,27 @@ FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const Tile& tile, Do tap)
   }
 }
 
-template <class A, class Between>
-FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const Tile& tile, const Rows<A>& rows,
-                                  const A* weight, const A* bias, A* out, Between between) {
+// The input rows that one output row reads, inside the image, and where they start.
+template <class A>
+struct InputRows {
+  const A** row;
+  int64_t first, count;  // of the kernel's rows
+};
+
+template <class Product, class A, class Between>
+FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
+                                  const InputRows<A>& rows, Taps<A> taps, const A* bias, A* out,
+                                  Between between) {
   constexpr int64_t lanes = kLanes<A>;
-  weight += rows.first * t.kernel_size * lanes;
-  if (const Blocks<A>* blocks = blocks_of<A>(t.kernel_size)) {
+  taps.single += rows.first * t.kernel_size * lanes;
+  if constexpr (Product::kPairs) taps.pairs += rows.first * t.kernel_size * lanes;
+  if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
     for_blocks(
         t, tile,
         [&](int64_t size, int64_t x, bool left, bool right) {
           const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
-          blocks->convolve[size](block, weight, bias, out + x * lanes);
+          blocks->convolve[size](block, taps, bias, out + x * lanes);
         },
         between);
     return;
@@ -387,19 +68,19 @@ FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const Tile& tile, con
   for (int64_t x = 0; x < tile.x1 - tile.x0; ++x) store(out + x * lanes, load(bias));
   for (int64_t y = 0; y < rows.count; ++y)
     for_taps(t, tile, [&](int64_t kx, int64_t begin, int64_t end, int64_t shift) {
-      const Vec<A> w = load(weight + (y * t.kernel_size + kx) * lanes);
+      const Vec<A> w = load(taps.single + (y * t.kernel_size + kx) * lanes);
       const A* in = rows.row[y] + shift * lanes;
       for (int64_t x = begin; x < end; ++x)
         store(out + x * lanes, load(out + x * lanes) + load(in + x * lanes) * w);
     });
 }
 
-template <class A, class Between>
-FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const Tile& tile, const Rows<A>& rows,
-                             const A* grad, A* sums, Between between) {
+template <class Product, class A, class Between>
+FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
+                             const InputRows<A>& rows, const A* grad, A* sums, Between between) {
   constexpr int64_t lanes = kLanes<A>;
   sums += rows.first * t.kernel_size * lanes;
-  if (const Blocks<A>* blocks = blocks_of<A>(t.kernel_size)) {
+  if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
     for_blocks(
         t, tile,
@@ -421,70 +102,103 @@ FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const Tile& tile, const Ro
 
 // ---- bodies ------------------------------------------------------------------------------------
 
+// The rows of an image's phase as kernels see them: values or pairs.
+template <class S, bool Paired>
+struct PhaseRows {
+  const DepthwiseTiles& t;
+  const Image& image;
+  int64_t channels;
+
+  // Columns [x0, x1) of row y. Paired with the row below it, if that is before `end`; y is -1 where
+  // only the row below is inside.
+  template <bool ChannelsLast, class A>
+  FASTFUSE_INLINE void read(const DepthwiseTile& tile, int64_t y, int64_t end, int64_t x0,
+                            int64_t x1, A* buffer, int64_t distance) const {
+    const int64_t c0 = tile.group * t.group_channels;
+    const int64_t row = tile.phase + larger(y, 0) * t.dilation;
+#if defined(__AVX512BF16__)
+    if constexpr (Paired) {
+      const int64_t below = y < 0 ? 0 : t.dilation * image.stride_h;
+      read_row<ChannelsLast>(Pairs(y >= 0, y + 1 < end, below), image, tile.n, c0, channels, row,
+                             x0, x1, buffer, distance);
+      return;
+    }
+#endif
+    read_row<ChannelsLast>(Values<S>{}, image, tile.n, c0, channels, row, x0, x1, buffer, distance);
+  }
+
+  // Columns of a row, and of the one below if they are read together.
+  template <bool ChannelsLast>
+  FASTFUSE_INLINE void ask_for(const DepthwiseTile& tile, int64_t y, int64_t x0, int64_t x1) const {
+    prefetch_row<S, ChannelsLast, 0>(image, tile.n, tile.group * t.group_channels, channels,
+                                     tile.phase + y * t.dilation, x0, x1);
+  }
+};
+
 // The last rows that were read: as many as a result needs, each [vector][column][lane].
-template <class S, bool ChannelsLast, class A = compute_t<S>>
+template <class S, bool ChannelsLast, bool Paired, class A = compute_t<S>>
 class Ring {
  public:
-  Ring(const DepthwiseTiles& t, const Image& x, const Tile& tile, int64_t channels, A* memory)
+  // Results need their rows from `above` on: r rows above their own and, where two rows of results
+  // meet pairs of inputs, the pair of which only the lower row is inside.
+  Ring(const DepthwiseTiles& t, const Image& x, const DepthwiseTile& tile, int64_t channels,
+       A* memory, int64_t top = 0)
       : t_(t),
-        x_(x),
+        rows_{t, x, channels},
         tile_(tile),
         channels_(channels),
         distance_((tile.in1 - tile.in0) * kLanes<A>),
         memory_(memory),
-        next_(larger(tile.row0 - t.kernel_size / 2, 0)) {}
+        top_(top),
+        next_(larger(tile.row0 - t.kernel_size / 2, top)) {}
 
   // Reads what output row i needs.
   FASTFUSE_INLINE void advance(int64_t i) {
     const int64_t end = smaller(i + t_.kernel_size / 2 + 1, tile_.rows);
     for (; next_ < end; ++next_)
-      read_row<S, ChannelsLast>(x_, tile_.n, tile_.group * t_.group_channels, channels_,
-                                tile_.phase + next_ * t_.dilation, tile_.in0, tile_.in1,
-                                place(next_, 0), distance_);
+      rows_.template read<ChannelsLast>(tile_, next_, tile_.rows, tile_.in0, tile_.in1,
+                                        place(next_, 0), distance_);
   }
 
   // Columns of the row that output row i + 1 will read, or, at the end, of a first row of the next
   // tile, if it is the same group's.
-  FASTFUSE_INLINE void prefetch(int64_t i, const Tile& next, int64_t x0, int64_t x1) const {
-    const int64_t row = i + t_.kernel_size / 2 + 1;
-    if (row < tile_.rows && i + 1 < tile_.row1) prefetch_row_of(tile_, row, x0, x1);
+  FASTFUSE_INLINE void prefetch(int64_t i, const DepthwiseTile& next, int64_t x0,
+                                int64_t x1) const {
+    const int64_t row = i + t_.kernel_size / 2 + 1 + Paired;
+    if (row < tile_.rows && i + 1 < tile_.row1)
+      rows_.template ask_for<ChannelsLast>(tile_, row, x0, x1);
     const int64_t first = larger(next.row0 - t_.kernel_size / 2, 0);
     const int64_t wanted = first + t_.kernel_size - (tile_.row1 - i);
     if (wanted >= first && wanted < smaller(next.row0 + t_.kernel_size / 2 + 1, next.rows))
-      prefetch_row_of(next, wanted, next.x0 + (x0 - tile_.x0),
-                      smaller(next.x0 + (x1 - tile_.x0), next.x1));
+      rows_.template ask_for<ChannelsLast>(next, wanted, next.x0 + (x0 - tile_.x0),
+                                           smaller(next.x0 + (x1 - tile_.x0), next.x1));
   }
 
-  FASTFUSE_INLINE Rows<A> rows(int64_t i, int64_t vector, const A** pointers) {
+  FASTFUSE_INLINE InputRows<A> rows(int64_t i, int64_t vector, const A** pointers) {
     const int64_t r = t_.kernel_size / 2;
-    const int64_t begin = larger(i - r, 0), end = smaller(i + r + 1, tile_.rows);
+    const int64_t begin = larger(i - r, top_), end = smaller(i + r + 1, tile_.rows);
     for (int64_t y = begin; y < end; ++y) pointers[y - begin] = place(y, vector);
     return {pointers, begin - (i - r), end - begin};
   }
 
  private:
-  FASTFUSE_INLINE void prefetch_row_of(const Tile& tile, int64_t row, int64_t x0,
-                                       int64_t x1) const {
-    prefetch_row<S, ChannelsLast, 0>(x_, tile.n, tile.group * t_.group_channels, channels_,
-                                     tile.phase + row * t_.dilation, x0, x1);
-  }
   FASTFUSE_INLINE A* place(int64_t row, int64_t vector) {
     const int64_t vectors = (channels_ + kLanes<A> - 1) / kLanes<A>;
-    return memory_ + (row % t_.kernel_size * vectors + vector) * distance_;
+    return memory_ + ((row - top_) % t_.kernel_size * vectors + vector) * distance_;
   }
 
   const DepthwiseTiles& t_;
-  const Image& x_;
-  const Tile& tile_;
+  PhaseRows<S, Paired> rows_;
+  const DepthwiseTile& tile_;
   int64_t channels_, distance_;
   A* memory_;
-  int64_t next_;
+  int64_t top_, next_;
 };
 
 // Scratch memory of a thread, in this order.
 template <class A>
 struct Buffers {
-  A *taps, *bias, *row, *ring;
+  A *taps, *pairs, *bias, *row, *ring;
   const A** pointers;
 
   static int64_t columns(const DepthwiseTiles& t) {  // of a tile, at most
@@ -499,29 +213,54 @@ struct Buffers {
   }
   static int64_t bytes(const DepthwiseTiles& t) {
     const int64_t elements =
-        (t.kernel_size * t.kernel_size + 1 + columns(t)) * group(t) + ring_size(t);
+        (2 * t.kernel_size * t.kernel_size + 1 + columns(t)) * group(t) + ring_size(t);
     return elements * static_cast<int64_t>(sizeof(A)) +
            t.kernel_size * static_cast<int64_t>(sizeof(A*));
   }
   Buffers(const DepthwiseTiles& t, void* scratch) {
+    const int64_t size = t.kernel_size * t.kernel_size * group(t);
     taps = static_cast<A*>(scratch);
-    bias = taps + t.kernel_size * t.kernel_size * group(t);
+    pairs = taps + size;
+    bias = pairs + size;
     row = bias + group(t);
     ring = row + columns(t) * group(t);
     pointers = reinterpret_cast<const A**>(ring + ring_size(t));
   }
 };
 
-template <class S, bool ChannelsLast>
-void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
+// Whether rows are paired, and how products are formed.
+template <class S, bool Paired>
+struct Products {
+  using type = OfValues<compute_t<S>>;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Products<bfloat16, true> {
+  using type = OfPairs;
+};
+
+// Each of the float32 taps that are bfloat16 values, with the one a row below.
+FASTFUSE_INLINE void pair_taps(const float* taps, int64_t kernel_size, float* pairs) {
+  constexpr int64_t lanes = kLanes<float>;
+  const int64_t row = kernel_size * lanes;
+  for (int64_t i = 0; i < (kernel_size - 1) * row; i += lanes) {
+    const Bits here = (Bits)load(taps + i), below = (Bits)load(taps + row + i);
+    store(pairs + i, (Vec<float>)(here >> 16 | below));
+  }
+}
+#endif
+
+template <class S, bool ChannelsLast, bool Paired>
+void forward_tiles(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
+  using Product = typename Products<S, Paired>::type;
   constexpr int64_t lanes = kLanes<A>;
   const DepthwiseTiles& t = op.tiles;
   const int64_t k2 = t.kernel_size * t.kernel_size;
   const Buffers<A> buffers(t, scratch);
   int64_t packed = -1, channels = 0, vectors = 0, c0 = 0;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const Tile tile = tile_of(t, unit / t.tiles(), unit % t.tiles());
+    const DepthwiseTile tile = tile_of(t, unit / t.tiles(), unit % t.tiles());
     if (tile.group != packed) {
       packed = tile.group;
       c0 = tile.group * t.group_channels;
@@ -529,29 +268,33 @@ void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scrat
       vectors = (channels + lanes - 1) / lanes;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t c = c0 + v * lanes, count = smaller(lanes, channels - v * lanes);
-        read_taps(static_cast<const S*>(op.weight) + c * k2, k2, count, op.flip,
-                  buffers.taps + v * k2 * lanes);
+        A* taps = buffers.taps + v * k2 * lanes;
+        read_taps(static_cast<const S*>(op.weight) + c * k2, k2, count, op.flip, taps);
+#if defined(__AVX512BF16__)
+        if constexpr (Paired) pair_taps(taps, t.kernel_size, buffers.pairs + v * k2 * lanes);
+#endif
         const S* bias = static_cast<const S*>(op.bias) + c;
         store(buffers.bias + v * lanes, !op.bias         ? Vec<A>{}
                                         : count == lanes ? load(bias)
                                                          : load_partial(bias, count));
       }
     }
-    const Tile next =
-        unit + 1 < end ? tile_of(t, (unit + 1) / t.tiles(), (unit + 1) % t.tiles()) : tile;
-    Ring<S, ChannelsLast> ring(t, op.x, tile, channels, buffers.ring);
+    const int64_t following = unit + 1 < end ? unit + 1 : unit;
+    const DepthwiseTile next = tile_of(t, following / t.tiles(), following % t.tiles());
+    Ring<S, ChannelsLast, Paired> ring(t, op.x, tile, channels, buffers.ring);
     for (int64_t i = tile.row0; i < tile.row1; ++i) {
       ring.advance(i);
       for (int64_t v = 0; v < vectors; ++v) {
-        convolve_row<A>(t, tile, ring.rows(i, v, buffers.pointers), buffers.taps + v * k2 * lanes,
-                        buffers.bias + v * lanes, buffers.row, [&](int64_t x0, int64_t x1) {
-                          if (v > 0) return;
-                          ring.prefetch(i, next, x0, x1);
-                          if (i + 1 < tile.row1)
-                            prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
-                                                             tile.phase + (i + 1) * t.dilation, x0,
-                                                             x1);
-                        });
+        const Taps<A> taps{buffers.taps + v * k2 * lanes, buffers.pairs + v * k2 * lanes};
+        convolve_row<Product, A>(
+            t, tile, ring.rows(i, v, buffers.pointers), taps, buffers.bias + v * lanes, buffers.row,
+            [&](int64_t x0, int64_t x1) {
+              if (v > 0) return;
+              ring.prefetch(i, next, x0, x1);
+              if (i + 1 < tile.row1)
+                prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
+                                                 tile.phase + (i + 1) * t.dilation, x0, x1);
+            });
         write_row<S, ChannelsLast>(op.out, op.addend, tile.n, c0 + v * lanes,
                                    smaller(lanes, channels - v * lanes),
                                    tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row);
@@ -560,48 +303,88 @@ void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scrat
   }
 }
 
-template <class S, bool ChannelsLast>
-void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
+// The sum of a gradient's rows, or of both rows of pairs.
+template <bool Paired, class A>
+FASTFUSE_INLINE Vec<A> sum_of_columns(const A* grad, int64_t width) {
+  Vec<A> total = {};
+  for (int64_t x = 0; x < width; ++x) {
+    const Vec<A> g = load(grad + x * kLanes<A>);
+    if constexpr (Paired)
+      total += (Vec<A>)((Bits)g << 16) + (Vec<A>)((Bits)g & 0xFFFF0000u);
+    else
+      total += g;
+  }
+  return total;
+}
+
+template <class S, bool ChannelsLast, bool Paired>
+void sum_tiles(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
-  constexpr int64_t lanes = kLanes<A>;
+  using Product = typename Products<S, Paired>::type;
+  constexpr int64_t lanes = kLanes<A>, rows_at_once = Paired ? 2 : 1;
   const DepthwiseTiles& t = op.tiles;
   const int64_t k2 = t.kernel_size * t.kernel_size;
   const Buffers<A> buffers(t, scratch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit / op.parts, part = unit % op.parts;
-    const int64_t c0 = group * t.group_channels;
-    const int64_t channels = smaller(t.group_channels, t.channels - c0);
+    const int64_t channels = smaller(t.group_channels, t.channels - group * t.group_channels);
     const int64_t vectors = (channels + lanes - 1) / lanes;
+    const PhaseRows<S, Paired> grads{t, op.grad_output, channels};
     A* sums = static_cast<A*>(op.sums) + unit * (k2 + 1) * t.group_channels;
     for (int64_t i = 0; i < (k2 + 1) * vectors; ++i) store(sums + i * lanes, Vec<A>{});
     for (int64_t index = t.tiles() * part / op.parts; index < t.tiles() * (part + 1) / op.parts;
          ++index) {
-      const Tile tile = tile_of(t, group, index);
+      const DepthwiseTile tile = tile_of(t, group, index);
+      const DepthwiseTile next = tile_of(t, group, index + 1 < t.tiles() ? index + 1 : index);
       const int64_t width = tile.x1 - tile.x0;
-      const Tile next = tile_of(t, group, index + 1 < t.tiles() ? index + 1 : index);
-      Ring<S, ChannelsLast> ring(t, op.x, tile, channels, buffers.ring);
-      for (int64_t i = tile.row0; i < tile.row1; ++i) {
+      Ring<S, ChannelsLast, Paired> ring(t, op.x, tile, channels, buffers.ring, Paired ? -1 : 0);
+      for (int64_t i = tile.row0; i < tile.row1; i += rows_at_once) {
         ring.advance(i);
-        read_row<S, ChannelsLast>(op.grad_output, tile.n, c0, channels, tile.phase + i * t.dilation,
-                                  tile.x0, tile.x1, buffers.row, width * lanes);
+        grads.template read<ChannelsLast>(tile, i, tile.row1, tile.x0, tile.x1, buffers.row,
+                                          width * lanes);
         for (int64_t v = 0; v < vectors; ++v) {
           A* mine = sums + v * (k2 + 1) * lanes;
           const A* grad = buffers.row + v * width * lanes;
-          sum_row<A>(
+          sum_row<Product, A>(
               t, tile, ring.rows(i, v, buffers.pointers), grad, mine, [&](int64_t x0, int64_t x1) {
                 if (v > 0) return;
-                ring.prefetch(i, next, x0, x1);
-                if (i + 1 < tile.row1)
-                  prefetch_row<S, ChannelsLast, 0>(op.grad_output, tile.n, c0, channels,
-                                                   tile.phase + (i + 1) * t.dilation, x0, x1);
+                for (int64_t y = i; y < i + rows_at_once; ++y) {
+                  ring.prefetch(y, next, x0, x1);
+                  if (y + rows_at_once < tile.row1)
+                    grads.template ask_for<ChannelsLast>(tile, y + rows_at_once, x0, x1);
+                }
               });
-          Vec<A> total = load(mine + k2 * lanes);
-          for (int64_t x = 0; x < width; ++x) total += load(grad + x * lanes);
-          store(mine + k2 * lanes, total);
+          store(mine + k2 * lanes, load(mine + k2 * lanes) + sum_of_columns<Paired>(grad, width));
         }
       }
     }
   }
+}
+
+// bfloat16 rows are paired where there is an instruction for it, and blocks.
+template <class S>
+FASTFUSE_INLINE bool are_paired([[maybe_unused]] const DepthwiseTiles& t) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(Products<S, true>) && Products<S, true>::type::kPairs)
+    return blocks_of<typename Products<S, true>::type, compute_t<S>>(t.kernel_size) != nullptr;
+#endif
+  return false;
+}
+
+template <class S, bool ChannelsLast>
+void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
+  if (are_paired<S>(op.tiles))
+    forward_tiles<S, ChannelsLast, Products<S, true>::type::kPairs>(op, begin, end, scratch);
+  else
+    forward_tiles<S, ChannelsLast, false>(op, begin, end, scratch);
+}
+
+template <class S, bool ChannelsLast>
+void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
+  if (are_paired<S>(op.tiles))
+    sum_tiles<S, ChannelsLast, Products<S, true>::type::kPairs>(op, begin, end, scratch);
+  else
+    sum_tiles<S, ChannelsLast, false>(op, begin, end, scratch);
 }
 
 template <class S>
