@@ -63,6 +63,12 @@ class Matrix {
     return tensor ? vector(argument, *tensor) : nullptr;
   }
 
+  // Bytes of two rows of whole vectors, whatever the instruction set.
+  int64_t two_rows() const {
+    constexpr int64_t kVector = 64;
+    return 2 * (channels_ * compute_size(dtype_) + kVector);
+  }
+
   // body(begin, end) over the rows, in pieces worth waking a thread for.
   template <class Body>
   void for_rows(Body body) const {
@@ -119,7 +125,8 @@ void layer_norm_into(Tensor out, Tensor x, Tensor weight, Tensor bias, double ep
   op.out = m.matrix("out", out);
   op.skip = m.matrix("skip", skip);
   m.for_rows([&, body = kernel(m.dtype()).layer_norm](int64_t begin, int64_t end) {
-    body(op, begin, end);
+    const Scratch scratch(m.two_rows());
+    body(op, begin, end, scratch.get());
   });
 }
 
@@ -133,7 +140,7 @@ void layer_norm_backward_into(Tensor grad_x, Tensor grad_weight, Tensor grad_bia
   op.grad_x = m.matrix("grad_x", grad_x);
   void* const totals[] = {m.vector("grad_weight", grad_weight), m.vector("grad_bias", grad_bias)};
   m.for_blocks(2, totals, [&](void* sums, int64_t begin, int64_t end) {
-    const Scratch scratch(m.channels() * compute_size(m.dtype()));
+    const Scratch scratch(m.two_rows());
     LayerNormBackward mine = op;
     mine.sums = sums;
     kernel(m.dtype()).layer_norm_backward(mine, begin, end, scratch.get());

@@ -51,7 +51,7 @@ struct Residual {
 // row in the accumulation type.
 struct PointwiseKernels {
   struct Kernel {
-    void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end);
+    void (*layer_norm)(const LayerNorm&, int64_t begin, int64_t end, void* scratch);
     void (*layer_norm_backward)(const LayerNormBackward&, int64_t begin, int64_t end,
                                 void* scratch);
     void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);

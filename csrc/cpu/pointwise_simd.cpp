@@ -20,69 +20,47 @@ template <class S>
 constexpr bool kNarrow = sizeof(S) == 2;
 
 template <class A>
-FASTFUSE_INLINE A sum_of_lanes(Vec<A> v) {
-  A buffer[kLanes<A>];
-  store(buffer, v);
-  for (int step = kLanes<A> / 2; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) buffer[i] += buffer[i + step];
-  return buffer[0];
-}
-
-// Sums `value(first channel, load)` over a row; lanes that are no channel must be 0.
-template <class A, class Value>
-FASTFUSE_INLINE A sum_of_row(int64_t channels, Value value) {
-  Vec<A> sums[2] = {};
-  int64_t c = 0;
-  const auto whole = [](const auto* p) { return load(p); };
-  for (; c + 2 * kLanes<A> <= channels; c += 2 * kLanes<A>) {
-    sums[0] += value(c, whole);
-    sums[1] += value(c + kLanes<A>, whole);
-  }
-  if (c + kLanes<A> <= channels) {
-    sums[0] += value(c, whole);
-    c += kLanes<A>;
-  }
-  Vec<A> total = sums[0] + sums[1];
-  if (c < channels) {
-    const int64_t rest = channels - c;
-    const Vec<A> last = value(c, [rest](const auto* p) { return load_partial(p, rest); });
-    A buffer[kLanes<A>];
-    store(buffer, last);
-    for (int64_t i = rest; i < kLanes<A>; ++i) buffer[i] = 0;
-    total += load(buffer);
-  }
-  return sum_of_lanes<A>(total);
-}
-
-template <class A>
 struct Moments {
   A mean, inverse_std;
 };
 
+// The moments of a row, which is left in `values` in whole vectors: 0 where there is no channel.
 template <class S, class A = compute_t<S>>
-FASTFUSE_INLINE Moments<A> moments(const S* x, int64_t channels, double eps) {
+FASTFUSE_INLINE Moments<A> moments(const S* x, int64_t channels, double eps, A* values) {
   const A count = static_cast<A>(channels);
-  const A mean = sum_of_row<A>(channels, [&](int64_t c, auto load) { return load(x + c); }) / count;
-  const A squares = sum_of_row<A>(channels, [&](int64_t c, auto load) {
-    const Vec<A> difference = load(x + c) - mean;
-    return difference * difference;
+  Vec<A> sum = {};
+  for_channels<A>(channels, [&](auto vectors, int64_t c, auto load, auto) {
+    for (int v = 0; v < decltype(vectors)::value; ++v, c += kLanes<A>) {
+      const Vec<A> value = load(x + c);
+      fastfuse::store(values + c, value);
+      sum += value;
+    }
   });
-  return {mean, A(1) / static_cast<A>(__builtin_sqrt(squares / count + static_cast<A>(eps)))};
+  const A mean = sum_of_lanes<A>(sum) / count;
+  Vec<A> squares = {};
+  int64_t c = 0;
+  for (; c + kLanes<A> <= channels; c += kLanes<A>) {
+    const Vec<A> difference = load(values + c) - mean;
+    squares += difference * difference;
+  }
+  A total = sum_of_lanes<A>(squares);
+  for (; c < channels; ++c) total += (values[c] - mean) * (values[c] - mean);
+  return {mean, A(1) / static_cast<A>(__builtin_sqrt(total / count + static_cast<A>(eps)))};
 }
 
 template <class S>
-void layer_norm(const LayerNorm& op, int64_t begin, int64_t end) {
+void layer_norm(const LayerNorm& op, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
   const A *weight = static_cast<const A*>(op.weight), *bias = static_cast<const A*>(op.bias);
+  A* values = static_cast<A*>(scratch);
   for (int64_t i = begin; i < end; ++i) {
-    const S* x = row_of<const S>(op.x, i);
     const S* skip = op.skip.data ? row_of<const S>(op.skip, i) : nullptr;
     S* out = row_of<S>(op.out, i);
-    const Moments<A> m = moments(x, op.channels, op.eps);
+    const Moments<A> m = moments(row_of<const S>(op.x, i), op.channels, op.eps, values);
     for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
       for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
         const Vec<A> scale = load(weight + c) * m.inverse_std;
-        Vec<A> y = (load(x + c) - m.mean) * scale + load(bias + c);
+        Vec<A> y = (fastfuse::load(values + c) - m.mean) * scale + load(bias + c);
         if (op.gelu) y = gelu<kNarrow<S>>(y);
         if (skip) y += load(skip + c);
         store(out + c, y);
@@ -101,19 +79,21 @@ void layer_norm_backward(const LayerNormBackward& op, int64_t begin, int64_t end
   using A = compute_t<S>;
   const LayerNorm& f = op.forward;
   const A *weight = static_cast<const A*>(f.weight), *bias = static_cast<const A*>(f.bias);
-  A* scaled = static_cast<A*>(scratch);  // the gradient of the normalized row
+  const int64_t length = (f.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  A* values = static_cast<A*>(scratch);
+  A* scaled = values + length;  // the gradient of the normalized row
   for (int64_t block = begin; block < end; ++block) {
     A* sum_weight = static_cast<A*>(op.sums) + 2 * block * f.channels;
     A* sum_bias = sum_weight + f.channels;
     clear(sum_weight, 2 * f.channels);
     for (int64_t i = block * kRowBlock; i < smaller((block + 1) * kRowBlock, f.rows); ++i) {
-      const S *x = row_of<const S>(f.x, i), *grad = row_of<const S>(op.grad_output, i);
+      const S* grad = row_of<const S>(op.grad_output, i);
       S* grad_x = row_of<S>(op.grad_x, i);
-      const Moments<A> m = moments(x, f.channels, f.eps);
+      const Moments<A> m = moments(row_of<const S>(f.x, i), f.channels, f.eps, values);
       Vec<A> total = {}, product = {};
       for_channels<A>(f.channels, [&](auto count, int64_t c, auto load, auto store) {
         for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
-          const Vec<A> normalized = (load(x + c) - m.mean) * m.inverse_std;
+          const Vec<A> normalized = (fastfuse::load(values + c) - m.mean) * m.inverse_std;
           const Vec<A> w = load(weight + c);
           Vec<A> g = load(grad + c);
           if (f.gelu) {
@@ -133,7 +113,7 @@ void layer_norm_backward(const LayerNormBackward& op, int64_t begin, int64_t end
       const A correlation = sum_of_lanes<A>(product) / channels;
       for_channels<A>(f.channels, [&](auto count, int64_t c, auto load, auto store) {
         for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
-          const Vec<A> normalized = (load(x + c) - m.mean) * m.inverse_std;
+          const Vec<A> normalized = (fastfuse::load(values + c) - m.mean) * m.inverse_std;
           store(grad_x + c, (load(scaled + c) - mean - normalized * correlation) * m.inverse_std);
         }
       });

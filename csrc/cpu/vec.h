@@ -308,6 +308,24 @@ FASTFUSE_INLINE void exchange_blocks(Vec<A>* rows) {
 }
 #endif
 
+// The sum of a vector's lanes, by halves.
+template <class A, int Step = kLanes<A> / 2>
+FASTFUSE_INLINE A sum_of_lanes(Vec<A> v) {
+#if defined(__clang__)
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+#else
+  if constexpr (Step == 0) {
+    return v[0];
+  } else {
+    IndexVec<A> other;
+    for (int i = 0; i < kLanes<A>; ++i) other[i] = i ^ Step;
+    return sum_of_lanes<A, Step / 2>(v + __builtin_shuffle(v, other));
+  }
+#endif
+}
+
 // rows[i][j] <-> rows[j][i], by log2(lanes) rounds of exchanging blocks.
 template <class A>
 FASTFUSE_INLINE void transpose(Vec<A>* rows) {

@@ -52,6 +52,8 @@ def prepare(
     ``fc2_weight`` (C, hidden), ``fc1_bias`` (hidden,), and all others (C,).
     """
     check_image(op, "x", x)
+    if x.shape[1] < 1:
+        raise ValueError(f"{op}: x must have at least 1 channel; got shape {tuple(x.shape)}")
     by_name: dict[str, Tensor] = {}
     for name, parameter in zip(names, parameters, strict=True):
         if name.endswith("?") and parameter is None:
@@ -78,6 +80,8 @@ def prepare(
             check_vector(op, name, parameter, hidden if of_fc1 else channels, meaning, x)
     check_eps(op, eps)
     check_keep(op, keep, x)
+    if keep is not None:  # in the accumulation dtype
+        keep = keep.to(torch.promote_types(x.dtype, torch.float32))
     return x, [by_name.get(name.removesuffix("?")) for name in names], keep, float(eps)
 
 

@@ -199,14 +199,14 @@ def check_matrix(
     meaning: str,
     like: Tensor,
 ) -> None:
-    """A matrix of a shape, None for any extent, in the dtype and on the device of ``like``."""
+    """A matrix of a shape, None for any extent from 1, in the dtype and on ``like``'s device."""
     check_tensor(op, argument, matrix)
     fits = matrix.dim() == 2 and all(
         wanted is None or extent == wanted
         for extent, wanted in zip(matrix.shape, shape, strict=True)
     )
     if not fits or matrix.shape[0] < 1:
-        numbers = ", ".join("any" if extent is None else str(extent) for extent in shape)
+        numbers = ", ".join("at least 1" if extent is None else str(extent) for extent in shape)
         raise ValueError(
             f"{op}: {argument} must have shape {meaning} = ({numbers}); "
             f"got shape {tuple(matrix.shape)}"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
+from fastfuse.backends import Operation, cpu_refusal, requested_backend, select, triton_refusal
 from fastfuse.ops.autocast import cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
@@ -16,10 +17,30 @@ from fastfuse.ops.checks import (
 from fastfuse.ops.depthwise_conv2d.autograd import call
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
+from fastfuse.ops.layout import is_channels_last
 
 __all__ = ["OPERATION", "depthwise_conv2d"]
 
 NAME = "depthwise_conv2d"
+
+
+def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
+    """A static rule, for calls on CPUs of which no derivative is wanted: docs/depthwise_conv2d.md.
+
+    oneDNN's forward is not to be beaten where there is little to compute for each value read
+    (small kernels on channels_last images), nor by our kernel for any size (above 7).
+    """
+    if requested_backend() != "auto" or x.device.type != "cpu" or dilation > 1:
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return False
+    kernel_size = weight.shape[2]
+    small = kernel_size <= (5 if x.dtype == torch.float32 else 3) and is_channels_last([x])
+    return small or kernel_size > 7
 
 
 def depthwise_conv2d(
@@ -65,7 +86,7 @@ def depthwise_conv2d(
     check_depthwise_weight(NAME, "weight", weight, x)
     if bias is not None:
         check_vector(NAME, "bias", bias, x.shape[1], "one value per channel", x)
-    if select(OPERATION, x) == "reference":
+    if select(OPERATION, x) == "reference" or _library_is_faster(x, weight, bias, dilation):
         with without_autocast(x.device.type):
             return reference(x, weight, bias, dilation)
     return call(x, weight, bias, dilation)

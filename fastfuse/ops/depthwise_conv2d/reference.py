@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,5 +18,8 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> 
     positions t, with r = k // 2 and d the dilation; what lies outside the image is 0.
     """
     padding = dilation * (weight.shape[2] // 2)
+    dtype, channels_last = x.dtype, is_channels_last([x])
+    if dtype == torch.float16 and x.device.type == "cpu":  # PyTorch's gradient sums in float16
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     output = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
-    return output.contiguous(memory_format=memory_format(is_channels_last([x])))
+    return output.to(dtype).contiguous(memory_format=memory_format(channels_last))

@@ -43,7 +43,7 @@ MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
 MAX_RUN, MAX_TAPS = 32, 9
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and registers of all sums and of the rows that they meet.
-MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS, MAX_WEIGHT_REGISTERS = 16, 64, 88
+MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS, MAX_WEIGHT_REGISTERS = 14, 64, 88
 MAX_ROWS = 16
 # Programs that fill today's devices about twice: below, runs are shortened for more of them. So
 # many write partial sums, if there are so many tiles: every order of summation is one of the shape.
@@ -74,6 +74,12 @@ def _along_axes(x, channel, CHANNELS_LAST: tl.constexpr):
         return x[None, :, None], channel[None, None, :]
     else:
         return x[None, None, :], channel[None, :, None]
+
+
+@triton.jit
+def _is_inside(y, height):
+    """Whether a row is one of the image, as a block that broadcasts. # [1, 1, 1]"""
+    return tl.full([1, 1, 1], y, tl.int32).to(tl.uint32) < height  # a negative one is large
 
 
 @triton.jit
@@ -130,10 +136,9 @@ def _forward_kernel(
             source = x + source_x.to(tl.int64) * x_w + source_y.to(tl.int64) * x_h
             in_columns = (source_x >= 0) & (source_x < width) & (channel < channels)
             for row in tl.static_range(RUN + len(taps) - 1):
-                mask = in_columns & (source_y.to(tl.uint32) < height)  # a negative one is large
-                value = tl.load(source, mask=mask, other=0.0).to(DTYPE)
+                in_rows = _is_inside(source_y + row * dilation, height)
+                value = tl.load(source, mask=in_columns & in_rows, other=0.0).to(DTYPE)
                 source += x_step
-                source_y += dilation
                 for run in tl.static_range(RUN):
                     total = totals[0]
                     if row >= run and row - run < len(taps):
@@ -191,7 +196,7 @@ def _backward_weight_kernel(
         inside = tl.broadcast_to((column < width) & (channel < channels), zeros.shape)
         rows = ()
         for run in tl.static_range(RUN):
-            mask = inside & (y + run * dilation < height)
+            mask = inside & _is_inside(y + run * dilation, height)
             value = tl.load(source, mask=mask, other=0.0).to(DTYPE)
             source += grad_step
             bias_sum += value
@@ -206,7 +211,7 @@ def _backward_weight_kernel(
             in_columns &= channel < channels
             source = start + source_x.to(tl.int64) * x_w
             for row in tl.static_range(RUN + KERNEL_SIZE - 1):
-                in_rows = (source_y + row * dilation).to(tl.uint32) < height
+                in_rows = _is_inside(source_y + row * dilation, height)
                 value = tl.load(source, mask=in_columns & in_rows, other=0.0).to(DTYPE)
                 source += x_step
                 for ky in tl.static_range(KERNEL_SIZE):
@@ -272,9 +277,7 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _tile(
-    columns: int, channels: int, values: int, channels_last: bool
-) -> tuple[int, int]:
+def _tile(columns: int, channels: int, values: int, channels_last: bool) -> tuple[int, int]:
     """``(BLOCK_X, BLOCK_C)`` of ``values`` values."""
     if not channels_last:
         block_x = min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(columns))

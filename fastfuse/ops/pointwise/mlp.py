@@ -21,7 +21,7 @@ __all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "wide"]
 
 # Bytes of a chunk's hidden tensor: long enough for the products, short enough for caches. GPUs
 # want chunks that fill them; there the limit is for memory.
-HIDDEN_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
+HIDDEN_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
 MIN_ROWS, ROW_MULTIPLE = 512, 128
 
 
