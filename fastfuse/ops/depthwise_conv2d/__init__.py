@@ -23,12 +23,16 @@ __all__ = ["OPERATION", "depthwise_conv2d"]
 
 NAME = "depthwise_conv2d"
 
+# Values of an image that does not stay in the second-level caches until it is read.
+LARGE_IMAGE = 1 << 20
+
 
 def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
     """A static rule, for calls on CPUs of which no derivative is wanted: docs/depthwise_conv2d.md.
 
-    oneDNN's forward is not to be beaten where there is little to compute for each value read
-    (small kernels on channels_last images), nor by our kernel for any size (above 7).
+    oneDNN's forward is not to be beaten where little is computed for each value that is read (small
+    kernels on channels_last images), where a large image is read (in float32), and for kernels
+    above 7, for which ours is the general one.
     """
     if requested_backend() != "auto" or x.device.type != "cpu" or dilation > 1:
         return False
@@ -39,8 +43,13 @@ def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
     ):
         return False
     kernel_size = weight.shape[2]
-    small = kernel_size <= (5 if x.dtype == torch.float32 else 3) and is_channels_last([x])
-    return small or kernel_size > 7
+    if kernel_size > 7:
+        return True
+    if not is_channels_last([x]):
+        return False
+    if x.dtype == torch.bfloat16:
+        return kernel_size <= 3
+    return kernel_size <= 5 or x.shape.numel() >= LARGE_IMAGE
 
 
 def depthwise_conv2d(
