@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = [
     "count_flops",
     "current_regime",
     "gemm_rate",
+    "kept_bytes",
     "plain_float32",
 ]
 
@@ -187,6 +188,22 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+def kept_bytes(call: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
+    """Bytes that ``call`` keeps for backward: every storage once, and none of ``parameters``."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:  # which stays alive, so that no address is used twice
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    del result
+    return sum(nbytes for address, nbytes in kept.items() if address not in known)
+
+
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
@@ -195,7 +212,8 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
     """As in ``fastfuse.tolerances``, one image and a few channels at a time to stay small."""
     difference, scale = 0.0, 1e-30
     wide = torch.promote_types(result.dtype, torch.float32)
-    for a, b in zip(result.split(64, dim=1), expected.split(64, dim=1), strict=True):
+    axis = min(1, result.ndim - 1)
+    for a, b in zip(result.split(64, axis), expected.split(64, axis), strict=True):
         error = (a.to(wide) - b.to(wide)).abs_().max().item()
         if error != error:  # NaN
             return float("inf")
@@ -273,6 +291,7 @@ def compare(
     flops: Mapping[str, int] | None = None,
     host: bool = False,
     memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
+    kept: Callable[[Variant], int] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Checks, times and records the variants of one cell. The first variant must be fastfuse.
@@ -284,15 +303,16 @@ def compare(
         tolerances: largest relative error of each compared tensor of a result.
         budget_s: about how long the rounds may take; at least ``min_rounds`` are run.
         nbytes: bytes that must move: each input read once, each result written once.
-        flops: floating-point operations that each variant itself does, by its name.
+        flops: floating-point operations of each variant, by its name.
         host: time until a call returns to Python: the dispatch overhead of a tiny call.
         memory: the peak extra memory of each variant, in bytes.
+        kept: the bytes that a variant keeps for backward.
         progress: told what is being done.
 
     Returns:
         ``benchmark.extra_info``: ``ours`` (title of the faster fastfuse), ``copy_gbs`` (this cell's
         roof), ``variants`` (median_ms, iqr_ms, speedup of ours over it, gbs, share of the copy
-        roof, gflops, peak_bytes), ``left_out``.
+        roof, gflops, peak_bytes, kept_bytes), ``left_out``.
     """
     progress("checks that the variants agree")
     first_calls: dict[str, float] = {}
@@ -353,6 +373,7 @@ def compare(
                 "share": nbytes / median / roof.rate if nbytes and roof else None,
                 "gflops": work / median / 1e9 if work else None,
                 "peak_bytes": peak,
+                "kept_bytes": kept(variant) if kept else None,
             }
         )
     benchmark.extra_info.update(

@@ -42,9 +42,9 @@ MAX_BLOCK_COLUMNS = 32
 MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
 MAX_RUN, MAX_TAPS = 32, 9
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
-# sums, and registers of all sums and of the rows that they meet.
-MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS, MAX_WEIGHT_REGISTERS = 14, 64, 88
-MAX_ROWS = 16
+# sums, and rows that they meet, of single values and of vectors.
+MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64
+MAX_ROWS, MAX_VECTOR_ROWS = 16, 8
 # Programs that fill today's devices about twice: below, runs are shortened for more of them. So
 # many write partial sums, if there are so many tiles: every order of summation is one of the shape.
 MIN_PROGRAMS = 256
@@ -379,8 +379,7 @@ def backward_weight(
     columns = min(triton.cdiv(kernel_size, block_k), sums)
     block_x, block_c = _tile(width, channels, THREADS * vector // block_k, channels_last)
     rows = triton.cdiv(height, dilation)
-    run = MAX_WEIGHT_REGISTERS // (vector * registers) - columns * kernel_size
-    run = _even(rows, min(run, MAX_ROWS))
+    run = _even(rows, MAX_ROWS if vector == 1 else MAX_VECTOR_ROWS)
     run_blocks = triton.cdiv(rows, run)
     tiles = batch * residues * run_blocks * triton.cdiv(width, block_x)
     programs = triton.cdiv(channels, block_c) * triton.cdiv(kernel_size, columns * block_k)

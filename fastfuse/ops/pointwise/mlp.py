@@ -175,7 +175,8 @@ def backward(
         fc2_weight = (fc2_weight * mlp.scale[:, None]).to(fc2_weight.dtype)
     norm_sums = accumulation.new_zeros((2, channels))
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
-    fc1, fc2 = (_Sum(hidden, channels, grad) for _ in range(2)) if of_parameters else (None, None)
+    fc1 = _Sum(hidden, channels, grad) if of_parameters else None
+    fc2 = _Sum(channels, hidden, grad) if of_parameters else None
     for chunk in chunks:
         count = chunk.stop - chunk.start
         g = grad[chunk] if mlp.keep is None else kept_grad[:count]
@@ -186,7 +187,7 @@ def backward(
         torch.mm(g, fc2_weight, out=gh)
         ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
-            fc2.add(a, g)
+            fc2.add(g, a)
             fc1.add(gh, n)
         if mlp.norm is None:
             torch.mm(gh, mlp.fc1_weight, out=grad_inputs[chunk])
@@ -198,11 +199,11 @@ def backward(
         )  # fmt: skip
     if fc1 is None or fc2 is None:
         return None
-    grad_fc2, grad_scale = fc2.result().t(), None
+    grad_fc2, grad_scale = fc2.result(), None
     if mlp.scale is not None:
-        grad_scale = (grad_fc2 * mlp.fc2_weight).sum(1, dtype=accumulation.dtype)
+        grad_scale = (grad_fc2.to(accumulation.dtype) * mlp.fc2_weight).sum(1)
         grad_scale += mlp.fc2_bias * fc2_bias
-        grad_fc2 = mlp.scale[:, None] * grad_fc2
+        grad_fc2 = (mlp.scale[:, None] * grad_fc2).to(grad.dtype)
         fc2_bias = mlp.scale * fc2_bias
     return MlpGradients(
         norm_weight=norm_sums[0] if mlp.norm else None,
