@@ -40,7 +40,7 @@ MAX_BLOCK_COLUMNS = 32
 # Registers of a run's sums by itemsize; unpacking two-byte values takes some. Beside them are the
 # weights of at most MAX_TAPS taps: larger kernels are cut.
 MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
-MAX_RUN, MAX_TAPS = 32, 9
+MAX_RUN, MAX_TAPS = 32, 7
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64

@@ -57,7 +57,7 @@ class _Step:
         self, grad: Tensor, x: Tensor, convolved: Tensor, wants_x: bool, wants_parameters: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradients of x and of the four parameters."""
-        norm_sums = self.norm.weight.new_zeros((2, x.shape[1]))
+        norm_sums = [self.norm.weight.new_zeros(x.shape[1]) for _ in range(2)]
         grad_convolved = empty(x.shape, x, torch.channels_last)
         torch.ops.fastfuse.layer_norm_backward_into(
             rows(grad_convolved), *norm_sums, rows(grad), rows(convolved), self.norm.weight,

@@ -170,10 +170,11 @@ def backward(
         hidden,
         hidden,
     )
-    fc2_weight = mlp.fc2_weight
-    if mlp.scale is not None:
-        fc2_weight = (fc2_weight * mlp.scale[:, None]).to(fc2_weight.dtype)
-    norm_sums = accumulation.new_zeros((2, channels))
+    fc2_weight = wide_fc2 = mlp.fc2_weight
+    if mlp.scale is not None:  # conversions apart: PyTorch is slow where dtypes mix
+        wide_fc2 = fc2_weight.to(accumulation.dtype)
+        fc2_weight = (wide_fc2 * mlp.scale[:, None]).to(fc2_weight.dtype)
+    norm_sums = [accumulation.new_zeros(channels) for _ in range(2)]  # of an op: no views of one
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
     fc1 = _Sum(hidden, channels, grad) if of_parameters else None
     fc2 = _Sum(channels, hidden, grad) if of_parameters else None
@@ -201,9 +202,9 @@ def backward(
         return None
     grad_fc2, grad_scale = fc2.result(), None
     if mlp.scale is not None:
-        grad_scale = (grad_fc2.to(accumulation.dtype) * mlp.fc2_weight).sum(1)
-        grad_scale += mlp.fc2_bias * fc2_bias
-        grad_fc2 = (mlp.scale[:, None] * grad_fc2).to(grad.dtype)
+        grad_fc2 = grad_fc2.to(accumulation.dtype)
+        grad_scale = (grad_fc2 * wide_fc2).sum(1) + mlp.fc2_bias * fc2_bias
+        grad_fc2 *= mlp.scale[:, None]
         fc2_bias = mlp.scale * fc2_bias
     return MlpGradients(
         norm_weight=norm_sums[0] if mlp.norm else None,
