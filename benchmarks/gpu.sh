@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, checks and measures fastfuse on a machine with an NVIDIA GPU, without a network.
 #
-#   bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--wheels DIR]
+#   bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--op NAME]... [--wheels DIR]
 #
 # The machine brings Python with a CUDA build of torch (and its triton), nvcc and a C++ compiler;
 # what else is needed comes as wheels, downloaded beforehand for its Python and platform:
@@ -13,8 +13,9 @@
 #       matplotlib "numpy<2.4"
 #
 # matplotlib is optional (without it there is no plot). The quick benchmarks of every op are the
-# default; --full takes longer than the rest together. Without --full everything ends within 10
-# minutes. (The report is written after every suite: what was measured before a limit is in it.)
+# default; --full takes longer than the rest together, --op verifies and measures only ops of that
+# name. Without --full everything ends within 10 minutes. (The report is written after every suite:
+# what was measured before a limit is in it.)
 # --dry-run walks what can run without a GPU: the build, and collecting tests and benchmarks.
 #
 # A step that fails does not stop the others; the exit code then is not zero. OUT_DIR gets gpu.log,
@@ -22,15 +23,16 @@
 set -uo pipefail
 
 usage() {
-  echo "usage: bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--wheels DIR]" >&2
+  echo "usage: bash benchmarks/gpu.sh OUT_DIR [--dry-run] [--full] [--op NAME]... [--wheels DIR]" >&2
   exit 2
 }
 
-out="" dry_run=false full=false wheels=""
+out="" dry_run=false full=false wheels="" ops=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --dry-run) dry_run=true ;;
     --full) full=true ;;
+    --op) [ $# -gt 1 ] || usage; ops+=(--op "$2"); shift ;;
     --wheels) [ $# -gt 1 ] || usage; wheels=$(realpath "$2"); shift ;;
     -*) usage ;;
     *) [ -z "$out" ] || usage; out="$1" ;;
@@ -117,11 +119,12 @@ if $dry_run; then
     --quick --device cuda --collect-only -q
 else
   step "GPU tests" 120 "$python" -m pytest tests -m gpu -q
-  step "verify" 60 "$python" -m fastfuse verify --backend triton
+  step "verify" 60 "$python" -m fastfuse verify --backend triton "${ops[@]}"
   if $full; then
-    step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out"
+    step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out" "${ops[@]}"
   else
-    step "benchmarks" 240 "$python" benchmarks/report.py --device cuda --out "$out" --quick
+    step "benchmarks" 240 "$python" benchmarks/report.py --device cuda --out "$out" --quick \
+      "${ops[@]}"
   fi
 fi
 

@@ -32,7 +32,7 @@ import fastfuse
 
 HERE = Path(__file__).resolve().parent
 Rates = Mapping[str, float]
-LOG_WIDTH = 150  # of the tables where there is no terminal
+LOG_WIDTH = 190  # of the tables where there is no terminal
 LOG_TAIL = 30  # lines shown of the log of a suite that failed
 SLOWER = "fastfuse is slower"
 REGIME_NOTES = {
@@ -55,7 +55,8 @@ class Table:
     def rich(self) -> RichTable:
         table = RichTable(title=self.title, title_justify="left", title_style="bold")
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="left" if i < self.text_columns else "right")
+            is_text = i < self.text_columns
+            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
         last = None
         for row in self.rows:
             if last is not None and row[0] != last:
@@ -94,6 +95,11 @@ def _ratio(speedup: float) -> str:
     return _number(speedup, "x") + (f" ({SLOWER})" if speedup < 1 else "")
 
 
+def _over(rival: dict[str, Any], ours: dict[str, Any]) -> str:
+    result = _ratio(rival["median_ms"] / ours["median_ms"])
+    return f"{result}, whose result is wrong" if rival["wrong"] else result
+
+
 def cell_name(cell: dict[str, Any]) -> str:
     return f"{cell['shape']}, {cell['dtype']}, {cell['mode']}"
 
@@ -102,13 +108,13 @@ def ours_of(cell: dict[str, Any]) -> dict[str, Any]:
     return next(v for v in cell["variants"] if v["title"] == cell["ours"])
 
 
-def best_speedups(cell: dict[str, Any]) -> dict[str, float]:
-    """By rival, over its faster layout."""
-    found: dict[str, float] = {}
+def in_faster_layout(cell: dict[str, Any], *, rival: bool) -> list[dict[str, Any]]:
+    """The rivals, or fastfuse's ways: one variant of each name."""
+    found: dict[str, dict[str, Any]] = {}
     for v in cell["variants"]:
-        if v["rival"]:
-            found[v["name"]] = min(v["speedup"], found.get(v["name"], float("inf")))
-    return found
+        if v["rival"] == rival:
+            found[v["name"]] = min(found.get(v["name"], v), v, key=lambda v: v["median_ms"])
+    return list(found.values())
 
 
 def _any_flops(cells: Iterable[dict[str, Any]]) -> bool:
@@ -124,23 +130,23 @@ def _gemm_share(cell: dict[str, Any], variant: dict[str, Any], rates: Rates) -> 
 def _summary(op: str, cells: Iterable[dict[str, Any]], rates: Rates) -> Table:
     main = [c for c in cells if c["series"] == "main"]
     compute = _any_flops(main)
-    rivals = list(dict.fromkeys(name for c in main for name in best_speedups(c)))
+    rivals = list(dict.fromkeys(v["name"] for c in main for v in c["variants"] if v["rival"]))
     columns = ["cell", "memory", "fastfuse ms", "of the copy roof"]
     columns += ["of the GEMM rate"] * compute
     columns += [f"over {r}" for r in rivals]
     table = Table(
         f"{op}: speedup of fastfuse over each rival in its faster layout", columns, summary=True
     )
-    for c in main:
-        ours, speedups = ours_of(c), best_speedups(c)
+    for c, ours in [(cell, way) for cell in main for way in in_faster_layout(cell, rival=False)]:
+        best = {v["name"]: v for v in in_faster_layout(c, rival=True)}
         table.rows.append(
             [
-                cell_name(c),
+                cell_name(c) + ours["name"].removeprefix("fastfuse"),
                 c["regime"],
                 _number(ours["median_ms"]),
                 _percent(ours["share"]),
                 *[_percent(_gemm_share(c, ours, rates))] * compute,
-                *(_ratio(speedups[r]) if r in speedups else "" for r in rivals),
+                *(_over(best[r], ours) if r in best else "" for r in rivals),
             ]
         )
     return table
@@ -148,18 +154,20 @@ def _summary(op: str, cells: Iterable[dict[str, Any]], rates: Rates) -> Table:
 
 def _details(op: str, regime: str, cells: Sequence[dict[str, Any]], rates: Rates) -> Table:
     compute = _any_flops(cells)
+    keeps = any(v["kept_bytes"] is not None for c in cells for v in c["variants"])
     columns = ["cell", "variant", "median ms", "spread (IQR) ms", "speedup of fastfuse"]
     columns += ["GB/s", "of the copy roof"]
     columns += ["GFLOP/s", "of the GEMM rate"] * compute
     columns += ["peak extra MiB"]
+    columns += ["kept for backward MiB"] * keeps
     table = Table(f"{op}, memory: {regime}", columns)
     for c in cells:
         for v in c["variants"]:
-            peak = v["peak_bytes"]
+            peak, kept = v["peak_bytes"], v["kept_bytes"]
             table.rows.append(
                 [
                     cell_name(c),
-                    v["title"],
+                    f"{v['title']} ({v['wrong']})" if v["wrong"] else v["title"],
                     _number(v["median_ms"]),
                     _number(v["iqr_ms"]),
                     _speedup(v, c["ours"]),
@@ -167,6 +175,7 @@ def _details(op: str, regime: str, cells: Sequence[dict[str, Any]], rates: Rates
                     _percent(v["share"]),
                     *[_number(v["gflops"]), _percent(_gemm_share(c, v, rates))] * compute,
                     "" if peak is None else f"{peak / 2**20:.0f}",
+                    *[_number(None if kept is None else kept / 2**20)] * keeps,
                 ]
             )
         for title, reason in c["left_out"].items():
@@ -273,13 +282,15 @@ def _describe(environment: dict[str, Any]) -> list[str]:
 _READING = """\
 Medians of interleaved rounds in one process: every round times each variant once, and one copy.
 Every rival's result was compared with fastfuse's before it was timed; naive (BatchNorm) computes
-something else by definition, so only its shapes were. A speedup is the variant's median over that
-of the faster fastfuse layout. GB/s are the bytes that must move (each input read once, each result
-written once) over the median; their share is that of the copy rate measured in the same cell.
-GFLOP/s are the products and sums that a variant itself does (by the counter of PyTorch and the
-formulas of the ops) over its median; their share is that of a large matrix product of the same
-dtype, measured in the same run. Peak extra memory is that of one call in a process of its own, its
-result included."""
+something else by definition, so only its shapes were. Where PyTorch computes something wrong, the
+variant says what. A speedup is the variant's median over that of the fastest fastfuse. GB/s are the
+bytes that must move (each input read once, each result written once) over the median; their share
+is that of the copy rate measured in the same cell. GFLOP/s are the products and sums that a variant
+itself does (by the counter of PyTorch and the formulas of the ops) over its median; for
+depthwise_conv2d and the blocks those of the definition, the same for every variant, without what is
+computed a second time. Their share is that of a large matrix product of the same dtype, measured in
+the same run. Peak extra memory is that of one call in a process of its own, its result included.
+Kept for backward is what lies between the passes, x included and parameters not."""
 
 
 def _run(suite: Path, regime: str, args: argparse.Namespace, log: Path) -> list[dict[str, Any]]:

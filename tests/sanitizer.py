@@ -20,6 +20,11 @@ TESTS = [
         "tap_sum",
         "tap_sum_machinery",
         "tap_sum_errors",
+        "depthwise_conv2d",
+        "depthwise_conv2d_errors",
+        "pointwise",
+        "ced_block",
+        "ced_block_errors",
         "nn",
         "golden",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,15 +19,27 @@ from fastfuse.verify import MismatchError
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import bench_ced_block  # noqa: E402
+import bench_depthwise_conv2d  # noqa: E402
 import bench_fusion_conv2d  # noqa: E402
+import bench_lr_ced_block  # noqa: E402
 import bench_tap_sum  # noqa: E402
 import bench_upsample_equalize_concat  # noqa: E402
+import block_stages  # noqa: E402
+import ced_blocks  # noqa: E402
 import fusion_stages  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
 
-SUITES = (bench_fusion_conv2d, bench_tap_sum, bench_upsample_equalize_concat)
+BLOCKS = (bench_ced_block, bench_lr_ced_block)
+SUITES = (
+    *BLOCKS,
+    bench_depthwise_conv2d,
+    bench_fusion_conv2d,
+    bench_tap_sum,
+    bench_upsample_equalize_concat,
+)
 
 
 def _ours() -> Tensor:
@@ -59,11 +72,33 @@ def test_equal_results_are_timed() -> None:
         (lambda x: _spoil(x, 0.9), "relative error"),
         (lambda x: x[:1], r"tensor 0 is torch.float32 \(1, 3, 4, 4\)"),
         (lambda x: x.double(), "tensor 0 is torch.float64"),
+        (lambda x: (x, _ours().flatten() + 1), "differ in tensor 1"),
     ],
 )
 def test_wrong_results_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+    ours = measure.Variant("fastfuse", lambda: (_ours(), _ours().flatten()), rival=False)
     with pytest.raises(MismatchError, match=message):
-        measure.check_agreement([OURS, _variant(change)], [1e-6])
+        measure.check_agreement([ours, _variant(change)], [1e-6, 1e-6])
+
+
+def test_what_is_known_to_be_wrong_is_recorded() -> None:
+    def variant(change: Callable[[Tensor], Tensor], name: str) -> measure.Variant:
+        call = lambda: (_ours(), change(_ours()))  # noqa: E731
+        return measure.Variant(name, call, rival=name != "fastfuse", unreliable={1: "gradient"})
+
+    def check(*changes: Callable[[Tensor], Tensor]) -> dict[str, str]:
+        variants = [variant(c, f"rival {i}") for i, c in enumerate(changes)]
+        wrong: dict[str, str] = {}
+        usable, _ = measure.check_agreement(
+            [variant(lambda x: x, "fastfuse"), *variants], [1e-6, 1e-6], None, wrong
+        )
+        assert len(usable) == 1 + len(changes)
+        return wrong
+
+    found = check(lambda x: x, lambda x: 2 * x)
+    assert found == {"rival 1": "wrong gradient, relative error 1.0e+00"}
+    with pytest.raises(MismatchError, match="tensor 1 is"):
+        check(lambda x: x[:1])
 
 
 def test_something_must_be_comparable() -> None:
@@ -89,7 +124,8 @@ def test_every_suite_can_be_collected(options: list[str]) -> None:
         [*command, "--collect-only", "-q", *options], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    for cell in ("UPerNet", "UPer fusion", "64 to 128, 3x3"):
+    quick = ("UPerNet", "UPer fusion", "64 to 128, 3x3", "192x64x64, 7x7", "512x25x40")
+    for cell in quick:
         assert f"{cell}, float32, forward" in run.stdout
 
 
@@ -107,6 +143,9 @@ def test_cells_are_distinct_and_their_shapes_known(
             assert cell.shape in suite.SHAPES
             assert len(set(cell.rivals)) == len(cell.rivals)
             assert all(layout in suite.LAYOUTS for _, layout in cell.rivals)
+            if suite in BLOCKS:
+                assert len(set(cell.ours)) == len(cell.ours)
+                assert all(layout in suite.LAYOUTS for _, layout in cell.ours)
 
 
 def test_regimes_without_cells_are_skipped() -> None:
@@ -122,7 +161,11 @@ def test_regimes_without_cells_are_skipped() -> None:
 @pytest.mark.parametrize(
     ("suite", "mode"),
     [
-        *((bench_fusion_conv2d, m) for m in ("forward", "forward + backward")),
+        *(
+            (suite, mode)
+            for suite in (bench_depthwise_conv2d, bench_fusion_conv2d)
+            for mode in ("forward", "forward + backward")
+        ),
         *((bench_tap_sum, m) for m in ("forward", "backward")),
     ],
 )
@@ -132,13 +175,57 @@ def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -
         for name in ("fastfuse", "eager")
     ]
     cell = suite.Cell("tiny", dtype, mode, ())
-    if suite is bench_fusion_conv2d:
+    if suite is bench_tap_sum:
+        tolerances = [suite._tolerance(cell)]
+    else:
         tolerances = suite._tolerances(cell, "cpu")
         assert len(tolerances) == len(measure._tensors(variants[0].call()))
-    else:
-        tolerances = [suite._tolerance(cell)]
     usable, _ = measure.check_agreement(variants, tolerances)
     assert len(usable) == 2
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward + backward"])
+@pytest.mark.parametrize("dtype", ced_blocks.DTYPES)
+@pytest.mark.parametrize("suite", BLOCKS)
+def test_blocks_agree(suite: ModuleType, dtype: str, mode: str) -> None:
+    block = suite.SHAPES["tiny"]
+    ours = ced_blocks._every(ced_blocks.OURS, ced_blocks.KEEPING)
+    cell = suite.Cell("tiny", dtype, mode, ced_blocks._every(*ced_blocks.EAGER), ours)
+    variants = ced_blocks._variants(block, cell, "cpu")
+    tolerances = ced_blocks.tolerances(block, cell)
+    assert len(tolerances) == len(measure._tensors(variants[0].call()))
+    wrong: dict[str, str] = {}
+    usable, left_out = measure.check_agreement(variants, tolerances, None, wrong)
+    assert len(usable) == len(variants) == 8
+    assert not left_out
+    assert not wrong
+
+
+def test_bytes_that_blocks_keep() -> None:
+    def kept(suite: ModuleType, name: str, mode: str = "forward + backward") -> float:
+        """Of the image's."""
+        call = suite.build(name, "channels_last", "tiny", "float32", mode)
+        of_image: int = call.x.nbytes
+        return measure.kept_bytes(call, call.parameters) / of_image
+
+    assert kept(bench_ced_block, "fastfuse", "forward") == 0
+    for suite, more in ((bench_ced_block, 6), (bench_lr_ced_block, 9)):
+        assert kept(suite, "fastfuse") == 1
+        assert kept(suite, "fastfuse, recompute=False") == more
+    # x, the convolution's, the norm's, two of the hidden width, the MLP's, a mean and a deviation
+    assert kept(bench_ced_block, "eager, linear") == 12 + 2 / 8
+    assert kept(bench_ced_block, "eager, 1x1 conv") == 12 + 2 / 8
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward + backward"])
+def test_conventional_flops_are_those_of_the_ops(mode: str) -> None:
+    for suite, shape in ((bench_ced_block, "352x32x32"), (bench_lr_ced_block, "512x25x40")):
+        arguments = ("fastfuse", "channels_last", shape, "float32", mode)
+        counted = measure.count_flops(lambda a=arguments, s=suite: s.build(*a))
+        assert ced_blocks.conventional_flops(suite.SHAPES[shape], mode) == counted
+    passes = 1 if mode == "forward" else 3
+    flops = bench_depthwise_conv2d.conventional_flops("192x64x64, 7x7", mode)
+    assert flops == passes * 2 * 49 * 192 * 64 * 64
 
 
 def test_flops_are_those_of_a_variant_itself() -> None:
@@ -158,7 +245,7 @@ def _cell(op: str, series: str, work: float | None) -> dict[str, Any]:
             "title": name, "name": name, "layout": "", "rival": name != "fastfuse",
             "median_ms": milliseconds, "iqr_ms": 0.1, "speedup": milliseconds / 2, "gbs": 1.0,
             "share": 0.25, "gflops": None if work is None else work / milliseconds / 1e6,
-            "peak_bytes": None,
+            "peak_bytes": None, "kept_bytes": None, "wrong": "",
         }  # fmt: skip
 
     return {
@@ -193,6 +280,46 @@ def test_report_shows_flops_where_they_are_counted(tmp_path: Path) -> None:
     picture = tmp_path / "report.png"
     assert plot.draw({"cells": cells, "environment": about}, picture)
     assert picture.stat().st_size > 10_000
+
+
+def test_report_shows_every_way_what_it_keeps_and_what_is_wrong() -> None:
+    cell = _cell("block", "main", 1e8)
+    ours, eager = cell["variants"]
+    keeping = ours | {"title": "keeping", "name": "fastfuse, recompute=False", "median_ms": 1.0}
+    cell["variants"] = [
+        ours | {"kept_bytes": 1 << 20},
+        keeping | {"kept_bytes": 6 << 20},
+        eager | {"wrong": "wrong gradient"},
+    ]
+    cell["ours"] = "keeping"
+    details, summary = report.tables([cell], {"float32": 100.0})
+    assert [row[-1] for row in details.rows] == ["1.00", "6.00", "", ""]
+    assert details.columns[-1] == "kept for backward MiB"
+    assert [row[1] for row in details.rows][2] == "eager (wrong gradient)"
+    position = summary.columns.index("over eager")
+    assert [(row[0].partition("forward")[2], row[position]) for row in summary.rows] == [
+        ("", "1.50x, whose result is wrong"),
+        (", recompute=False", "3.00x, whose result is wrong"),
+    ]
+
+
+@pytest.mark.parametrize("suite", BLOCKS)
+def test_stages_of_a_block(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suite: ModuleType
+) -> None:
+    shape = dataclasses.replace(suite.SHAPES["tiny"], channels=64, height=16, width=16)
+    monkeypatch.setitem(suite.SHAPES, "small", shape)
+    passes = block_stages.stages(suite, "small", "float32", rounds=2)
+    forward = passes.pop("forward")
+    assert set(passes) == {"backward", "backward, recompute"}
+    assert forward.pop("its weight's gradient") == 0
+    assert forward.pop("sums") >= 0
+    for spent in (forward, *passes.values()):
+        assert all(milliseconds > 0 for milliseconds in spent.values()), spent
+    spent = {("a block", name): spent for name, spent in passes.items()}
+    assert block_stages.table(spent).row_count == 2
+    block_stages.plot(spent, tmp_path / "stages.png")
+    assert (tmp_path / "stages.png").stat().st_size > 10_000
 
 
 def test_stages_of_a_fusion(monkeypatch: pytest.MonkeyPatch) -> None:

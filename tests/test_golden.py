@@ -130,3 +130,56 @@ def test_fusion_conv2d(
     for leaf, values in zip([*features, weight, bias], expected, strict=True):
         assert leaf.grad is not None
         close(leaf.grad, torch.tensor(values, dtype=torch.float64).to(device).view(leaf.shape))
+
+
+@every_layout
+@every_backend
+@pytest.mark.parametrize("name", golden("depthwise_conv2d"))
+def test_depthwise_conv2d(name: str, backend: str, device: str, layout: str) -> None:
+    skip_unless_it_runs("depthwise_conv2d", backend, device)
+    case = golden("depthwise_conv2d")[name]
+    x = tensor(case["x"], case["shape"], device, layout).requires_grad_()
+    weight = tensor(case["weight"], case["weight_shape"], device, layout).requires_grad_()
+    leaves = [x, weight]
+    if case["bias"] is not None:
+        leaves.append(
+            torch.tensor(case["bias"], dtype=torch.float64, device=device, requires_grad=True)
+        )
+    with fastfuse.backend(backend):
+        output = fastfuse.depthwise_conv2d(*leaves, dilation=case["dilation"])
+        output.backward(tensor(case["grad_output"], case["shape"], device, layout))
+
+    close(output.detach(), tensor(case["output"], case["shape"], device, layout))
+    for leaf, of in zip(leaves, ("gradient", "weight_gradient", "bias_gradient"), strict=False):
+        assert leaf.grad is not None
+        close(leaf.grad, torch.tensor(case[of], dtype=torch.float64).to(device).view(leaf.shape))
+
+
+@every_layout
+@every_backend
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("name", golden("ced_block"))
+def test_blocks(name: str, recompute: bool, backend: str, device: str, layout: str) -> None:
+    """Derivatives of the file are differences in 60 digits."""
+    op = name.partition(",")[0]
+    skip_unless_it_runs(op, backend, device)
+    case = golden("ced_block")[name]
+    x, *parameters = (
+        torch.tensor(values, dtype=torch.float64, device=device).view(shape)
+        for values, shape in zip(case["inputs"], case["shapes"], strict=True)
+    )
+    x = x.contiguous(memory_format=LAYOUTS[layout])
+    leaves = [t.requires_grad_() for t in (x, *parameters)]
+    options = {"eps": case["eps"], "recompute": recompute}
+    if case["dilation"] is not None:
+        options["dilation"] = case["dilation"]
+    if case["keep"] is not None:
+        options["keep"] = torch.tensor(case["keep"], dtype=torch.float64, device=device)
+    with fastfuse.backend(backend):
+        output = getattr(fastfuse, op)(*leaves, **options)
+        output.backward(tensor(case["grad_output"], case["shapes"][0], device, layout))
+
+    close(output.detach(), tensor(case["output"], case["shapes"][0], device, layout))
+    for leaf, values in zip(leaves, case["gradients"], strict=True):
+        assert leaf.grad is not None
+        close(leaf.grad, torch.tensor(values, dtype=torch.float64).to(device).view(leaf.shape))

@@ -8,7 +8,9 @@ import sys
 import pytest
 import sanitizer
 
-WALKS = "definition or strides or written or empty or guards or any_levels or streaming"
+WALKS = (
+    "definition or strides or written or empty or guards or any_levels or any_image or streaming"
+)
 
 
 @pytest.mark.skipif(

@@ -8,7 +8,9 @@ namespace fastfuse {
 namespace {
 
 // As many outputs as fit the registers beside a row of weights and an input.
-#if defined(__AVX512F__)
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int kMaxBlock = 4;  // sanitized code of larger ones takes minutes to compile
+#elif defined(__AVX512F__)
 constexpr int kMaxBlock = 16;
 #else
 constexpr int kMaxBlock = 8;

@@ -1,12 +1,11 @@
 """depthwise_conv2d on CUDA devices: Triton kernels and their launchers.
 
-A multiply-add has two operands to fetch, and an image that was read is not the limit: fetching is.
-So a thread holds a run of output rows of one column in registers, ``dilation`` rows apart, and the
-weights of one column of the kernel. Every input row that it loads meets all of these weights, each
-for another output row: k multiply-adds for one load. The gradient of the weights exchanges roles,
-sums in the place of weights and rows of the gradient in the place of output rows. There the warps
-of a program take different columns of the kernel over the same pixels, which they find in the L1
-cache. Programs write partial sums, and a second kernel adds these in a fixed order.
+Not bytes limit it but instructions: loads and multiply-adds. So a thread holds a run of output rows
+of one column in registers, ``dilation`` rows apart, and the weights of one column of the kernel;
+each input row that it loads meets all these weights, k multiply-adds for a load. The gradient of
+the weights exchanges roles, sums for weights and rows of the gradient for output rows. Its warps
+take different columns of the kernel over the same pixels, which they find in the L1 cache. Programs
+write partial sums, which a second kernel adds in a fixed order.
 
 Rows are the same for all threads of a program; columns and channels are spread over them, whichever
 of the two is contiguous. Neighbours along x, whose halos overlap, are neighbouring programs.
@@ -27,8 +26,8 @@ THREADS = 32 * NUM_WARPS
 # Three programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
 MAX_REGISTERS = 168
 SPECIALIZED_MULTIPLE = 16  # Triton knows of an integer that it is a multiple of 16, or nothing
-# channels_last: channels of one thread. Four float32 are 16 bytes, the widest access; eight bfloat16
-# would be too, but their float32 values leave registers for half the rows.
+# channels_last: channels of one thread. Four float32 are 16 bytes, the widest access. So are eight
+# bfloat16, but in float32 they would leave registers for half the rows.
 VECTOR, VECTOR_BYTES = 4, 16
 # channels_last: a pixel's share of a tile, a full cache line of float32. More would narrow the tile
 # and widen its halo.
@@ -37,10 +36,9 @@ MIN_BLOCK_CHANNELS = 16
 # contiguous: a full line of float32 along x. A thread has one column: neighbours' loads, shifted by
 # a tap, are not aligned, and several columns would only lie farther apart.
 MAX_BLOCK_COLUMNS = 32
-# Registers of a run's sums by itemsize; unpacking two-byte values takes some. Beside them are the
-# weights of at most MAX_TAPS taps: larger kernels are cut.
-MAX_SUM_REGISTERS = {2: 48, 4: 64, 8: 64}
-MAX_RUN, MAX_TAPS = 32, 7
+# Registers of a run's sums. Beside them are the weights of at most MAX_TAPS taps (larger kernels
+# are cut) and the rows in flight: with more sums the assembler spills.
+MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 48, 32, 7
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64
@@ -50,7 +48,7 @@ MAX_ROWS, MAX_VECTOR_ROWS = 16, 8
 MIN_PROGRAMS = 256
 PARTIAL_PROGRAMS = 1024
 # Reducing the partial sums: rows of them in flight, and channels of one program.
-REDUCED_ROWS, REDUCED_CHANNELS = 16, 32
+REDUCED_ROWS, REDUCED_CHANNELS = 64, 32
 
 
 @triton.jit
@@ -69,7 +67,7 @@ def _count(digit, carry, size):
 
 @triton.jit
 def _along_axes(x, channel, CHANNELS_LAST: tl.constexpr):
-    """x and channel along the last axes of a tile, the contiguous one last. # [1, ., 1], [1, 1, .]"""
+    """x and channel along the two last axes of a tile, the contiguous one last."""
     if CHANNELS_LAST:
         return x[None, :, None], channel[None, None, :]
     else:
@@ -78,7 +76,7 @@ def _along_axes(x, channel, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _is_inside(y, height):
-    """Whether a row is one of the image, as a block that broadcasts. # [1, 1, 1]"""
+    """Whether there is such a row, as a block that broadcasts. # [1, 1, 1]"""
     return tl.full([1, 1, 1], y, tl.int32).to(tl.uint32) < height  # a negative one is large
 
 
@@ -124,7 +122,7 @@ def _forward_kernel(
     for first in tl.static_range(0, KERNEL_SIZE, TAPS):
         for kx in range(KERNEL_SIZE):
             # The weights of a column.
-            taps = ()
+            taps = totals[:0]
             tap = weight + (kx * weight_w + first * weight_h)
             for ky in tl.static_range(TAPS):
                 if first + ky < KERNEL_SIZE:
@@ -194,7 +192,8 @@ def _backward_weight_kernel(
         start = grad_out + image.to(tl.int64) * grad_n + y.to(tl.int64) * grad_h
         source = tl.broadcast_to(start + column.to(tl.int64) * grad_w, zeros.shape)
         inside = tl.broadcast_to((column < width) & (channel < channels), zeros.shape)
-        rows = ()
+        limit = tl.where(column < width, width, 0)  # a column outside reads nothing
+        rows = sums[:0]
         for run in tl.static_range(RUN):
             mask = inside & _is_inside(y + run * dilation, height)
             value = tl.load(source, mask=mask, other=0.0).to(DTYPE)
@@ -207,7 +206,7 @@ def _backward_weight_kernel(
         for index in tl.static_range(COLUMNS):
             tap_x = kx + index * BLOCK_K
             source_x = column + (tap_x - RADIUS) * dilation
-            in_columns = (source_x >= 0) & (source_x < width) & (tap_x < KERNEL_SIZE)
+            in_columns = (source_x >= 0) & (source_x < limit) & (tap_x < KERNEL_SIZE)
             in_columns &= channel < channels
             source = start + source_x.to(tl.int64) * x_w
             for row in tl.static_range(RUN + KERNEL_SIZE - 1):
@@ -261,20 +260,15 @@ def _reduce_kernel(
         tl.store(grad_bias + channel, value, mask=channel < channels)
 
 
-def _is_channels_last(image: Tensor) -> bool:
-    return image.stride(1) == 1 and image.stride(3) != 1
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _with_unit_stride(image: Tensor, channels_last: bool) -> Tensor:
     """The image, copied unless neighbouring threads' values are neighbours in it."""
-    axis = 1 if channels_last else 3
-    if image.stride(axis) == 1 or image.shape[axis] == 1:
+    if image.stride(1 if channels_last else 3) == 1:
         return image
     return image.contiguous(memory_format=_memory_format(channels_last))
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _tile(columns: int, channels: int, values: int, channels_last: bool) -> tuple[int, int]:
@@ -319,15 +313,13 @@ def forward(
     if addend is not None:
         addend = addend.contiguous(memory_format=_memory_format(channels_last))
     weight = weight[:, 0]
-    if channels_last:  # what a thread loads of it is contiguous too
+    if channels_last:  # a copy, so that what a thread loads of it is contiguous too
         wide = torch.promote_types(x.dtype, torch.float32)
-        taps = torch.empty((kernel_size**2, channels), dtype=wide, device=x.device)
-        taps = taps.view(kernel_size, kernel_size, channels)
-        weight = taps.copy_(weight.permute(1, 2, 0)).permute(2, 0, 1)
+        weight = weight.permute(1, 2, 0).to(wide, memory_format=torch.contiguous_format)
+        weight = weight.contiguous().permute(2, 0, 1)
     weight_c, weight_h, weight_w = weight.stride()
-    start = 0
+    start = (kernel_size - 1) * (weight_h + weight_w) if flip else 0
     if flip:
-        start = (kernel_size - 1) * (weight_h + weight_w)
         weight_h, weight_w = -weight_h, -weight_w
 
     dilation = min(dilation, max(height, width))  # what is beyond is outside
@@ -336,7 +328,7 @@ def forward(
     block_x, block_c = _tile(width, channels, THREADS * vector, channels_last)
     tiles = batch * residues * triton.cdiv(width, block_x) * triton.cdiv(channels, block_c)
     rows = triton.cdiv(height, dilation)
-    limit = min(MAX_SUM_REGISTERS[itemsize] // (vector * max(itemsize // 4, 1)), MAX_RUN)
+    limit = min(MAX_SUM_REGISTERS // (vector * max(itemsize // 4, 1)), MAX_RUN)
     while limit > 4 and tiles * triton.cdiv(rows, limit) < MIN_PROGRAMS:
         limit //= 2
     run = _even(rows, limit)
@@ -345,8 +337,8 @@ def forward(
         _forward_kernel[(tiles * run_blocks,)](
             out, x, weight, None if bias is None else bias.contiguous(), addend,
             channels, height, width, run_blocks, residues, dilation,
-            dilation * x.stride(2), dilation * out.stride(2), *x.stride(), start, weight_c, weight_h, weight_w,
-            *out.stride(),
+            dilation * x.stride(2), dilation * out.stride(2), *x.stride(),
+            start, weight_c, weight_h, weight_w, *out.stride(),
             KERNEL_SIZE=kernel_size, TAPS=_even(kernel_size, MAX_TAPS),
             CHANNELS_LAST=channels_last, RUN=run, BLOCK_X=block_x, BLOCK_C=block_c,
             num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
@@ -363,7 +355,7 @@ def backward_weight(
     grad_bias = x.new_zeros((channels,))
     if x.numel() == 0:
         return grad_weight, grad_bias
-    channels_last = _is_channels_last(x)
+    channels_last = x.stride(1) == 1 != x.stride(3)
     x, grad_output = (_with_unit_stride(image, channels_last) for image in (x, grad_output))
 
     dilation = min(dilation, max(height, width))
