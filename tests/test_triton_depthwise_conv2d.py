@@ -47,7 +47,7 @@ every_case = pytest.mark.parametrize(
     [(case, torch.float32, LAYOUTS[i % 3]) for i, case in enumerate(CASES)]
     + [("3x3 dilated", dtype, layout) for dtype in DTYPES[1:] for layout in LAYOUTS]
     + [("7x7", torch.bfloat16, layout) for layout in LAYOUTS[:2]]
-    + [(case, torch.float32, "channels_last") for case in ("7x7", "smaller than the reach")],
+    + [("7x7", torch.float32, LAYOUTS[1]), ("smaller than the reach", torch.float32, LAYOUTS[0])],
     ids=_id,
 )
 

@@ -180,6 +180,7 @@ def define_block(
         weights, keep = args[:count], args[count]
         kept = output[1:] if isinstance(output, (list, tuple)) else []
         ctx.option = args[count + 1 : -1]
+        ctx.set_materialize_grads(False)  # of what is kept, there are none
         ctx.save_for_backward(x, keep, *weights, *kept)
 
     def gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
