@@ -183,7 +183,9 @@ def define_block(
         ctx.set_materialize_grads(False)  # of what is kept, there are none
         ctx.save_for_backward(x, keep, *weights, *kept)
 
-    def gradients(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    def gradients(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+        if grad_output is None:
+            return (None,) * (count + len(options) + 3)
         x, keep, *saved = ctx.saved_tensors
         weights, kept = saved[:count], saved[count:]
         wants_x, *wanted = ctx.needs_input_grad[: count + 1]
@@ -198,7 +200,7 @@ def define_block(
         # keep, the options, channels_last
         return grad_x, *of_weights, None, *[None] * len(options), None
 
-    def backward_of_keeping(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    def backward_of_keeping(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return gradients(ctx, grads[0])
 
     def no_second(ctx: Any, *grads: Any) -> None:

@@ -86,7 +86,8 @@ def _store_sums(partials, block, channel, channels, total):
 def _keep_of(keep, start, tile_row, first, pixels, mask):
     """The factor of every row's image, rows counted from ``start``. # [BLOCK_R, 1]"""
     position = first.to(tl.int64) + start  # one division of int64 for all rows
-    image = position // pixels + ((position % pixels).to(pixels.dtype) + tile_row) // pixels
+    left = (pixels - position % pixels).to(pixels.dtype)  # rows of the same image
+    image = position // pixels + tl.where(tile_row < left, 0, 1 + (tile_row - left) // pixels)
     return tl.load(keep + image, mask=mask, other=0.0)[:, None]
 
 
