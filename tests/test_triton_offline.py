@@ -20,6 +20,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton_offline import Launch, compiled, inspected, print_table, recorded
 
+from fastfuse.ops.depthwise_conv2d import triton as depthwise_kernels
+from fastfuse.ops.pointwise import triton as pointwise_kernels
 from fastfuse.ops.tap_sum import triton as tap_sum_kernels
 from fastfuse.ops.upsample_equalize_concat import triton as concat_kernels
 
@@ -219,3 +221,112 @@ def test_sizes_of_one_compile_in_tap_sum(
 def test_tap_sum_of_no_levels_compiles() -> None:
     ((kernel, arguments),) = _tap_sum_launches(torch.bfloat16, True, 64, [], 3)
     assert compiled(kernel, arguments, 90).asm["cubin"]
+
+
+def _depthwise_launches(
+    dtype: torch.dtype,
+    channels_last: bool,
+    channels: int = 256,
+    size: tuple[int, int] = SIZE,
+    kernel_size: int = 7,
+) -> list[Launch]:
+    """What the forward without an addend, the input's gradient with one, and the weights' launch."""
+
+    def call() -> None:
+        x = _image(channels, size, dtype, channels_last)
+        weight = torch.empty(channels, 1, kernel_size, kernel_size, dtype=dtype)
+        bias = torch.empty(channels, dtype=dtype)
+        depthwise_kernels.forward(x, weight, bias, None, 1, False, channels_last)
+        depthwise_kernels.forward(x, weight, None, x, 1, True, channels_last)
+        depthwise_kernels.backward_weight(x, x, kernel_size, 1)
+
+    return recorded(depthwise_kernels, call)
+
+
+def _depthwise_results(
+    dtype: torch.dtype, channels_last: bool, arch: int
+) -> dict[str, dict[str, Any]]:
+    def launches() -> Iterator[tuple[str, Launch]]:
+        recorded_launches = _depthwise_launches(dtype, channels_last)
+        names = ("forward", "grad_input", "grad_weight", "reduce")
+        yield from zip(names, recorded_launches, strict=True)
+
+    return inspected(depthwise_kernels, f"{dtype} {channels_last}", arch, launches)
+
+
+@both_dtypes
+@every_arch
+def test_depthwise_conv2d_has_no_spills_and_wide_accesses(arch: int, dtype: torch.dtype) -> None:
+    """Four channels of a thread: 128 bits in float32, 64 in bfloat16 (weights are float32)."""
+    results = _depthwise_results(dtype, True, arch)
+    print_table(f"depthwise_conv2d sm_{arch} {dtype} channels_last", results)
+    _assert_no_spills(results)
+    width = "128" if dtype == torch.float32 else "64"
+    for name in ("forward", "grad_input", "grad_weight"):
+        assert set(results[name]["LDG"]) <= {"128", width}, f"{name}: {results[name]}"
+    for name in ("forward", "grad_input"):
+        assert set(results[name]["STG"]) == {width}, f"{name}: {results[name]}"
+
+
+def test_depthwise_conv2d_in_contiguous_does_not_spill() -> None:
+    """Neighbouring threads have neighbouring columns; what a tap shifts cannot be wide."""
+    results = _depthwise_results(torch.float32, False, 90)
+    print_table("depthwise_conv2d sm_90 torch.float32 contiguous", results)
+    _assert_no_spills(results)
+
+
+@pytest.mark.parametrize(("size", "kernel_size"), [((1, 1), 1), ((1, 1), 3), ((3, 1), 3)])
+def test_sizes_of_one_compile_in_depthwise_conv2d(size: tuple[int, int], kernel_size: int) -> None:
+    for kernel, arguments in _depthwise_launches(torch.float32, False, 1, size, kernel_size):
+        assert compiled(kernel, arguments, 90).asm["cubin"]
+
+
+def _pointwise_launches(dtype: torch.dtype, rows: int, channels: int) -> list[Launch]:
+    """What all steps launch, with all that is optional."""
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def call() -> None:
+        x = torch.empty(rows, channels, dtype=dtype)
+        v, keep = torch.empty(channels, dtype=wide), torch.empty(rows, dtype=wide)
+        pointwise_kernels.layer_norm_into(x, x, v, v, 1e-6, x, True)
+        pointwise_kernels.layer_norm_backward_into(x, v, v, x, x, v, v, 1e-6, True)
+        pointwise_kernels.bias_gelu_into(x, x, v)
+        pointwise_kernels.bias_gelu_backward_into(x, x, v, x, v)
+        pointwise_kernels.residual_into(x, x, x, v, v, keep, 1, 0)
+        pointwise_kernels.residual_backward_into(x, v, x, keep, 1, 0)
+
+    return recorded(pointwise_kernels, call)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "channels"),
+    [
+        (80, torch.bfloat16, 192),
+        (90, torch.bfloat16, 192),
+        (90, torch.float32, 768),
+        (100, torch.bfloat16, 192),
+    ],
+)
+def test_pointwise_has_no_spills_and_wide_accesses(
+    arch: int, dtype: torch.dtype, channels: int
+) -> None:
+    """All of matrices is 128 bits wide; factors of images are loaded, sums stored by the value."""
+
+    def launches() -> Iterator[tuple[str, Launch]]:
+        for kernel, arguments in _pointwise_launches(dtype, 4096, channels):
+            yield kernel.__name__.strip("_"), (kernel, arguments)
+
+    results = inspected(pointwise_kernels, f"{dtype} {channels}", arch, launches)
+    print_table(f"pointwise sm_{arch} {dtype} {channels} channels", results)
+    _assert_no_spills(results)
+    for name, row in results.items():
+        _assert_wide_loads(name, row, scalars=2 if name.startswith("residual") else 0)
+        if not name.startswith("add_sums"):
+            narrow = sum(row["STG"].values()) - row["STG"].get("128", 0)
+            assert row["STG"].get("128", 0) > 0, f"{name}: {row}"
+            assert narrow <= (2 if "backward" in name else 0), f"{name}: {row}"
+
+
+def test_sizes_of_one_compile_in_pointwise() -> None:
+    for kernel, arguments in _pointwise_launches(torch.float32, 1, 1):
+        assert compiled(kernel, arguments, 90).asm["cubin"]

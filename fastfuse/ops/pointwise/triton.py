@@ -24,8 +24,8 @@ __all__ = [
 NUM_WARPS = 4
 THREADS = 32 * NUM_WARPS
 # Values of a matrix that a thread holds at once: two accesses of 16 bytes in float32, one in
-# two-byte dtypes. A row of layer norm may be more; then it has more warps, up to MAX_WARPS.
-VALUES, MAX_ROW_VALUES, MAX_WARPS = 8, 16, 16
+# two-byte dtypes. A long row of layer norm has more warps, and more values beyond MAX_WARPS.
+VALUES, MAX_WARPS = 8, 16
 # Elsewhere a row is cut: into 128 bytes of float32 (a cache line), or more if it divides it.
 MIN_BLOCK_CHANNELS, MAX_BLOCK_CHANNELS = 32, 256
 # Programs that write sums of columns, if there are so many rows: as many as today's devices hold.
@@ -261,7 +261,7 @@ def _add_sums_kernel(
 def _row_blocks(channels: int) -> tuple[int, int, int]:
     """``(BLOCK_R, BLOCK_C, warps)`` of tiles of whole rows."""
     block_c = triton.next_power_of_2(channels)
-    warps = min(max(block_c // (32 * MAX_ROW_VALUES), NUM_WARPS), MAX_WARPS)
+    warps = min(max(block_c // (32 * VALUES), NUM_WARPS), MAX_WARPS)
     return max(THREADS * VALUES // block_c, 1), block_c, warps
 
 
