@@ -50,6 +50,7 @@ STAGES = {  # and their colors
 PRODUCTS, CONVOLUTION, GRADIENT, NORM, GELU, RESIDUAL, SUMS, REST = STAGES
 EVENTS = {
     "aten::mm": PRODUCTS,
+    "mkldnn::_linear_pointwise": PRODUCTS,
     "aten::addmm": PRODUCTS,
     "fastfuse::depthwise_conv2d": CONVOLUTION,
     "fastfuse::depthwise_conv2d_backward_weight": GRADIENT,
