@@ -108,7 +108,10 @@ def convolve(
     weights = _weights(weight, g, levels)
     if not g.is_product:
         with _deterministic(x.device):
-            out = torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding)
+            # Of one channel it may come contiguous.
+            out = to_channels_last(
+                torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding)
+            )
         return out, equalized, scale
     out = empty_image(x, x.shape[0], g.out_channels, *g.out_size)
     products = weights[:, :, 0, 0].t()
