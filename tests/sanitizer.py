@@ -17,6 +17,8 @@ TESTS = [
     for name in (
         "upsample_equalize_concat",
         "upsample_equalize_concat_errors",
+        "upsample_add",
+        "upsample_add_errors",
         "tap_sum",
         "tap_sum_machinery",
         "tap_sum_errors",

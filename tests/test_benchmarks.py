@@ -24,6 +24,7 @@ import bench_depthwise_conv2d  # noqa: E402
 import bench_fusion_conv2d  # noqa: E402
 import bench_lr_ced_block  # noqa: E402
 import bench_tap_sum  # noqa: E402
+import bench_upsample_add  # noqa: E402
 import bench_upsample_equalize_concat  # noqa: E402
 import block_stages  # noqa: E402
 import ced_blocks  # noqa: E402
@@ -38,6 +39,7 @@ SUITES = (
     bench_depthwise_conv2d,
     bench_fusion_conv2d,
     bench_tap_sum,
+    bench_upsample_add,
     bench_upsample_equalize_concat,
 )
 
@@ -163,7 +165,7 @@ def test_regimes_without_cells_are_skipped() -> None:
     [
         *(
             (suite, mode)
-            for suite in (bench_depthwise_conv2d, bench_fusion_conv2d)
+            for suite in (bench_depthwise_conv2d, bench_fusion_conv2d, bench_upsample_add)
             for mode in ("forward", "forward + backward")
         ),
         *((bench_tap_sum, m) for m in ("forward", "backward")),
@@ -178,7 +180,8 @@ def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -
     if suite is bench_tap_sum:
         tolerances = [suite._tolerance(cell)]
     else:
-        tolerances = suite._tolerances(cell, "cpu")
+        device = () if suite is bench_upsample_add else ("cpu",)
+        tolerances = suite._tolerances(cell, *device)
         assert len(tolerances) == len(measure._tensors(variants[0].call()))
     usable, _ = measure.check_agreement(variants, tolerances)
     assert len(usable) == 2

@@ -157,6 +157,25 @@ def test_depthwise_conv2d(name: str, backend: str, device: str, layout: str) -> 
 
 @every_layout
 @every_backend
+@pytest.mark.parametrize("name", golden("upsample_add"))
+def test_upsample_add(name: str, backend: str, device: str, layout: str) -> None:
+    skip_unless_it_runs("upsample_add", backend, device)
+    case = golden("upsample_add")[name]
+    x = tensor(case["x"], case["shape"], device, layout).requires_grad_()
+    skip = tensor(case["skip"], case["output_shape"], device, layout).requires_grad_()
+    with fastfuse.backend(backend):
+        output = fastfuse.upsample_add(x, skip, align_corners=case["align_corners"])
+        output.backward(tensor(case["grad_output"], case["output_shape"], device, layout))
+
+    close(output.detach(), tensor(case["output"], case["output_shape"], device, layout))
+    assert x.grad is not None
+    assert skip.grad is not None
+    close(x.grad, tensor(case["gradient"], case["shape"], device, layout))
+    close(skip.grad, tensor(case["grad_output"], case["output_shape"], device, layout))
+
+
+@every_layout
+@every_backend
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("name", golden("ced_block"))
 def test_blocks(name: str, recompute: bool, backend: str, device: str, layout: str) -> None:

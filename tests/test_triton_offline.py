@@ -23,6 +23,7 @@ from triton_offline import Launch, compiled, inspected, print_table, recorded
 from fastfuse.ops.depthwise_conv2d import triton as depthwise_kernels
 from fastfuse.ops.pointwise import triton as pointwise_kernels
 from fastfuse.ops.tap_sum import triton as tap_sum_kernels
+from fastfuse.ops.upsample_add import triton as add_kernels
 from fastfuse.ops.upsample_equalize_concat import triton as concat_kernels
 
 SIZE = (128, 128)
@@ -135,6 +136,57 @@ def test_sizes_of_one_compile(
     for kernel, arguments in _concat_launches(
         torch.float32, False, 1, source, target, align_corners
     ):
+        assert compiled(kernel, arguments, 90).asm["cubin"]
+
+
+def _add_launches(
+    dtype: torch.dtype,
+    channels_last: bool,
+    channels: int,
+    sources: list[tuple[int, int]],
+    target: tuple[int, int] = SIZE,
+) -> list[Launch]:
+    def call() -> None:
+        skip = _image(channels, target, dtype, channels_last)
+        for source in sources:
+            x = _image(channels, source, dtype, channels_last)
+            add_kernels.forward(x, skip, False, channels_last)
+
+    return recorded(add_kernels, call)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "channels_last", "channels"),
+    [
+        (80, torch.bfloat16, True, 512),
+        (90, torch.float32, True, 512),
+        (100, torch.bfloat16, True, 512),
+        (90, torch.float64, False, 512),
+        (90, torch.float16, True, 150),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_upsample_add_has_no_spills_and_wide_accesses(
+    arch: int, dtype: torch.dtype, channels_last: bool, channels: int
+) -> None:
+    """Channels that no power of two divides well cannot have wide accesses."""
+
+    def launches() -> Iterator[tuple[str, Launch]]:
+        launched = _add_launches(dtype, channels_last, channels, [SIZE, (64, 64)])
+        yield from zip(("forward 1", "forward 2"), launched, strict=True)
+
+    results = inspected(add_kernels, f"{dtype} {channels_last} {channels}", arch, launches)
+    print_table(f"upsample_add sm_{arch} {dtype} {channels_last=}", results)
+    _assert_no_spills(results)
+    for name, row in results.items() if channels_last and channels == 512 else ():
+        _assert_wide_loads(name, row, scalars=0)
+        assert set(row["STG"]) == {"128"}, f"{name}: {row}"
+
+
+def test_sizes_of_one_compile_in_upsample_add() -> None:
+    for kernel, arguments in _add_launches(
+        torch.float32, False, 1, [(1, 1), (32, 32)], (1, 1)
+    ) + _add_launches(torch.float32, False, 1, [(1, 1), (16, 1)], (32, 7)):
         assert compiled(kernel, arguments, 90).asm["cubin"]
 
 

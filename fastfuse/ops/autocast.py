@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["autocasts", "cast_for_autocast", "without_autocast"]
+__all__ = ["autocasts", "cast_dtype", "cast_for_autocast", "without_autocast"]
 
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,6 +26,12 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for a device."""
     return _autocast_dtype(device_type) is not None
+
+
+def cast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which an op takes a tensor."""
+    dtype = _autocast_dtype(tensor.device.type)
+    return tensor.dtype if dtype is None or tensor.dtype not in _CAST else dtype
 
 
 def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfuse import _extension
+from fastfuse.backends import cpu_refusal
 
-__all__ = ["in_layout", "is_channels_last", "memory_format", "rows"]
+__all__ = ["in_layout", "is_channels_last", "memory_format", "rows", "to_layout"]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 _LIBRARY.define(
@@ -51,6 +53,29 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
     if dense and image.device.type == "cpu" and _extension.module is not None:
         return torch.ops.fastfuse.copy_layout(image, channels_last)
     return image.contiguous(memory_format=wanted)
+
+
+def to_layout(image: Tensor, channels_last: bool) -> Tensor:
+    """:func:`in_layout` wherever it may be called: by modules, with derivatives, in transforms."""
+    if cpu_refusal(image) is None:
+        return in_layout(image, channels_last)
+    return image.contiguous(memory_format=memory_format(channels_last))
+
+
+@torch.library.register_fake("fastfuse::copy_layout")
+def _fake(image: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty_like(image, memory_format=memory_format(channels_last))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.channels_last = inputs[1]
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+    return in_layout(grad_output, not ctx.channels_last), None
+
+
+torch.library.register_autograd("fastfuse::copy_layout", _backward, setup_context=_setup_context)
 
 
 def rows(image: Tensor) -> Tensor:

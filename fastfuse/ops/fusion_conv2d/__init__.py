@@ -14,7 +14,7 @@ from fastfuse.backends import (
     select,
     triton_refusal,
 )
-from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.ops.autocast import cast_dtype, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_constants,
     check_convolved_size,
@@ -26,12 +26,13 @@ from fastfuse.ops.checks import (
     check_vector,
     feature_list,
 )
+from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.autograd import call
 from fastfuse.ops.fusion_conv2d.reference import reference
 from fastfuse.ops.fusion_conv2d.samples import samples
 from fastfuse.ops.layout import is_channels_last
 
-__all__ = ["OPERATION", "fusion_conv2d"]
+__all__ = ["OPERATION", "convolves_single", "fusion_conv2d"]
 
 NAME = "fusion_conv2d"
 
@@ -39,6 +40,8 @@ NAME = "fusion_conv2d"
 # the backend "auto" then takes the reference. Not while compiling, where the question would become
 # a condition on the sizes.
 LITTLE_WORK = 4_000_000
+# One image alone: below, Winograd's algorithm is no faster than PyTorch's convolution.
+SINGLE_CHANNELS, SINGLE_PIXELS = 128, 1024
 
 
 def fusion_conv2d(
@@ -124,6 +127,25 @@ def fusion_conv2d(
         features, weight, bias, height, width, mean, std, padding, align_corners,
         is_channels_last(features),
     )  # fmt: skip
+
+
+def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
+    """Whether one image and nothing else is convolved faster by this op than by PyTorch.
+
+    A static rule: on CPUs, where Winograd's algorithm runs and saves more products than its
+    transforms cost (docs/fusion_conv2d.md has the measurement).
+    """
+    if weight.shape[2] != 3 or cpu_refusal(x) is not None:
+        return False
+    batch, channels, height, width = x.shape
+    margin = 2 * padding - 2
+    pixels = batch * (height + margin) * (width + margin)
+    out_channels = weight.shape[0]
+    return (
+        min(channels, out_channels) >= SINGLE_CHANNELS
+        and pixels >= SINGLE_PIXELS
+        and winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)
+    )
 
 
 def _check_weight(weight: Tensor) -> None:

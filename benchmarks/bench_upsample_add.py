@@ -1,0 +1,200 @@
+"""upsample_add against PyTorch's interpolation and addition.
+
+The top-down path of FPN and UPerNet and CEDNet's decoders: a coarse map is upsampled to the size of
+a finer one and added to it. Rivals, with random inputs and fresh results, in both memory formats:
+
+- eager: ``skip + F.interpolate(x, skip's size)``.
+- compiled: ``torch.compile`` of eager, compiled before the clock starts.
+
+Quick runs measure the largest shape alone, and compiled forward only, in float32 in its faster
+layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import Variant, compare, current_regime
+from peak_memory import peak_extra_memory
+from torch import Tensor
+
+import fastfuse
+from fastfuse.ops.layout import memory_format
+from fastfuse.tolerances import tolerance
+
+OP = "upsample_add"
+FORWARD, BOTH = "forward", "forward + backward"
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
+DTYPES = ("float32", "bfloat16")
+
+Size = tuple[int, int]
+
+# channels, x's size, skip's size; the batch is 1
+SHAPES: dict[str, tuple[int, Size, Size]] = {
+    "512, 64x64 to 128x128": (512, (64, 64), (128, 128)),
+    "256, 64x64 to 128x128": (256, (64, 64), (128, 128)),
+    "96, 45x61 to 89x121": (96, (45, 61), (89, 121)),
+}
+MAIN = tuple(SHAPES)
+LARGEST = MAIN[0]
+GROWTH = {
+    f"128, {side // 2}x{side // 2} to {side}x{side}": (128, (side // 2,) * 2, (side,) * 2)
+    for side in (16, 32, 64, 128, 256)
+}
+SHAPES |= GROWTH
+SHAPES["tiny"] = (8, (2, 2), (4, 4))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
+
+    shape: str
+    dtype: str
+    mode: str
+    rivals: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.dtype}, {self.mode}"
+
+
+def cells(quick: bool, regime: str, device: str) -> list[Cell]:
+    if quick and regime != "fresh":
+        return []
+    modes = (FORWARD, BOTH)
+    if quick:
+        found = [_quick(d, m) for d in DTYPES for m in modes]
+    else:
+        rivals = tuple((name, layout) for name in ("eager", "compiled") for layout in LAYOUTS)
+        found = [Cell(s, d, m, rivals) for s in MAIN for d in DTYPES for m in modes]
+    if regime == "fresh":
+        found += [] if quick else [Cell(shape, "float32", m) for shape in GROWTH for m in modes]
+        found += [Cell("tiny", "float32", m, (("eager", CONTIGUOUS),)) for m in modes]
+    return found
+
+
+def _quick(dtype: str, mode: str) -> Cell:
+    rivals = tuple(("eager", layout) for layout in LAYOUTS)
+    if (dtype, mode) == ("float32", FORWARD):
+        rivals += (("compiled", CHANNELS_LAST),)
+    return Cell(LARGEST, dtype, mode, rivals)
+
+
+def _eager(x: Tensor, skip: Tensor) -> Tensor:
+    return skip + F.interpolate(x, size=skip.shape[2:], mode="bilinear", align_corners=False)
+
+
+def build(
+    name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
+) -> Callable[[], Any]:
+    """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
+    generator = torch.Generator().manual_seed(0)
+    format_ = memory_format(layout == CHANNELS_LAST)
+    channels, source, target = SHAPES[shape]
+
+    def random(size: Size) -> Tensor:
+        x = torch.randn(1, channels, *size, generator=generator)
+        return x.to(device, getattr(torch, dtype)).contiguous(memory_format=format_)
+
+    function = fastfuse.upsample_add if name == "fastfuse" else _eager
+    if name == "compiled":
+        function = torch.compile(_eager, dynamic=False, fullgraph=True)
+    x, skip = random(source), random(target)
+
+    if mode == FORWARD:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(x, skip)
+
+        return forward
+
+    grad_output = random(target)
+    leaves = [x.requires_grad_(), skip.requires_grad_()]
+
+    def both() -> tuple[Tensor, ...]:
+        output = function(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+    return both
+
+
+def moved_bytes(shape: str, dtype: str, mode: str) -> int:
+    """Forward reads x and skip and writes the output; backward reads its gradient, writes x's."""
+    channels, (h, w), (height, width) = SHAPES[shape]
+    values = channels * (h * w + 2 * height * width)
+    if mode == BOTH:
+        values += channels * (h * w + height * width)
+    return values * getattr(torch, dtype).itemsize
+
+
+def _tolerances(cell: Cell) -> list[float]:
+    """Rounding after every step on their side; a gradient sums as many values as read a pixel."""
+    _, (h, w), (height, width) = SHAPES[cell.shape]
+    dtype = getattr(torch, cell.dtype)
+    readers = 4 * height * width / h / w
+    found = [tolerance(dtype, roundings=4)]
+    if cell.mode == BOTH:
+        found += [tolerance(dtype, roundings=4, reduction=readers), tolerance(dtype)]
+    return found
+
+
+def _variants(cell: Cell, device: str) -> list[Variant]:
+    def variant(name: str, layout: str, **more: Any) -> Variant:
+        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
+        return Variant(name, call, layout, **more)
+
+    layouts = (CONTIGUOUS,) if cell.shape == "tiny" else LAYOUTS
+    variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
+    for name, layout in cell.rivals:
+        variants.append(variant(name, layout, optional=name == "compiled"))
+    if not cell.rivals:
+        variants.append(variant("eager", CONTIGUOUS, timed=False))
+    return variants
+
+
+def test_upsample_add(
+    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
+) -> None:
+    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
+    variants = _variants(cell, device)
+
+    def memory(variants: Sequence[Variant]) -> list[int | None]:
+        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
+        known = [v for v in variants if v.name != "compiled"]
+        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
+        target, tiny = f"{__name__}:build", {"shape": "tiny"}
+        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
+        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
+        return [by_title.get(v.title) for v in variants]
+
+    measures_memory = cell.shape == LARGEST and cell.dtype == "float32" and not quick
+    measures_memory = measures_memory and current_regime() == "fresh"
+    channels, source, target = SHAPES[cell.shape]
+    info = compare(
+        benchmark,
+        variants,
+        info={
+            "op": OP,
+            "shape": cell.shape,
+            "channels": channels,
+            "sizes": [source, target],
+            "dtype": cell.dtype,
+            "mode": cell.mode,
+            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
+        },
+        tolerances=_tolerances(cell),
+        budget_s=1 if tiny else 2 if quick else 6,
+        max_rounds=2000 if tiny else 20,
+        device=device,
+        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
+        host=tiny,
+        memory=memory if measures_memory else None,
+        progress=progress,
+    )
+    assert info["variants"]

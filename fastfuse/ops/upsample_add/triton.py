@@ -1,0 +1,116 @@
+"""upsample_add on CUDA devices: the Triton kernel of the forward and its launcher.
+
+Programs own tiles of target pixels by channels, load the four corners of each pixel, interpolate,
+add the skip connection and store. Neighbouring programs find shared source pixels in the L2 cache.
+(The gradient of x is a kernel of upsample_equalize_concat, that of skip needs none.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastfuse.ops.bilinear_triton import (
+    NUM_WARPS,
+    check_plane,
+    dense_offset,
+    load_interpolated,
+    tile,
+    tile_grid,
+    tile_shape,
+)
+
+__all__ = ["forward"]
+
+NAME = "upsample_add"
+
+
+@triton.jit
+def _forward_kernel(
+    source,
+    skip,
+    out,
+    channels,
+    in_height,
+    in_width,
+    height,
+    width,
+    pixels,  # height * width: its own argument, for a multiple of 16 is seen without division
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    skip_stride_n,
+    skip_stride_c,
+    skip_stride_h,
+    skip_stride_w,
+    ALIGN_CORNERS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    SAME_SIZE: tl.constexpr,
+    DENSE_SKIP: tl.constexpr,  # skip lies as out does
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    DTYPE: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
+    image, pixel, channel = tile(pixels, channels, BLOCK_PIXELS, BLOCK_C)
+    mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]  # [BLOCK_PIXELS, BLOCK_C]
+    y = pixel // width
+    x = pixel % width
+
+    # Load and interpolate.
+    channel_start = source + image * stride_n + (channel.to(tl.int64) * stride_c)[None, :]
+    value = load_interpolated(
+        channel_start, y, x, mask, in_height, in_width, height, width, stride_h, stride_w,
+        ALIGN_CORNERS, SAME_SIZE, DTYPE,
+    )  # fmt: skip
+
+    # Add.
+    offset = dense_offset(image, pixel, channel, pixels, channels, CHANNELS_LAST)
+    if DENSE_SKIP:
+        skip_offset = offset
+    else:
+        skip_pixel = y.to(tl.int64) * skip_stride_h + x.to(tl.int64) * skip_stride_w
+        skip_channel = image * skip_stride_n + channel.to(tl.int64) * skip_stride_c
+        skip_offset = skip_pixel[:, None] + skip_channel[None, :]
+    value += tl.load(skip + skip_offset, mask=mask, other=0.0).to(DTYPE)
+
+    # Store.
+    tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
+
+
+def forward(x: Tensor, skip: Tensor, align_corners: bool, channels_last: bool) -> Tensor:
+    """``skip + UP(x)``, of skip's shape (N, C, H, W)."""
+    batch, channels, height, width = skip.shape
+    in_height, in_width = x.shape[2:]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(skip.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if out.numel() == 0:
+        return out
+    check_plane(NAME, height, width)
+    pixels = height * width
+    blocks = tile_shape(pixels, channels, x.element_size(), channels_last)
+    with torch.cuda.device_of(x):
+        _forward_kernel[tile_grid(batch, pixels, channels, blocks)](
+            x,
+            skip,
+            out,
+            channels,
+            in_height,
+            in_width,
+            height,
+            width,
+            pixels,
+            *x.stride(),
+            *skip.stride(),
+            ALIGN_CORNERS=align_corners,
+            CHANNELS_LAST=channels_last,
+            SAME_SIZE=(in_height, in_width) == (height, width),
+            DENSE_SKIP=skip.is_contiguous(memory_format=memory_format),
+            BLOCK_PIXELS=blocks[0],
+            BLOCK_C=blocks[1],
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
+        )
+    return out
