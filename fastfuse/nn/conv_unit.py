@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastfuse.nn.conv2d import Conv2d
+
 __all__ = ["ConvUnit"]
 
 
 class ConvUnit(nn.Module):
     """Conv2d without bias, normalization, activation; "same" padding; keys ``conv.*``, ``bn.*``.
+
+    The convolution is a :class:`fastfuse.nn.Conv2d`.
 
     Args:
         in_channels, out_channels: as in ``nn.Conv2d``.
@@ -44,7 +48,7 @@ class ConvUnit(nn.Module):
         name = type(self).__name__
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"{name}: kernel_size must be odd; got {kernel_size}")
-        self.conv = nn.Conv2d(
+        self.conv = Conv2d(
             in_channels,
             out_channels,
             kernel_size,

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastfuse.nn.conv_unit import ConvUnit
-from fastfuse.nn.scale_equalizer import ScaleEqualizer
-from fastfuse.ops.checks import check_features, feature_list
+from fastfuse.nn.level_fusion import LevelFusion, check_in_channels
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 
 __all__ = ["MultiLevelFusion"]
 
 
-class MultiLevelFusion(ConvUnit):
+class MultiLevelFusion(ConvUnit, LevelFusion):
     """Upsample, (equalize,) concatenate, Conv2d without bias, normalization, activation.
 
     All of it up to the convolution is one :func:`fastfuse.fusion_conv2d`, which convolves smaller
@@ -42,8 +41,6 @@ class MultiLevelFusion(ConvUnit):
     torch.Size([2, 16, 16, 16])
     """
 
-    equalizer: ScaleEqualizer | None
-
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -55,31 +52,25 @@ class MultiLevelFusion(ConvUnit):
         activation: Callable[[], nn.Module] = nn.ReLU,
         align_corners: bool = False,
     ) -> None:
-        if not isinstance(in_channels, Sequence) or not in_channels or min(in_channels) < 1:
-            raise ValueError(
-                "MultiLevelFusion: in_channels must be positive, one number per level; "
-                f"got {in_channels!r}"
-            )
+        check_in_channels("MultiLevelFusion", in_channels)
         super().__init__(
             sum(in_channels), out_channels, kernel_size, norm=norm, activation=activation
         )
-        self.in_channels = tuple(in_channels)
-        self.align_corners = align_corners
-        self.equalizer = ScaleEqualizer(len(in_channels)) if scale_equalizer else None
+        self._set_levels(in_channels, scale_equalizer, align_corners)
+
+    @property
+    def level_weight(self) -> Tensor:
+        return self.conv.weight
+
+    @property
+    def level_axis(self) -> int:
+        return 1
 
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:
-        features = feature_list("MultiLevelFusion", features)
-        check_features("MultiLevelFusion", features)
-        channels = tuple(f.shape[1] for f in features)
-        if channels != self.in_channels:
-            raise ValueError(
-                f"MultiLevelFusion: expected levels with {self.in_channels} channels; "
-                f"got {channels}"
-            )
         fused = fusion_conv2d(
-            features,
+            self._check_levels(features),
             self.conv.weight,
             size=size,
             mean=self.equalizer.mean if self.equalizer else None,

@@ -1,0 +1,159 @@
+"""Whole segmentation models: a backbone, a head, an auxiliary head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfuse.ops.bilinear import interpolate
+from fastfuse.ops.checks import check_image, check_tensor
+
+__all__ = ["Segmentor", "feature_maps"]
+
+_MODES = ("whole",)
+
+
+def feature_maps(output: Any) -> list[Tensor]:
+    """What a backbone returned, as a list of feature maps.
+
+    Sequences (timm's ``features_only``), mappings (torchvision's feature extractors), objects with
+    ``feature_maps`` (transformers' backbones), and a tensor alone.
+
+    Raises:
+        TypeError: anything else.
+
+    >>> import torch
+    >>> from fastfuse.models import feature_maps
+    >>> len(feature_maps({"0": torch.zeros(1, 2, 4, 4), "1": torch.zeros(1, 4, 2, 2)}))
+    2
+    """
+    maps = getattr(output, "feature_maps", output)
+    if isinstance(maps, Tensor):
+        return [maps]
+    if isinstance(maps, Mapping):
+        maps = list(maps.values())
+    if isinstance(maps, Sequence) and maps and all(isinstance(m, Tensor) for m in maps):
+        return list(maps)
+    raise TypeError(
+        "Segmentor: backbone must return a sequence or mapping of tensors, finest first, or an "
+        f"object with feature_maps; got {type(output).__name__}"
+    )
+
+
+class Segmentor(nn.Module):
+    """Images to logits, labels or a loss; keys ``backbone.*``, ``decode_head.*``,
+    ``auxiliary_head.*``, as MMSegmentation's models.
+
+    Args:
+        backbone: images -> features, finest first: see :func:`feature_maps`.
+        decode_head: features -> logits, e.g. one of ``fastfuse.heads``.
+        auxiliary_head: for training only; gets a sequence of one feature.
+        auxiliary_index: which feature that is.
+        auxiliary_weight: of its cross-entropy in the loss.
+        ignore_index: the label of pixels that count neither in the loss nor as a class.
+
+    Shape: images (N, 3, H, W) -> logits (N, num_classes, H, W).
+
+    >>> import torch, fastfuse
+    >>> model = fastfuse.models.Segmentor(
+    ...     fastfuse.models.ResNetV1c(50),
+    ...     fastfuse.heads.PSPHead(2048, channels=16, num_classes=5),
+    ...     fastfuse.heads.FCNHead(1024, 16, 5, num_convs=1, concat_input=False))
+    >>> images, targets = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    >>> model.loss(images, targets).backward()
+    >>> model.eval().predict(images).shape
+    torch.Size([2, 64, 64])
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decode_head: nn.Module,
+        auxiliary_head: nn.Module | None = None,
+        *,
+        auxiliary_index: int = -2,
+        auxiliary_weight: float = 0.4,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = decode_head
+        self.auxiliary_head = auxiliary_head
+        self.auxiliary_index = auxiliary_index
+        self.auxiliary_weight = auxiliary_weight
+        self.ignore_index = ignore_index
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits at the images' size."""
+        check_image("Segmentor", "images", images)
+        return self._to_size(self.decode_head, self._features(images), images)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, mode: str = "whole") -> Tensor:
+        """The class of each pixel, (N, H, W) int64; in evaluation mode whatever the model's is.
+
+        Args:
+            images: (N, 3, H, W).
+            mode: "whole": the images as they are.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        if mode not in _MODES:
+            raise ValueError(f"Segmentor: mode must be one of {', '.join(_MODES)}; got {mode!r}")
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            return self(images).argmax(1)
+        finally:
+            for module in training:
+                module.training = True
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy at the images' size, with the auxiliary head's, a scalar.
+
+        Args:
+            images: (N, 3, H, W).
+            targets: (N, H, W) int64, class of each pixel or ignore_index.
+
+        Raises:
+            ValueError: targets of another shape or dtype.
+        """
+        check_image("Segmentor", "images", images)
+        check_tensor("Segmentor", "targets", targets)
+        expected = (images.shape[0], *images.shape[2:])
+        if tuple(targets.shape) != expected or targets.dtype != torch.int64:
+            raise ValueError(
+                f"Segmentor: targets must be int64 of shape {expected}; "
+                f"got {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
+            )
+        features = self._features(images)
+        loss = self._cross_entropy(self._to_size(self.decode_head, features, images), targets)
+        if self.auxiliary_head is not None:
+            chosen = [features[self.auxiliary_index]]
+            logits = self._to_size(self.auxiliary_head, chosen, images)
+            loss = loss + self.auxiliary_weight * self._cross_entropy(logits, targets)
+        return loss
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        features = feature_maps(self.backbone(images))
+        if self.auxiliary_head is not None:
+            count = len(features)
+            if not -count <= self.auxiliary_index < count:
+                raise ValueError(
+                    f"Segmentor: auxiliary_index must be below the backbone's {count} features; "
+                    f"got {self.auxiliary_index}"
+                )
+        return features
+
+    def _to_size(self, head: nn.Module, features: Sequence[Tensor], images: Tensor) -> Tensor:
+        align_corners = bool(getattr(head, "align_corners", False))
+        size = (images.shape[2], images.shape[3])
+        return interpolate(head(features), size, align_corners=align_corners)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, ignore_index=self.ignore_index)

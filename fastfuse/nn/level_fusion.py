@@ -1,0 +1,78 @@
+"""What the fusions of several levels have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.nn.scale_equalizer import ScaleEqualizer
+from fastfuse.ops.autocast import cast_for_autocast
+from fastfuse.ops.checks import check_features, feature_list
+
+__all__ = ["LevelFusion"]
+
+
+class LevelFusion(nn.Module):
+    """Levels brought to one size, (equalized,) concatenated and convolved; ``forward(features,
+    size=None)``.
+
+    Attributes:
+        in_channels: channels of every level, in the order of concatenation.
+        equalizer: the :class:`ScaleEqualizer` before the concatenation, or None.
+        align_corners: of the upsampling.
+    """
+
+    in_channels: tuple[int, ...]
+    equalizer: ScaleEqualizer | None
+    align_corners: bool
+
+    def _set_levels(
+        self, in_channels: Sequence[int], scale_equalizer: bool, align_corners: bool
+    ) -> None:
+        self.in_channels = tuple(in_channels)
+        self.align_corners = align_corners
+        self.equalizer = ScaleEqualizer(len(in_channels)) if scale_equalizer else None
+
+    def _check_levels(self, features: Sequence[Tensor]) -> list[Tensor]:
+        name = type(self).__name__
+        features = cast_for_autocast(feature_list(name, features))
+        check_features(name, features)
+        channels = tuple(f.shape[1] for f in features)
+        if channels != self.in_channels:
+            raise ValueError(
+                f"{name}: expected levels with {self.in_channels} channels; got {channels}"
+            )
+        return features
+
+    @property
+    def level_weight(self) -> Tensor:
+        """The weight that the concatenated levels meet; their channels follow each other in it."""
+        raise NotImplementedError
+
+    @property
+    def level_axis(self) -> int:
+        """The axis of ``level_weight`` along which the levels' channels follow each other."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fold_equalizer(self, *, keep_mean: bool = True) -> None:
+        """Divides each level's weights by its std: see ``fastfuse.fold_scale_equalizers``."""
+        if self.equalizer is None:
+            return
+        std = self.equalizer.std.to(torch.float64)
+        pieces = self.level_weight.split(self.in_channels, self.level_axis)
+        for piece, sigma in zip(pieces, std, strict=True):
+            piece.copy_(piece / sigma)
+        if keep_mean:
+            self.equalizer.std.fill_(1)
+        else:
+            self.equalizer = None
+
+
+def check_in_channels(name: str, in_channels: Sequence[int]) -> None:
+    if not isinstance(in_channels, Sequence) or not in_channels or min(in_channels) < 1:
+        raise ValueError(
+            f"{name}: in_channels must be positive, one number per level; got {in_channels!r}"
+        )
