@@ -7,14 +7,18 @@
 
 import importlib.metadata
 
-from fastfuse import nn
+from fastfuse import heads, models, nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
+from fastfuse.calibration import BranchStatistics, calibrate
+from fastfuse.calibration_file import load_calibration, save_calibration
+from fastfuse.folding import fold_scale_equalizers
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.lr_ced_block import lr_ced_block
 from fastfuse.ops.tap_sum import tap_sum
+from fastfuse.ops.upsample_add import upsample_add
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 try:
@@ -24,14 +28,22 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree that i
 
 __all__ = [
     "BackendError",
+    "BranchStatistics",
     "Info",
     "backend",
+    "calibrate",
     "ced_block",
     "depthwise_conv2d",
+    "fold_scale_equalizers",
     "fusion_conv2d",
+    "heads",
     "info",
+    "load_calibration",
     "lr_ced_block",
+    "models",
     "nn",
+    "save_calibration",
     "tap_sum",
+    "upsample_add",
     "upsample_equalize_concat",
 ]

@@ -1,4 +1,4 @@
-"""``python -m fastfuse info | verify | bench``."""
+"""``python -m fastfuse info | verify | bench | calibrate | report``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from fastfuse._info import info
 from fastfuse.backends import DTYPES
+from fastfuse.cli_calibration import add_commands
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import BACKENDS, self_test, verify
 
@@ -114,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_op_choice(command)
     command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")
     command.set_defaults(run=_bench)
+
+    add_commands(commands)
 
     args = parser.parse_args(argv)
     return args.run(args)

@@ -1,0 +1,266 @@
+"""The scale of every fusion's branches, as they are and as calibration makes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from torch import nn
+
+from fastfuse.calibration import MomentsOf, combined, write
+from fastfuse.calibration_pass import Use, equalizers, fusions, identity_equalizers, run, unwrap
+from fastfuse.nn import ScaleEqualizer
+from fastfuse.nn.level_fusion import LevelFusion
+from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
+from fastfuse.ops.fusion_conv2d import fusion_conv2d
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
+
+__all__ = ["BranchReport", "BranchScale", "report", "save_report", "table"]
+
+
+# Random upstream gradients are drawn until so many channels have one: few are noisy.
+_DRAWN_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class BranchScale:
+    """Of one branch as it is concatenated.
+
+    Attributes:
+        mean, variance: over images (of weight 1 each), channels and positions.
+        gradient: RMS of the gradient of the branch's part of the fusion's weight, for an upstream
+            gradient of independent N(0, 1) values divided by the root of their number per channel
+            (Proposition 3.1: its square is about mean² + variance).
+    """
+
+    mean: float
+    variance: float
+    gradient: float
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    """One branch of one fusion: where it comes from, and its scale before and after calibration."""
+
+    fusion: str
+    level: int
+    channels: int
+    size: tuple[int, int]
+    target: tuple[int, int]
+    before: BranchScale
+    after: BranchScale
+
+    @property
+    def label(self) -> str:
+        """Such as "level 2 (512 ch, x8)"."""
+        return f"level {self.level} ({self.channels} ch, {self.ratio})"
+
+    @property
+    def ratio(self) -> str:
+        """Of the upsampling: "x8", or "x5.3x8" where height and width differ."""
+        ratios = [f"x{t / s:.3g}" for s, t in zip(self.size, self.target, strict=True)]
+        return ratios[0] if ratios[0] == ratios[1] else "".join(ratios)
+
+
+def report(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    encoder: str | nn.Module | None = "backbone",
+    max_batches: int | None = None,
+    progress: bool = True,
+) -> list[BranchReport]:
+    """How unequal the branches of every fusion are, and what calibration makes of them.
+
+    Two passes over the batches, modes as in :func:`fastfuse.calibrate`: one with every equalizer at
+    the identity, one with every fusion equalized by what the first found (fusions without an
+    equalizer borrow one). Gradients are those of the first batch. The model is left as it was.
+
+    Args:
+        model: with fusions (``MultiLevelFusion``, ``SeparableFusion``), equalized or not.
+        batches, encoder, max_batches, progress: as in :func:`fastfuse.calibrate`; ``batches`` must
+            allow to be iterated twice.
+
+    Raises:
+        ValueError: a model without fusions, an iterator as ``batches``, and what ``calibrate``
+            raises. TypeError, as there.
+
+    >>> import torch, fastfuse
+    >>> from fastfuse.calibration_report import report
+    >>> fusion = fastfuse.nn.MultiLevelFusion([3, 3], 4)
+    >>> class Model(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fusion = fusion
+    ...     def forward(self, images):
+    ...         return self.fusion([images, torch.nn.functional.avg_pool2d(images, 4)])
+    >>> branches = report(Model(), [torch.randn(4, 3, 16, 16)], encoder=None)
+    >>> branches[1].label, branches[1].before.variance < 0.1, round(branches[1].after.variance, 4)
+    ('level 1 (3 ch, x4)', True, 1.0)
+    """
+    model = unwrap(model)
+    owners = fusions(model)
+    if not owners:
+        raise ValueError(
+            "report: the model has no fusions (fastfuse.nn.MultiLevelFusion or SeparableFusion)"
+        )
+    if iter(batches) is batches:
+        raise ValueError(
+            f"report: batches must be iterable twice, such as a list or a DataLoader; "
+            f"got {type(batches).__name__}"
+        )
+    options: dict[str, Any] = {"encoder": encoder, "max_batches": max_batches}
+    options["progress"] = progress
+
+    def scales() -> _Scales:
+        found = _Scales(owners)
+        found.images = run("report", model, batches, found.observe, **options)
+        return found
+
+    present = equalizers(model)
+    own = {n: f.equalizer for n, f in owners.items() if f.equalizer is not None}
+    kept = [(m, m.mean.clone(), m.std.clone()) for m in present.values()]
+    with contextlib.ExitStack() as stack:
+        for module, mean, std in kept:
+            stack.callback(module.mean.copy_, mean)
+            stack.callback(module.std.copy_, std)
+        with identity_equalizers(present.values()):
+            before = scales()
+        levels = {name: len(fusion.in_channels) for name, fusion in owners.items()}
+        moments = before.moments.result() if before.images else {}
+        statistics = combined("report", [moments], levels)
+        stack.enter_context(_borrowed([f for n, f in owners.items() if n not in own]))
+        write({n: f.equalizer for n, f in owners.items() if f.equalizer}, statistics)
+        after = scales()
+    branches = []
+    for name, fusion in owners.items():
+        first, last = before.of(name), after.of(name)
+        target = before.targets[name]
+        for level, channels in enumerate(fusion.in_channels):
+            size = before.sizes[name][level]
+            mu, sigma = statistics[name].mean[level], statistics[name].std[level]
+            raw = last[level]
+            equalized = BranchScale((raw.mean - mu) / sigma, raw.variance / sigma**2, raw.gradient)
+            branches.append(
+                BranchReport(name, level, channels, size, target, first[level], equalized)
+            )
+    return branches
+
+
+class _Scales:
+    """What one pass finds out about every fusion."""
+
+    def __init__(self, owners: dict[str, LevelFusion]) -> None:
+        self.images = 0
+        self.moments = MomentsOf(owners)
+        self.sizes: dict[str, list[tuple[int, int]]] = {}
+        self.targets: dict[str, tuple[int, int]] = {}
+        self._gradients: dict[str, list[float]] = {}
+
+    def observe(self, use: Use) -> None:
+        self.moments.observe(use)
+        if isinstance(use.module, LevelFusion) and use.size and use.name not in self.sizes:
+            self.sizes[use.name] = [(f.shape[2], f.shape[3]) for f in use.features]
+            self.targets[use.name] = use.size
+            self._gradients[use.name] = _gradients(use.module, use)
+
+    def of(self, name: str) -> list[BranchScale]:
+        moments = self.moments.result()[name]
+        return [
+            BranchScale(m.mean, m.variance, gradient)
+            for m, gradient in zip(moments, self._gradients[name], strict=True)
+        ]
+
+
+@torch.enable_grad()
+def _gradients(fusion: LevelFusion, use: Use) -> list[float]:
+    """RMS of every branch's part of the weight's gradient, for a random upstream gradient."""
+    weight = fusion.level_weight.detach().requires_grad_()
+    features = [feature.detach() for feature in use.features]
+    mean = fusion.equalizer.mean if fusion.equalizer else None
+    std = fusion.equalizer.std if fusion.equalizer else None
+    constants: dict[str, Any] = {"mean": mean, "std": std, "align_corners": use.align_corners}
+    if fusion.level_axis == 0:  # one kernel per channel
+        levels = upsample_equalize_concat(features, size=use.size, **constants)
+        output = depthwise_conv2d(levels, weight)
+    else:
+        output = fusion_conv2d(features, weight, size=use.size, **constants)
+    generator = torch.Generator().manual_seed(0x5CA1E)
+    channels = output.shape[1]
+    squares = torch.zeros(len(features), dtype=torch.float64)
+    draws = -(-_DRAWN_CHANNELS // channels)
+    for _ in range(draws):
+        upstream = torch.randn(output.shape, generator=generator).to(output)
+        upstream *= (channels / output.numel()) ** 0.5
+        (gradient,) = torch.autograd.grad(output, weight, upstream, retain_graph=True)
+        parts = gradient.double().split(fusion.in_channels, fusion.level_axis)
+        squares += torch.stack([part.square().mean() for part in parts]).cpu()
+    return (squares / draws).sqrt().tolist()
+
+
+@contextlib.contextmanager
+def _borrowed(owners: list[LevelFusion]) -> Iterator[None]:
+    """Equalizers for fusions that have none, for as long as the body runs."""
+    as_attribute = [fusion for fusion in owners if "equalizer" in vars(fusion)]
+    try:
+        for fusion in owners:
+            equalizer = ScaleEqualizer(len(fusion.in_channels))
+            fusion.equalizer = equalizer.to(fusion.level_weight.device)
+        yield
+    finally:
+        for fusion in owners:
+            if fusion in as_attribute:  # None was no child then
+                del fusion.equalizer
+            fusion.equalizer = None
+
+
+def table(branches: list[BranchReport]) -> Table:
+    """For the terminal."""
+    result = Table(title="Scale of the branches: before → after calibration", box=box.SIMPLE_HEAD)
+    result.add_column("branch", no_wrap=True)
+    for column in ("mean", "variance", "gradient scale"):
+        result.add_column(column, justify="right", no_wrap=True)
+    shown = None
+    for branch in branches:
+        if shown != branch.fusion:
+            if shown is not None:
+                result.add_section()
+            result.add_row(f"[bold]{escape(branch.fusion or 'model')}[/]")
+            shown = branch.fusion
+        values = [
+            f"{getattr(branch.before, f):.3g} → {_rounded(getattr(branch.after, f))}"
+            for f in ("mean", "variance", "gradient")
+        ]
+        result.add_row(f"  {branch.label}", *values)
+    return result
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def save_report(branches: list[BranchReport], path: str | PathLike[str]) -> list[Path]:
+    """Writes a plot to ``path`` (.png, .svg or .pdf) and the numbers to a JSON file beside it.
+
+    Raises:
+        ValueError: another suffix.
+        ImportError: matplotlib is not installed.
+    """
+    from fastfuse.calibration_plot import plot
+
+    path = Path(path)
+    plot(branches, path)
+    numbers = path.with_suffix(".json")
+    entries = [{**asdict(b), "label": b.label} for b in branches]
+    document = {"format": "fastfuse report", "version": 1, "branches": entries}
+    numbers.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return [path, numbers]

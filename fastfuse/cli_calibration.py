@@ -1,0 +1,143 @@
+"""``python -m fastfuse calibrate | report``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastfuse.calibration import calibrate
+from fastfuse.calibration_file import check_suffix, save_calibration
+from fastfuse.calibration_plot import check_plot_path
+from fastfuse.calibration_report import report, save_report, table
+from fastfuse.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+
+__all__ = ["add_commands"]
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    check_suffix("calibrate", args.output)
+    model, images = _model_and_images(args)
+    statistics = calibrate(model, images, **_options(args))
+    save_calibration(statistics, args.output)
+    count = max(max(s.count) for s in statistics.values())
+    _say(f"{len(statistics)} equalizers calibrated on {count} images: {args.output}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    check_plot_path(args.output)
+    model, images = _model_and_images(args)
+    branches = report(model, images, **_options(args))
+    Console().print(table(branches))
+    _say(" and ".join(map(str, save_report(branches, args.output))))
+    return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    encoder = None if args.encoder == "none" else args.encoder
+    return {"encoder": encoder, "max_batches": args.max_batches}
+
+
+def _model_and_images(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    if not args.output.resolve().parent.is_dir():
+        raise ValueError(f"--output must be in a folder that exists; got {str(args.output)!r}")
+    if args.max_batches is not None and args.max_batches < 1:
+        raise ValueError(f"--max-batches must be at least 1; got {args.max_batches}")
+    images = ImageFolder(args.data, args.batch_size, size=args.size, mean=args.mean, std=args.std)
+    _say(f"{len(images.files)} images in {args.data}")
+    if images.dropped is not None:
+        _say(f"{images.dropped} is left out: alone in the last batch, which BatchNorm cannot take")
+    torch.manual_seed(args.seed)
+    return _build(args.factory), images
+
+
+def _build(name: str) -> nn.Module:
+    """The model of ``package.module:factory``; what is wrong with it is said as a ValueError."""
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"the model must be given as package.module:factory; got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"cannot import {module_name!r}: {type(error).__name__}: {error}"
+        ) from error
+    factory: Any = module
+    for part in attribute.split("."):
+        if not hasattr(factory, part):
+            raise ValueError(f"module {module_name!r} has no {attribute!r}")
+        factory = getattr(factory, part)
+    if not callable(factory):
+        raise ValueError(f"{name} must be callable without arguments; got {factory!r}")
+    try:
+        model = factory()
+    except Exception as error:
+        raise ValueError(f"{name}() failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name}() must return a torch.nn.Module; got {type(model).__name__}")
+    return model
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def add_commands(commands: Any) -> None:
+    for name, run, text, output in (
+        (
+            "calibrate",
+            _calibrate,
+            "find the statistics of scale equalizers",
+            "FILE.json, .safetensors",
+        ),
+        ("report", _report, "plot every branch's scale before and after", "FILE.png, .svg, .pdf"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("factory", help="package.module:factory, which returns the model")
+        command.add_argument("--data", type=Path, required=True, metavar="DIR", help="images")
+        command.add_argument("--output", type=Path, required=True, metavar="FILE", help=output)
+        command.add_argument("--batch-size", type=int, default=16, metavar="N")
+        command.add_argument("--max-batches", type=int, metavar="N")
+        command.add_argument(
+            "--size", type=int, nargs=2, metavar=("H", "W"), help="resize every image"
+        )
+        for option, value in (("--mean", IMAGENET_MEAN), ("--std", IMAGENET_STD)):
+            command.add_argument(
+                option,
+                type=float,
+                nargs=3,
+                default=value,
+                metavar=("R", "G", "B"),
+                help=f"of pixels in 0..1; default: ImageNet's, {value}",
+            )
+        command.add_argument(
+            "--encoder",
+            default="backbone",
+            metavar="NAME",
+            help="what stays in evaluation mode; 'none': nothing (default: backbone)",
+        )
+        command.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="of the model's weights"
+        )
+        command.set_defaults(run=_guarded(name, run))
+
+
+def _guarded(name: str, run: Any) -> Any:
+    def guarded(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            _say(f"{message if (message := str(error)).startswith(name) else f'{name}: {message}'}")
+            return 2
+
+    return guarded
