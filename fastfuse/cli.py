@@ -23,6 +23,7 @@ from fastfuse.verify import BACKENDS, self_test, verify
 __all__ = ["main"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_WHOLE = ("heads", "models")  # suites of more than one op
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -96,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("info", help="versions, devices, and what each op runs, and why")
     command.set_defaults(run=_info)
 
-    def add_op_choice(command: argparse.ArgumentParser) -> None:
+    def add_op_choice(command: argparse.ArgumentParser, *more: str) -> None:
+        names = [*OPERATIONS, *more]
         command.add_argument(
-            "--op", action="append", choices=list(OPERATIONS), help="only this op (repeatable)"
+            "--op", action="append", choices=names, help="only this one (repeatable)"
         )
 
     command = commands.add_parser("verify", help="check every op against its exact definition")
@@ -112,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("bench", help="run the benchmark suite, write a report")
     command.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
-    add_op_choice(command)
+    add_op_choice(command, *_WHOLE)
     command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")
     command.set_defaults(run=_bench)
 

@@ -22,7 +22,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_ced_block  # noqa: E402
 import bench_depthwise_conv2d  # noqa: E402
 import bench_fusion_conv2d  # noqa: E402
+import bench_heads  # noqa: E402
 import bench_lr_ced_block  # noqa: E402
+import bench_models  # noqa: E402
 import bench_tap_sum  # noqa: E402
 import bench_upsample_add  # noqa: E402
 import bench_upsample_equalize_concat  # noqa: E402
@@ -32,6 +34,7 @@ import fusion_stages  # noqa: E402
 import measure  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
+import whole  # noqa: E402
 
 BLOCKS = (bench_ced_block, bench_lr_ced_block)
 SUITES = (
@@ -185,6 +188,38 @@ def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -
         assert len(tolerances) == len(measure._tensors(variants[0].call()))
     usable, _ = measure.check_agreement(variants, tolerances)
     assert len(usable) == 2
+
+
+@pytest.mark.parametrize(
+    ("suite", "shape", "mode"),
+    [
+        (bench_heads, "UPerHead 64x64", whole.BOTH),
+        (bench_heads, "SepASPPHead 64x64", whole.FORWARD),
+        (bench_models, "PSPNet ResNet-50 64x64", whole.FORWARD),
+    ],
+)
+def test_whole_heads_and_models_agree(
+    monkeypatch: pytest.MonkeyPatch, suite: ModuleType, shape: str, mode: str
+) -> None:
+    monkeypatch.setattr(bench_heads, "SIZES", {"64x64": (64, 64)})
+    monkeypatch.setattr(bench_models, "IMAGE", (64, 64))
+    cell = whole.Cell(shape, "float32", mode)
+    names = (whole.OURS, whole.PLAIN)
+    variants = [
+        measure.Variant(n, suite.build(n, layout, shape, "float32", mode), layout)
+        for n, layout in zip(names, whole.LAYOUTS, strict=True)
+    ]
+    inputs = len(measure._tensors(variants[0].call())) - 1
+    usable, _ = measure.check_agreement(variants, whole.tolerances(cell, inputs))
+    assert len(usable) == 2
+
+
+def test_quick_cells_of_whole_heads_and_models() -> None:
+    for suite in (bench_heads, bench_models):
+        every, quick = suite.cells(False, "fresh", "cpu"), suite.cells(True, "fresh", "cpu")
+        assert set(quick) < set(every)
+        assert len(set(map(str, every))) == len(every)
+        assert suite.cells(False, "warm", "cpu") == []
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward + backward"])

@@ -1,0 +1,86 @@
+"""The five heads, whole, against the same in plain PyTorch (``plain_heads``).
+
+Settings are the papers': 512 channels, 150 classes, features of ConvNeXt-T for UPerHead and of a
+ResNet with output stride 8 for the others, of images of 512 x 512 and 512 x 1024. Variants share
+weights. Forward is one image in evaluation mode; a training step is forward and backward of two
+images in training mode, with the gradients of features and parameters (batch norm needs two values
+for each channel, and a pooled branch has one per image). Dropout is off, so that results compare.
+
+Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
+format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.
+
+Quick runs measure float32 at 512 x 512: every head forward, and the training step of UPerHead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import plain_heads
+import whole
+from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, PLAIN, Cell
+
+from fastfuse import heads
+
+__all__ = ["CELLS", "Cell", "build", "cells"]
+
+OP = "heads"
+SIZES = {"512x512": (512, 512), "512x1024": (512, 1024)}
+# in_channels, and (channels, stride) of each feature
+CONVNEXT = ([96, 192, 384, 768], [(96, 4), (192, 8), (384, 16), (768, 32)])
+RESNET = (2048, [(256, 4), (2048, 8)])
+HEADS = {
+    "UPerHead": CONVNEXT,
+    "PSPHead": RESNET,
+    "ASPPHead": RESNET,
+    "SepASPPHead": RESNET,
+    "FCNHead": RESNET,
+}
+CELLS = [
+    Cell(f"{head} {size}", dtype, mode)
+    for head in HEADS
+    for size in SIZES
+    for dtype in DTYPES
+    for mode in (FORWARD, BOTH)
+]
+
+
+def cells(quick: bool, regime: str, device: str) -> list[Cell]:
+    if regime != "fresh":
+        return []
+    if not quick:
+        return CELLS
+    kept = {(head, FORWARD) for head in HEADS} | {("UPerHead", BOTH)}
+    return [
+        cell
+        for cell in CELLS
+        if cell.dtype == "float32"
+        and cell.shape.endswith(" 512x512")
+        and (cell.shape.split()[0], cell.mode) in kept
+    ]
+
+
+def build(
+    name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
+) -> whole.Call:
+    """A call of a variant: weights and features are the same for every one."""
+    head, size = shape.split()
+    in_channels, features = HEADS[head]
+    height, width = SIZES[size]
+    batch = 1 if mode == FORWARD else 2
+    shapes = [(batch, c, height // stride, width // stride) for c, stride in features]
+    ours = getattr(heads, head)(in_channels, dropout=0.0)
+    model = ours
+    if name != OURS:
+        model = plain_heads.PLAIN[head](in_channels, dropout=0.0)
+        model.load_state_dict(ours.state_dict())
+    return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=True)
+
+
+def test_heads(
+    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
+) -> None:
+    names = (OURS, PLAIN) if request.config.getoption("quick") else (OURS, PLAIN, COMPILED)
+    info = whole.measure(OP, build, cell, names, benchmark, device, progress)
+    assert info["variants"]

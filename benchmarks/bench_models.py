@@ -1,0 +1,70 @@
+"""Whole segmentation models, image to logits, against the same in plain PyTorch.
+
+PSPNet with ResNet-50 at output stride 8 and UPerNet with ResNet-50 at 32, 150 classes, images of
+512 x 512. The plain model has plain heads (``plain_heads``) and a backbone of ``nn.Conv2d`` only;
+weights are shared. Modes, rivals and counts are those of ``bench_heads``.
+
+Quick runs measure float32 forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import plain_heads
+import whole
+from torch import nn
+from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, PLAIN, Cell
+
+import fastfuse
+from fastfuse import heads
+from fastfuse.models import ResNetV1c, Segmentor
+
+__all__ = ["CELLS", "Cell", "build", "cells"]
+
+OP = "models"
+IMAGE = (512, 512)
+MODELS = {  # output stride, head, its in_channels
+    "PSPNet": (8, "PSPHead", 2048),
+    "UPerNet": (32, "UPerHead", [256, 512, 1024, 2048]),
+}
+CELLS = [
+    Cell(f"{model} ResNet-50 512x512", dtype, mode)
+    for model in MODELS
+    for dtype in DTYPES
+    for mode in (FORWARD, BOTH)
+]
+
+
+def cells(quick: bool, regime: str, device: str) -> list[Cell]:
+    if regime != "fresh":
+        return []
+    return [c for c in CELLS if not quick or (c.dtype, c.mode) == ("float32", FORWARD)]
+
+
+def build(
+    name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
+) -> whole.Call:
+    """A call of a variant: weights and images are the same for every one."""
+    output_stride, head, in_channels = MODELS[shape.split()[0]]
+    decode = getattr(heads, head)(in_channels, dropout=0.0)
+    model = Segmentor(ResNetV1c(50, output_stride=output_stride), decode)
+    if name != OURS:
+        plain = plain_heads.PLAIN[head](in_channels, dropout=0.0)
+        plain.load_state_dict(decode.state_dict())
+        model.decode_head = plain
+        for module in model.backbone.modules():
+            if type(module) is fastfuse.nn.Conv2d:
+                module.__class__ = nn.Conv2d
+    batch = 1 if mode == FORWARD else 2
+    shapes = [(batch, 3, *IMAGE)]
+    return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=False)
+
+
+def test_models(
+    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
+) -> None:
+    names = (OURS, PLAIN) if request.config.getoption("quick") else (OURS, PLAIN, COMPILED)
+    info = whole.measure(OP, build, cell, names, benchmark, device, progress)
+    assert info["variants"]

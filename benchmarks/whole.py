@@ -1,0 +1,150 @@
+"""What the benchmarks of whole heads and models share: calls, tolerances, and their measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from measure import Variant, compare
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastfuse.ops.layout import memory_format
+from fastfuse.tolerances import tolerance
+
+FORWARD, BOTH = "forward", "training step"
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
+DTYPES = ("float32", "bfloat16")
+OURS, PLAIN, COMPILED = "fastfuse", "eager", "compiled"
+
+
+@dataclass(frozen=True)
+class Cell:
+    shape: str
+    dtype: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.dtype}, {self.mode}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Gives the output, or after a training step (output, *gradients of the inputs)."""
+
+    function: Callable[[Any], Tensor]
+    inputs: list[Tensor] = field(repr=False)
+    parameters: list[Tensor] = field(repr=False)
+    training: bool
+    sequence: bool  # whether the function takes a sequence of tensors, or one
+
+    def __call__(self) -> Any:
+        if not self.training:
+            with torch.no_grad():
+                return self._forward(self.inputs)
+        inputs = [x.detach().requires_grad_() for x in self.inputs]
+        output = self._forward(inputs)
+        leaves = [*inputs, *self.parameters]
+        gradients = torch.autograd.grad(output, leaves, output.detach(), allow_unused=True)
+        return output.detach(), *(g for g in gradients[: len(inputs)] if g is not None)
+
+    def _forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.function(inputs if self.sequence else inputs[0])
+
+
+def call(
+    model: nn.Module,
+    name: str,
+    shapes: Sequence[tuple[int, ...]],
+    layout: str,
+    dtype: str,
+    mode: str,
+    device: str,
+    *,
+    sequence: bool,
+) -> Call:
+    """A call of a model whose weights are overwritten, by name, with those of a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    for key in sorted(model.state_dict()):
+        value = model.state_dict()[key]
+        if key.endswith("weight") and value.dim() == 4:
+            fan_in = value.shape[1:].numel()
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    format_ = memory_format(layout == CHANNELS_LAST)
+    model = model.to(device, getattr(torch, dtype))
+    if name != OURS:  # ours takes weights as they come
+        model = model.to(memory_format=format_)
+    model.train(mode == BOTH)
+    inputs = [
+        torch.randn(shape, generator=generator)
+        .to(device, getattr(torch, dtype))
+        .contiguous(memory_format=format_)
+        for shape in shapes
+    ]
+    function = torch.compile(model, dynamic=False, fullgraph=True) if name == COMPILED else model
+    return Call(function, inputs, list(model.parameters()), mode == BOTH, sequence)
+
+
+def tolerances(cell: Cell, inputs: int) -> list[float]:
+    """Of the output, and in float32 of the inputs' gradients too.
+
+    In training mode batch norm divides by the deviation of as few as two values, those of a
+    globally pooled branch: where it is small, roundings before it grow by orders of magnitude, and
+    more so with each of a backbone's layers. In bfloat16 that leaves nothing to compare of
+    gradients. (The tests compare all of them in float64.)
+    """
+    dtype = getattr(torch, cell.dtype)
+    output = tolerance(dtype, roundings=32)
+    if cell.mode == FORWARD or dtype != torch.float32:
+        return [output]
+    return [32 * output, *[1024 * output] * inputs]
+
+
+def measure(
+    op: str,
+    build: Callable[..., Call],
+    cell: Cell,
+    names: Sequence[str],
+    benchmark: Any,
+    device: str,
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measures a cell: ours and every rival in both layouts, compiled ones in channels_last."""
+    make = partial(build, shape=cell.shape, dtype=cell.dtype, mode=cell.mode, device=device)
+    ways = [(name, layout) for name in names for layout in LAYOUTS]
+    ways = [way for way in ways if way != (COMPILED, CONTIGUOUS)]
+    variants = [
+        Variant(n, make(n, layout), layout, rival=n != OURS, optional=n == COMPILED)
+        for n, layout in ways
+    ]
+    flops = {}
+    for variant in variants:
+        if variant.layout == CONTIGUOUS:
+            progress(f"counts FLOPs of {variant.name}")
+            with FlopCounterMode(display=False) as counter:
+                variant.call()
+            flops[variant.name] = counter.get_total_flops()
+    flops[COMPILED] = flops[PLAIN]
+    inputs = len(variants[0].call.inputs) if cell.mode == BOTH else 0  # type: ignore[attr-defined]
+    return compare(
+        benchmark,
+        variants,
+        info={
+            "op": op,
+            "shape": cell.shape,
+            "dtype": cell.dtype,
+            "mode": cell.mode,
+            "series": "main",
+        },
+        tolerances=tolerances(cell, inputs),
+        budget_s=20,
+        min_rounds=3,
+        max_rounds=10,
+        device=device,
+        flops=flops,
+        progress=progress,
+    )
