@@ -6,6 +6,7 @@ What :mod:`fastfuse.calibration` and :mod:`fastfuse.calibration_report` share.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(devices)))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # parts of the model may be compiled: hooks need eager
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_modes(model, encoder))
         stack.enter_context(_observed(model, observe))
         advance = stack.enter_context(_progress(caller, batches, max_batches, progress))

@@ -105,4 +105,6 @@ def _bars(ax: Any, row: list[BranchReport], quantity: str, widest: int) -> None:
 def _short(value: float) -> str:
     if abs(value) < 5e-4:
         return "0"
-    return f"{value:.2f}" if 0.095 <= abs(value) < 100 else f"{value:.2g}"
+    if abs(value) >= 100:
+        return f"{value:.0f}" if abs(value) < 1e5 else f"{value:.1e}"
+    return f"{value:.2f}" if abs(value) >= 0.095 else f"{value:.2g}"

@@ -27,8 +27,10 @@ from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 __all__ = ["BranchReport", "BranchScale", "report", "save_report", "table"]
 
 
-# Random upstream gradients are drawn until so many channels have one: few are noisy.
-_DRAWN_CHANNELS = 256
+# Gradients are those of so many images, and of random upstream gradients for at least so many
+# channels: fewer are noisy.
+_IMAGES = 4
+_DRAWN_CHANNELS = 128
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ def report(
 
     Two passes over the batches, modes as in :func:`fastfuse.calibrate`: one with every equalizer at
     the identity, one with every fusion equalized by what the first found (fusions without an
-    equalizer borrow one). Gradients are those of the first batch. The model is left as it was.
+    equalizer borrow one). Gradients are those of the first four images. The model is left as it
+    was.
 
     Args:
         model: with fusions (``MultiLevelFusion``, ``SeparableFusion``), equalized or not.
@@ -185,7 +188,7 @@ class _Scales:
 def _gradients(fusion: LevelFusion, use: Use) -> list[float]:
     """RMS of every branch's part of the weight's gradient, for a random upstream gradient."""
     weight = fusion.level_weight.detach().requires_grad_()
-    features = [feature.detach() for feature in use.features]
+    features = [feature[:_IMAGES].detach() for feature in use.features]
     mean = fusion.equalizer.mean if fusion.equalizer else None
     std = fusion.equalizer.std if fusion.equalizer else None
     constants: dict[str, Any] = {"mean": mean, "std": std, "align_corners": use.align_corners}

@@ -36,7 +36,7 @@ def _report(args: argparse.Namespace) -> int:
     check_plot_path(args.output)
     model, images = _model_and_images(args)
     branches = report(model, images, **_options(args))
-    Console().print(table(branches))
+    Console(width=None if sys.stdout.isatty() else 110).print(table(branches))
     _say(" and ".join(map(str, save_report(branches, args.output))))
     return 0
 

@@ -18,6 +18,7 @@ from small_models import (
     DETAIL,
     POOLING,
     TOP_DOWN,
+    Backbone,
     Bare,
     Model,
     Pair,
@@ -135,6 +136,24 @@ def test_branches_are_equalized_on_the_same_images() -> None:
         margin = 0.5 if (name, level) in nested else 1e-6
         assert mean == pytest.approx(0, abs=margin), (name, level)
         assert std == pytest.approx(1, abs=margin), (name, level)
+
+
+def test_a_whole_head() -> None:
+    """UPerHead in a Segmentor: its inner fusion exactly, as the outer one's inputs were."""
+    head = fastfuse.heads.UPerHead([8, 12, 16], 8, 5, pool_scales=(1, 2), scale_equalizer=True)
+    model = fastfuse.models.Segmentor(Backbone(), head)
+    batches = random_batches(2, 4, 48)
+    expected = {(n, i): two_pass(t) for n, i, t in levels_seen(model, batches)}
+    statistics = calibrate(model, batches)
+    assert set(statistics) == {POOLING, TOP_DOWN}
+    for (name, level), (mean, std) in expected.items():
+        found = statistics[f"{name}.equalizer"]
+        assert (found.mean[level], found.std[level]) == pytest.approx((mean, std), rel=1e-6)
+    images = batches[0]
+    with torch.no_grad():
+        before = model.eval()(images)
+        fastfuse.fold_scale_equalizers(model)
+        torch.testing.assert_close(model(images), before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [MultiLevelFusion, SeparableFusion])

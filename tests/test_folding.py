@@ -25,6 +25,12 @@ from fastfuse.nn import MultiLevelFusion, SeparableFusion
 from fastfuse.tolerances import relative_error
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """These models are too small for more."""
+    torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_outputs_stay_with_the_mean(align_corners: bool) -> None:
     model = Model(align_corners=align_corners)
@@ -77,9 +83,7 @@ def test_without_the_mean_it_is_the_convolution_of_x_over_std(
 
 @pytest.mark.parametrize("kind", [MultiLevelFusion, SeparableFusion])
 def test_batch_statistics_take_the_mean_away_but_at_the_border(kind: Any) -> None:
-    """The paper's form under BatchNorm in training mode: the fusion's own, away from the padding.
-
-    Of levels that are constant at the border of the fold, so that only the padding can differ."""
+    """The paper's form under batch statistics: the fusion's own, away from the padding."""
     fusion = kind([3, 5], 4, scale_equalizer=True, norm=nn.Identity, activation=nn.Identity)
     fusion.double().equalizer.set_statistics([1.3, -0.7], [0.25, 3.0])
     features = levels_of(torch.float64)

@@ -97,11 +97,11 @@ def test_gradient_scale_is_the_root_of_the_second_moment(kind: Any) -> None:
             first, second = images.split(channels, 1)
             return self.fusion([first, nn.functional.avg_pool2d(second, 4)])
 
-    images = torch.randn(4, sum(channels), 16, 16) * 3 + 1
+    images = torch.randn(4, sum(channels), 16, 16) * 3 + 0.1
     for branch in report(Many(), [images], encoder=None):
         for scale in (branch.before, branch.after):
             expected = (scale.mean**2 + scale.variance) ** 0.5
-            margin = 0.02 if kind is MultiLevelFusion else 0.15  # of 32768 values, or of 128
+            margin = 0.02 if kind is MultiLevelFusion else 0.15  # of many values, or of 128
             assert scale.gradient == pytest.approx(expected, rel=margin)
 
 

@@ -100,6 +100,8 @@ def _product(a: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     GFLOP/s where MKL has 145-190), else torch.mm.
     """
     if _ONEDNN_LINEAR is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+        if weight.stride() != (1, weight.shape[0]):  # oneDNN takes 1000 times as long for slices
+            weight = weight.contiguous()
         return _ONEDNN_LINEAR(a, weight, None, "none", [], "")
     return torch.mm(a, weight.t(), out=out)
 
