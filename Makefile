@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One torch for development; fastfuse itself runs on every torch from 2.10 on.
 TORCH ?= torch==2.13.0
+# Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
+JOBS ?= 2
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -35,10 +38,10 @@ bench-full: $(BUILT)
 	$(BIN)/python -m fastfuse bench --out bench-results
 
 test: $(BUILT)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(BUILT)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-sanitize: $(BUILT)
 	$(BIN)/python tests/sanitizer.py

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfuse import backend
-from fastfuse.nn import ConvUnit, MultiLevelFusion, ScaleEqualizer
+from fastfuse.nn import Conv2d, ConvUnit, MultiLevelFusion, ScaleEqualizer, SeparableFusion
+from fastfuse.tolerances import relative_error
 
 
 def levels() -> list[Tensor]:
@@ -167,3 +170,76 @@ def test_fusion_names_what_does_not_fit() -> None:
         fusion([levels()[0], 3])
     with pytest.raises(ValueError, match=r"features\[1\] must have 4 dimensions"):
         fusion([levels()[0], torch.zeros(3)])
+
+
+# ---- Conv2d -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": "same", "bias": False},
+        {"kernel_size": 3},
+        {"kernel_size": 3, "padding": (1, 2)},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 3, "padding": 2, "dilation": 2},
+        {"kernel_size": (3, 5), "padding": 1},
+        {"kernel_size": 1},
+        {"kernel_size": 2},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 128},
+        {"kernel_size": 5, "padding": "same", "groups": 128},
+        {"kernel_size": 5, "padding": 1, "groups": 128},
+    ],
+    ids=str,
+)
+def test_conv2d_is_pytorchs(options: dict[str, Any]) -> None:
+    ours = Conv2d(128, 128, **options)
+    theirs = nn.Conv2d(128, 128, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 128, 34, 33, requires_grad=True)
+    results = []
+    for conv in (ours, theirs.double()):
+        y = conv(x.to(conv.weight.dtype))
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x)
+        results.append((y, gradient))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_conv2d_of_other_inputs() -> None:
+    """No batch; attributes overwritten; channels that do not fit are PyTorch's to refuse."""
+    conv = Conv2d(128, 128, 3, padding=1)
+    x = torch.randn(128, 34, 33)
+    torch.testing.assert_close(conv(x), conv(x[None])[0], rtol=1e-4, atol=1e-4)
+    conv.padding = 0
+    assert conv(x[None]).shape == (1, 128, 32, 31)
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(x[None, :5])
+
+
+# ---- SeparableFusion ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("equalized", [False, True])
+def test_separable_fusion_equals_its_plain_composition(equalized: bool) -> None:
+    fusion = SeparableFusion([4, 6, 2], 8, scale_equalizer=equalized).double()
+    mean, std = [0.0] * 3, [1.0] * 3
+    if fusion.equalizer is not None:
+        mean, std = [0.5, 0.25, 2.0], [0.5, 2.0, 4.0]
+        fusion.equalizer.set_statistics(mean, std)
+    features = [f.double() for f in levels()]
+    up = [F.interpolate(f, size=(12, 16), mode="bilinear") for f in features]
+    x = torch.cat([(u - m) / s for u, m, s in zip(up, mean, std, strict=True)], dim=1)
+    for unit, groups in ((fusion.depthwise_conv, 12), (fusion.pointwise_conv, 1)):
+        padding = unit.conv.weight.shape[2] // 2
+        x = F.relu(unit.bn(F.conv2d(x, unit.conv.weight, padding=padding, groups=groups)))
+    torch.testing.assert_close(fusion(features), x)
+    extra = {key for key in fusion.state_dict() if key.startswith("equalizer")}
+    assert extra == ({"equalizer.mean", "equalizer.std"} if equalized else set())
+    with pytest.raises(ValueError, match=r"SeparableFusion: expected levels with \(4, 6, 2\)"):
+        fusion(features[:2])
+    with pytest.raises(ValueError, match="SeparableFusion: in_channels must be positive"):
+        SeparableFusion([4, 0], 8)

@@ -27,38 +27,37 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_plain and x.dim() == 4 and x.shape[1] == self.in_channels:
-            if self.groups == 1 and self.dilation == (1, 1):
-                padding = self._padding
+        dilation, padding = self._dilation_and_padding()
+        if x.dim() == 4 and x.shape[1] == self.in_channels and padding is not None:
+            if self.groups == 1 and dilation == 1:
                 if convolves_single(x, self.weight, padding):
                     return fusion_conv2d([x], self.weight, self.bias, padding=padding)
-            elif self._is_depthwise and self._padding == self._reach:
-                return depthwise_conv2d(x, self.weight, self.bias, dilation=self.dilation[0])
+            elif self.groups == self.in_channels == self.out_channels and padding == dilation * (
+                self.weight.shape[2] // 2
+            ):
+                return depthwise_conv2d(x, self.weight, self.bias, dilation=dilation)
         return super().forward(x)
 
-    @property
-    def _is_plain(self) -> bool:
-        """Square, odd, stride 1, zero padding: what the package's ops are defined for."""
-        (k, k_x), (d, d_x) = self.kernel_size, self.dilation
-        return (
-            k == k_x
-            and k % 2 == 1
-            and d == d_x
-            and self.stride == (1, 1)
-            and self.padding_mode == "zeros"
-            and (isinstance(self.padding, str) or self.padding[0] == self.padding[1])
-        )
-
-    @property
-    def _is_depthwise(self) -> bool:
-        return self.groups == self.in_channels == self.out_channels
-
-    @property
-    def _reach(self) -> int:
-        return self.dilation[0] * (self.kernel_size[0] // 2)
-
-    @property
-    def _padding(self) -> int:
+    def _dilation_and_padding(self) -> tuple[int, int | None]:
+        """Of both axes; no padding where this is no convolution of the package's kind: square and
+        odd, with stride 1 and one number of zeros all around."""
+        k, k_x = self.weight.shape[2:]
+        stride, dilation = _pair(self.stride), _pair(self.dilation)
+        if (
+            k != k_x
+            or k % 2 == 0
+            or stride != (1, 1)
+            or dilation[0] != dilation[1]
+            or self.padding_mode != "zeros"
+        ):
+            return 1, None
         if isinstance(self.padding, str):
-            return self._reach if self.padding == "same" else 0
-        return self.padding[0]
+            reach = dilation[0] * (k // 2)
+            return dilation[0], reach if self.padding == "same" else 0
+        padding = _pair(self.padding)
+        return dilation[0], padding[0] if padding[0] == padding[1] else None
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Attributes of a convolution are pairs, but may be overwritten by ints."""
+    return (value, value) if isinstance(value, int) else tuple(value)
