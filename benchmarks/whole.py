@@ -46,11 +46,12 @@ class Call:
         if not self.training:
             with torch.no_grad():
                 return self._forward(self.inputs)
+        for parameter in self.parameters:
+            parameter.grad = None
         inputs = [x.detach().requires_grad_() for x in self.inputs]
         output = self._forward(inputs)
-        leaves = [*inputs, *self.parameters]
-        gradients = torch.autograd.grad(output, leaves, output.detach(), allow_unused=True)
-        return output.detach(), *(g for g in gradients[: len(inputs)] if g is not None)
+        output.backward(output.detach())
+        return output.detach(), *(x.grad for x in inputs if x.grad is not None)
 
     def _forward(self, inputs: list[Tensor]) -> Tensor:
         return self.function(inputs if self.sequence else inputs[0])
@@ -89,19 +90,17 @@ def call(
     return Call(function, inputs, list(model.parameters()), mode == BOTH, sequence)
 
 
-def tolerances(cell: Cell, inputs: int) -> list[float]:
-    """Of the output, and in float32 of the inputs' gradients too.
+def tolerances(cell: Cell) -> list[float]:
+    """Of the output alone.
 
-    In training mode batch norm divides by the deviation of as few as two values, those of a
-    globally pooled branch: where it is small, roundings before it grow by orders of magnitude, and
-    more so with each of a backbone's layers. In bfloat16 that leaves nothing to compare of
-    gradients. (The tests compare all of them in float64.)
+    Gradients of a chain of batch norms and ReLUs cannot be compared after rounding: where a ReLU's
+    input is near 0, a rounding turns its gradient on or off. Eager's own float32 gradients of
+    UPerHead are 2e-2 off float64's in a few values, in either layout, and fastfuse's likewise. The
+    tests compare all gradients in float64.
     """
     dtype = getattr(torch, cell.dtype)
-    output = tolerance(dtype, roundings=32)
-    if cell.mode == FORWARD or dtype != torch.float32:
-        return [output]
-    return [32 * output, *[1024 * output] * inputs]
+    roundings = 32 if cell.mode == FORWARD or cell.dtype != "float32" else 1024
+    return [tolerance(dtype, roundings=roundings)]
 
 
 def measure(
@@ -129,7 +128,6 @@ def measure(
                 variant.call()
             flops[variant.name] = counter.get_total_flops()
     flops[COMPILED] = flops[PLAIN]
-    inputs = len(variants[0].call.inputs) if cell.mode == BOTH else 0  # type: ignore[attr-defined]
     return compare(
         benchmark,
         variants,
@@ -140,7 +138,7 @@ def measure(
             "mode": cell.mode,
             "series": "main",
         },
-        tolerances=tolerances(cell, inputs),
+        tolerances=tolerances(cell),
         budget_s=20,
         min_rounds=3,
         max_rounds=10,

@@ -11,8 +11,8 @@ from fastfuse import heads, models, nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
 from fastfuse.calibration import BranchStatistics, calibrate
-from fastfuse.calibration_file import load_calibration, save_calibration
-from fastfuse.folding import fold_scale_equalizers
+from fastfuse.calibration.file import load_calibration, save_calibration
+from fastfuse.calibration.folding import fold_scale_equalizers
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fastfuse._info import info
 from fastfuse.backends import DTYPES
-from fastfuse.cli_calibration import add_commands
+from fastfuse.calibration.cli import add_commands
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import BACKENDS, self_test, verify
 

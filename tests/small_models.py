@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.image_folder import ImageFolder
+from fastfuse.calibration.images import ImageFolder
 from fastfuse.nn import ConvUnit, MultiLevelFusion, ScaleEqualizer, SeparableFusion
 from fastfuse.ops.bilinear import interpolate_exactly
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import fastfuse
 from fastfuse import BranchStatistics, calibrate, load_calibration, save_calibration
-from fastfuse.branch_moments import Moments, image_moments
+from fastfuse.calibration.moments import Moments, image_moments
 from fastfuse.nn import MultiLevelFusion, ScaleEqualizer, SeparableFusion
 from fastfuse.ops.bilinear import interpolate_exactly
 
@@ -78,7 +78,7 @@ def test_moments_of_an_upsampled_branch(
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_moments_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastfuse.branch_moments._CHUNK, "cpu", 100)
+    monkeypatch.setitem(fastfuse.calibration.moments._CHUNK, "cpu", 100)
     x = torch.randn(2, 11, 6, 5)
     x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     for size in ((12, 20), (6, 5), (3, 2)):

@@ -12,8 +12,7 @@ import fastfuse
 PACKAGE = Path(fastfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ["ops", "nn", "heads", "models"]  # each may import those before it
-ABOVE_ALL = {"cli", "verify", "convert", "folding", "branch_moments", "image_folder"}
-ABOVE_ALL |= {p.stem for p in FILES if p.stem.startswith(("calibration", "cli_"))}
+ABOVE_ALL = {"cli", "verify", "convert", "calibration"}
 FOUNDATION = {"_extension", "backends"}  # may import nothing above; anyone may import them
 
 

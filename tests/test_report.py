@@ -24,8 +24,8 @@ from small_models import (
 from torch import nn
 
 from fastfuse import calibrate, cli, load_calibration
-from fastfuse.calibration_report import BranchReport, report, save_report, table
-from fastfuse.image_folder import ImageFolder
+from fastfuse.calibration.images import ImageFolder
+from fastfuse.calibration.report import BranchReport, report, save_report, table
 from fastfuse.nn import MultiLevelFusion, SeparableFusion
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastfuse.calibration_report import BranchReport
+    from fastfuse.calibration.report import BranchReport
 
 __all__ = ["check_plot_path", "plot"]
 

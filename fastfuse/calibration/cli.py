@@ -14,10 +14,10 @@ from rich.console import Console
 from torch import nn
 
 from fastfuse.calibration import calibrate
-from fastfuse.calibration_file import check_suffix, save_calibration
-from fastfuse.calibration_plot import check_plot_path
-from fastfuse.calibration_report import report, save_report, table
-from fastfuse.image_folder import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+from fastfuse.calibration.file import check_suffix, save_calibration
+from fastfuse.calibration.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
+from fastfuse.calibration.plot import check_plot_path
+from fastfuse.calibration.report import report, save_report, table
 
 __all__ = ["add_commands"]
 

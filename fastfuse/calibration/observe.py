@@ -1,6 +1,6 @@
 """One pass of a model over images as calibration needs it, after which nothing of it is left.
 
-What :mod:`fastfuse.calibration` and :mod:`fastfuse.calibration_report` share.
+What :mod:`fastfuse.calibration` and :mod:`fastfuse.calibration.report` share.
 """
 
 from __future__ import annotations

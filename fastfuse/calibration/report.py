@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from fastfuse.calibration import MomentsOf, combined, write
-from fastfuse.calibration_pass import Use, equalizers, fusions, identity_equalizers, run, unwrap
+from fastfuse.calibration.observe import Use, equalizers, fusions, identity_equalizers, run, unwrap
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
@@ -98,7 +98,7 @@ def report(
             raises. TypeError, as there.
 
     >>> import torch, fastfuse
-    >>> from fastfuse.calibration_report import report
+    >>> from fastfuse.calibration.report import report
     >>> fusion = fastfuse.nn.MultiLevelFusion([3, 3], 4)
     >>> class Model(torch.nn.Module):
     ...     def __init__(self):
@@ -258,7 +258,7 @@ def save_report(branches: list[BranchReport], path: str | PathLike[str]) -> list
         ValueError: another suffix.
         ImportError: matplotlib is not installed.
     """
-    from fastfuse.calibration_plot import plot
+    from fastfuse.calibration.plot import plot
 
     path = Path(path)
     plot(branches, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastfuse.calibration_pass import equalizers, fusions, unwrap
+from fastfuse.calibration.observe import equalizers, fusions, unwrap
 
 __all__ = ["fold_scale_equalizers"]
 

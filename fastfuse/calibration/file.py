@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastfuse.calibration import BranchStatistics, write
-from fastfuse.calibration_pass import equalizers, unwrap
+from fastfuse.calibration.observe import equalizers, unwrap
 
 __all__ = ["check_suffix", "load_calibration", "save_calibration"]
 

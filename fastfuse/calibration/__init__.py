@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfuse.branch_moments import Moments, image_moments
-from fastfuse.calibration_pass import Use, equalizers, identity_equalizers, run, unwrap
+from fastfuse.calibration.moments import Moments, image_moments
+from fastfuse.calibration.observe import Use, equalizers, identity_equalizers, run, unwrap
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.ops.checks import FLOAT32
 
