@@ -51,14 +51,18 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         op, shape, mode = row
         for dtype, axis in zip(dtypes, line, strict=False):
             here = [c for c in of[row] if c["dtype"] == dtype]
+            if not here:
+                axis.set_visible(False)
+                continue
             _speedups(axis, here, _rivals(of[row]), regimes_of[row])
             axis.set_title(f"{op}\n{shape}, {mode}, {dtype}", fontsize=10, loc="left")
         _shares(line[-1], of[row], regimes_of[row], about["gemm_gflops"])
     for op, line in zip(growing, axes[len(rows) :], strict=True):
         _growth(line, [c for c in growth if c["op"] == op], regimes)
+    copies = f"copy rate ({about['copy_gbs']:.0f} GB/s) or " if about["copy_gbs"] else ""
     figure.suptitle(
-        f"Speedup of fastfuse over each rival, and the share of the copy rate "
-        f"({about['copy_gbs'] or 0:.0f} GB/s) or GEMM rate that it reaches\n"
+        f"Speedup of fastfuse over each rival, and the share of the {copies}GEMM rate that it "
+        f"reaches\n"
         f"{about['name']}, {about['threads']} threads, "
         f"torch {about['versions']['torch']}, {about['date'][:10]}",
         fontsize=12,
