@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from inputs import both_layouts, every_dtype, images
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
 
-from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
+from fastfuse.ops.layout import in_layout, is_channels_last, memory_format, to_layout
 
 SHAPES = [(2, 37, 9, 13), (1, 64, 8, 8), (3, 5, 1, 70), (1, 1, 4, 4), (2, 16, 1, 1), (0, 3, 2, 2),
           (1, 130, 65, 3)]  # fmt: skip
@@ -39,3 +41,16 @@ def test_an_image_in_the_layout_is_itself() -> None:
 def test_other_strides_are_refused() -> None:
     with pytest.raises(RuntimeError, match="copy_layout: image must be dense"):
         torch.ops.fastfuse.copy_layout(torch.randn(2, 3, 4, 5)[:, ::2], True)
+
+
+@both_layouts
+def test_conversion_in_modules(channels_last: bool) -> None:
+    """With derivatives of every order, within PyTorch's machinery, and in torch.func."""
+    (x,) = images((2, 3, 4, 5), dtype=torch.float64, channels_last=not channels_last)
+    x.requires_grad_()
+    opcheck(torch.ops.fastfuse.copy_layout.default, (x, channels_last))
+    assert gradcheck(to_layout, (x, channels_last))
+    assert gradgradcheck(to_layout, (x, channels_last))
+    tangent = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    _, result = torch.func.jvp(lambda v: to_layout(v, channels_last), (x.detach(),), (tangent,))
+    assert torch.equal(result, tangent)
