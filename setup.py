@@ -42,6 +42,7 @@ class CMakeBuild(build_ext):
             "FASTFUSE_TORCH_LIB": Path(torch.__file__).parent / "lib",
             "FASTFUSE_TORCH_VERSION": torch.__version__,
             "FASTFUSE_SANITIZE": sanitize,
+            "FASTFUSE_SANITIZE_ISAS": os.environ.get("FASTFUSE_SANITIZE_ISAS", ""),
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }
         definitions = [f"-D{name}={value}" for name, value in configure.items()]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from small_models import (
     POOLING,
     Bare,
@@ -27,6 +26,8 @@ from fastfuse import calibrate, cli, load_calibration
 from fastfuse.calibration.images import ImageFolder
 from fastfuse.calibration.report import BranchReport, report, save_report, table
 from fastfuse.nn import MultiLevelFusion, SeparableFusion
+
+Image = pytest.importorskip("PIL.Image")
 
 
 @pytest.fixture(autouse=True)

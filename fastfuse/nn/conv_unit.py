@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfuse.nn.conv2d import Conv2d
 
@@ -21,7 +22,8 @@ class ConvUnit(nn.Module):
         kernel_size: odd.
         dilation, groups: as in ``nn.Conv2d``.
         norm: called with out_channels, e.g. ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``.
-        activation: called without arguments, e.g. ``nn.ReLU``.
+        activation: called without arguments, e.g. ``nn.ReLU``, which works in place after a batch
+            norm.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W).
 
@@ -59,6 +61,8 @@ class ConvUnit(nn.Module):
         )
         self.bn = norm(out_channels)
         self.activation = activation()
+        if type(self.activation) is nn.ReLU and isinstance(self.bn, _BatchNorm):
+            self.activation.inplace = True  # nobody needs batch norm's result but the ReLU
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.bn(self.conv(x)))
