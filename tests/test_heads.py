@@ -184,6 +184,34 @@ def test_compiled_and_exported(name: str) -> None:
         assert relative_error(compiled(levels), expected) < 1e-5
 
 
+def test_levels_by_any_index() -> None:
+    class Head(heads.DecodeHead):
+        def fuse(self, levels: list[Tensor]) -> Tensor:
+            return levels[0]
+
+    levels = [torch.randn(1, c, 4, 4) for c in (2, 3, 4, 5)]
+    for index, channels in ((2, 4), (-2, 4), (0, 2), (-1, 5)):
+        head = Head({index: channels}, channels, 6, 0.0, False)
+        assert head(levels).shape == (1, 6, 4, 4)
+    with pytest.raises(ValueError, match="Head: expected at least 4 levels"):
+        Head({1: 3, 3: 5}, 3, 6, 0.0, False)(levels[:2])
+
+
+def test_transforms() -> None:
+    head, _, shapes = pair("PSPHead")
+    head.double().eval()
+    levels = features(shapes, dtype=torch.float64)
+    with torch.no_grad():
+        batched = torch.func.vmap(lambda x: head([x[None]])[0])(levels[-1])
+        assert relative_error(batched, head(levels)) < 1e-11
+    with fastfuse.backend("reference"):
+        x = levels[-1].requires_grad_()
+        upstream = torch.eye(5, dtype=torch.float64).reshape(5, 1, 5, 1, 1).expand(5, 2, 5, 9, 13)
+        (batch,) = torch.autograd.grad(head([x]), x, upstream, is_grads_batched=True)
+        (one,) = torch.autograd.grad(head([x]), x, upstream[1])
+    assert relative_error(batch[1], one) < 1e-11
+
+
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: heads.UPerHead([8]), r"UPerHead: in_channels must have .* at least two; got \[8\]"),
     (lambda: heads.UPerHead([8, 0]), "UPerHead: in_channels must be an int of at least 1; got 0"),

@@ -164,6 +164,17 @@ def test_segmentor() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["PSPHead", "ASPPHead", "SepASPPHead", "FCNHead"])
+def test_logits_are_upsampled_as_the_head_says(name: str) -> None:
+    options = {"c1_in_channels": 4, "c1_channels": 4} if name == "SepASPPHead" else {}
+    head = getattr(heads, name)(6, 8, 5, align_corners=True, **options)
+    model = Segmentor(Backbone(), head).eval()
+    images = torch.randn(1, 3, 14, 18)
+    logits = head(model.backbone(images))
+    expected = F.interpolate(logits, size=(14, 18), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(model(images), expected)
+
+
 def test_predict_leaves_the_modes() -> None:
     model = segmentor()
     model.train()
@@ -304,6 +315,46 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(fault: str) -> None:
         load_checkpoint(model, state)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class Versioned(nn.Module):
+    """Doubles what older checkpoints have; keeps a state that is no tensor."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+        self.extra: Any = "extra"
+
+    def get_extra_state(self) -> Any:
+        return self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        if metadata.get("version") != 2:
+            state[f"{prefix}w"] = 2 * state[f"{prefix}w"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_versions_of_modules_are_kept() -> None:
+    model = nn.Sequential(Versioned())
+    load_checkpoint(model, model.state_dict())
+    load_checkpoint(model[0], model.state_dict(), prefix="0.")
+    with pytest.raises(RuntimeError, match="unknown"):
+        load_checkpoint(model, {**model.state_dict(), "unknown": torch.ones(1)})
+    assert model[0].w.item() == 1
+    assert model[0].extra == "extra"
+    norm = nn.BatchNorm2d(2)
+    state = norm.state_dict()
+    del state["num_batches_tracked"]  # which older versions only may lack
+    with pytest.raises(RuntimeError, match="num_batches_tracked"):
+        load_checkpoint(norm, state)
+    load_checkpoint(norm, dict(state))
 
 
 def test_heads_without_equalizers_take_published_keys() -> None:

@@ -220,6 +220,38 @@ def test_conv2d_of_other_inputs() -> None:
         conv(x[None, :5])
 
 
+def test_conv2d_where_something_else_was_meant() -> None:
+    """Subclasses, other dtypes, graphs that are traced, sizes that stay open."""
+
+    class Nothing(Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, 0 * weight, None)
+
+    x = torch.randn(2, 128, 34, 33)
+    assert not Nothing(128, 128, 3, padding=1)(x).any()
+    depthwise = Conv2d(4, 4, 3, padding=1, groups=4, dtype=torch.complex64)
+    assert depthwise(torch.randn(1, 4, 5, 5, dtype=torch.complex64)).is_complex()
+    conv = Conv2d(128, 128, 3, padding=1).eval()
+    conv.padding = (1,)  # type: ignore[assignment]
+    assert conv(x).shape == x.shape
+    traced = torch.fx.symbolic_trace(ConvUnit(128, 128, 3).eval())
+    assert traced(x).shape == x.shape
+
+    sizes = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
+    unit = ConvUnit(128, 128, 3).eval()
+    with torch.no_grad():
+        exported = torch.export.export(unit, (x[..., :16, :16],), dynamic_shapes=sizes).module()
+        more = torch.randn(9, 128, 16, 16)
+        torch.testing.assert_close(exported(more), unit(more), rtol=1e-4, atol=1e-4)
+
+
+def test_activations_of_the_users_stay_as_they_are() -> None:
+    mine = nn.ReLU()
+    assert not ConvUnit(4, 4, 3, activation=lambda: mine).activation.inplace
+    assert ConvUnit(4, 4, 3).activation.inplace
+    assert not ConvUnit(4, 4, 3, norm=nn.Identity).activation.inplace
+
+
 # ---- SeparableFusion ----------------------------------------------------------------------------
 
 

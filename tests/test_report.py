@@ -175,6 +175,14 @@ def test_image_folder(photographs: Path) -> None:
     assert next(iter(ImageFolder(photographs, 2, size=(8, 10)))).shape == (2, 3, 8, 10)
 
 
+def test_nobody_elses_numbers_are_overwritten(tmp_path: Path) -> None:
+    mine = tmp_path / "scale.json"
+    mine.write_text("{}")
+    with pytest.raises(ValueError, match=r"the numbers would go to .*scale.json, where another"):
+        save_report([], tmp_path / "scale.png")
+    assert mine.read_text() == "{}"
+
+
 def test_image_folder_refuses(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for options, message in (

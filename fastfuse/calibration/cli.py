@@ -17,7 +17,7 @@ from fastfuse.calibration import calibrate
 from fastfuse.calibration.file import check_suffix, save_calibration
 from fastfuse.calibration.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from fastfuse.calibration.plot import check_plot_path
-from fastfuse.calibration.report import report, save_report, table
+from fastfuse.calibration.report import check_numbers_path, report, save_report, table
 
 __all__ = ["add_commands"]
 
@@ -34,6 +34,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     check_plot_path(args.output)
+    check_numbers_path(args.output)
     model, images = _model_and_images(args)
     branches = report(model, images, **_options(args))
     Console(width=None if sys.stdout.isatty() else 110).print(table(branches))

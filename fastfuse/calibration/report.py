@@ -24,13 +24,14 @@ from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
-__all__ = ["BranchReport", "BranchScale", "report", "save_report", "table"]
+__all__ = ["BranchReport", "BranchScale", "check_numbers_path", "report", "save_report", "table"]
 
 
 # Gradients are those of so many images, and of random upstream gradients for at least so many
 # channels: fewer are noisy.
 _IMAGES = 4
 _DRAWN_CHANNELS = 128
+_FORMAT = "fastfuse report"
 
 
 @dataclass(frozen=True)
@@ -251,19 +252,35 @@ def _rounded(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
 
 
+def check_numbers_path(path: Path) -> Path:
+    """Of the JSON file beside a plot; ValueError if something else is there."""
+    numbers = path.with_suffix(".json")
+    if numbers.exists():
+        try:
+            known = json.loads(numbers.read_text(encoding="utf-8"))["format"] == _FORMAT
+        except (ValueError, LookupError, TypeError, OSError):
+            known = False
+        if not known:
+            raise ValueError(
+                f"report: the numbers would go to {numbers}, where another file is; "
+                f"choose another name for the plot"
+            )
+    return numbers
+
+
 def save_report(branches: list[BranchReport], path: str | PathLike[str]) -> list[Path]:
     """Writes a plot to ``path`` (.png, .svg or .pdf) and the numbers to a JSON file beside it.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or a JSON file of that name that is no report.
         ImportError: matplotlib is not installed.
     """
     from fastfuse.calibration.plot import plot
 
     path = Path(path)
+    numbers = check_numbers_path(path)
     plot(branches, path)
-    numbers = path.with_suffix(".json")
     entries = [{**asdict(b), "label": b.label} for b in branches]
-    document = {"format": "fastfuse report", "version": 1, "branches": entries}
+    document = {"format": _FORMAT, "version": 1, "branches": entries}
     numbers.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return [path, numbers]

@@ -55,7 +55,7 @@ class ASPPHead(DecodeHead):
         align_corners: bool = False,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
-        super().__init__({-1: in_channels}, channels, num_classes, dropout)
+        super().__init__({-1: in_channels}, channels, num_classes, dropout, align_corners)
         self._build(in_channels, channels, dilations, scale_equalizer, align_corners, norm)
         self.initialize()
 

@@ -33,13 +33,19 @@ class DecodeHead(nn.Module):
         channels: of the map that is classified.
         num_classes: at least 1.
         dropout: probability of dropping a channel of that map in training, in [0, 1).
+        align_corners: of the upsampling here, and of the logits' by a model.
 
     Raises:
         ValueError: an argument out of its range.
     """
 
     def __init__(
-        self, level_channels: dict[int, int], channels: int, num_classes: int, dropout: float
+        self,
+        level_channels: dict[int, int],
+        channels: int,
+        num_classes: int,
+        dropout: float,
+        align_corners: bool,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -50,6 +56,7 @@ class DecodeHead(nn.Module):
             raise ValueError(f"{name}: dropout must be in [0, 1); got {dropout}")
         self.level_channels = dict(level_channels)
         self.num_classes = num_classes
+        self.align_corners = align_corners
         self.conv_seg = nn.Conv2d(channels, num_classes, 1)
         self.dropout = nn.Dropout2d(dropout)
 
@@ -78,8 +85,9 @@ class DecodeHead(nn.Module):
     def _select(self, features: Sequence[Tensor]) -> list[Tensor]:
         name = type(self).__name__
         features = feature_list(name, features)
-        exact = -1 not in self.level_channels
-        expected = len(self.level_channels)
+        indices = list(self.level_channels)
+        exact = len(indices) > 1 and indices == list(range(len(indices)))
+        expected = max(len(indices), *(i + 1 if i >= 0 else -i for i in indices))
         if len(features) < expected or (exact and len(features) > expected):
             raise ValueError(
                 f"{name}: expected {'' if exact else 'at least '}{expected} "

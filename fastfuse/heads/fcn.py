@@ -70,7 +70,7 @@ class FCNHead(DecodeHead):
                 "FCNHead: scale_equalizer needs the fusion that concat_input makes; "
                 "got concat_input=False"
             )
-        super().__init__({-1: in_channels}, channels, num_classes, dropout)
+        super().__init__({-1: in_channels}, channels, num_classes, dropout, align_corners)
         widths = [in_channels] + [channels] * num_convs
         self.convs = nn.Sequential(
             *(ConvUnit(c, channels, kernel_size, norm=norm) for c in widths[:-1])

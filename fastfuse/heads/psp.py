@@ -55,7 +55,7 @@ class PSPHead(DecodeHead):
         align_corners: bool = False,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
-        super().__init__({-1: in_channels}, channels, num_classes, dropout)
+        super().__init__({-1: in_channels}, channels, num_classes, dropout, align_corners)
         self.psp_modules = PyramidPooling("PSPHead", pool_scales, in_channels, channels, norm)
         self.bottleneck = MultiLevelFusion(
             [in_channels, *[channels] * len(pool_scales)],

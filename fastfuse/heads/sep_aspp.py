@@ -63,7 +63,12 @@ class SepASPPHead(ASPPHead):
     ) -> None:
         at_least("SepASPPHead", 1, c1_in_channels=c1_in_channels, c1_channels=c1_channels)
         DecodeHead.__init__(
-            self, {0: c1_in_channels, -1: in_channels}, channels, num_classes, dropout
+            self,
+            {0: c1_in_channels, -1: in_channels},
+            channels,
+            num_classes,
+            dropout,
+            align_corners,
         )
         self._build(in_channels, channels, dilations, scale_equalizer, align_corners, norm)
         self.c1_bottleneck = ConvUnit(c1_in_channels, c1_channels, 1, norm=norm)

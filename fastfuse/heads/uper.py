@@ -62,8 +62,9 @@ class UPerHead(DecodeHead):
                 "UPerHead: in_channels must have one number per level, at least two; "
                 f"got {in_channels!r}"
             )
-        super().__init__(dict(enumerate(in_channels)), channels, num_classes, dropout)
-        self.align_corners = align_corners
+        super().__init__(
+            dict(enumerate(in_channels)), channels, num_classes, dropout, align_corners
+        )
         *lateral, coarsest = in_channels
 
         def fusion(levels: Sequence[int]) -> MultiLevelFusion:

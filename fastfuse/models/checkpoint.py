@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,23 @@ def load_checkpoint(
     >>> fastfuse.models.load_checkpoint(head, checkpoint, prefix="decode_head.")
     """
     state = _state_dict(checkpoint)
-    chosen = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    chosen = OrderedDict(
+        (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
+    )
     if not chosen:
         listed = ", ".join(sorted({key.split(".")[0] for key in state}))
         raise ValueError(
             f"load_checkpoint: no key starts with prefix {prefix!r}; keys start with {listed}"
         )
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    # Modules tell by these versions what an older state dict lacks.
+    if versions := getattr(state, "_metadata", None):
+        inside = {k.removeprefix(prefix): v for k, v in versions.items() if k.startswith(prefix)}
+        if (own := prefix.removesuffix(".")) in versions:
+            inside[""] = versions[own]
+        chosen._metadata = inside  # type: ignore[attr-defined]
+    before = model.state_dict()
+    for key, value in before.items():
+        before[key] = value.clone() if isinstance(value, Tensor) else deepcopy(value)
     try:
         model.load_state_dict(chosen)
     except Exception:
@@ -58,7 +70,10 @@ def _state_dict(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tens
     for _ in range(2):  # a state dict, perhaps inside another dict
         if not isinstance(checkpoint, Mapping):
             break
-        if checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        if checkpoint and all(
+            isinstance(value, Tensor) or key.endswith("_extra_state")
+            for key, value in checkpoint.items()
+        ):
             return checkpoint
         inner = (checkpoint[key] for key in ("state_dict", "model") if key in checkpoint)
         checkpoint = next(inner, None)  # type: ignore[assignment]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastfuse.backends import DTYPES
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import convolves_single, fusion_conv2d
 
@@ -21,6 +22,9 @@ class Conv2d(nn.Conv2d):
       faster than PyTorch: Winograd's algorithm, in float32 on CPUs;
     - anything else: PyTorch's convolution.
 
+    Winograd's algorithm rounds differently, and an infinity among the inputs makes NaNs where a
+    direct convolution has infinities.
+
     >>> import torch, fastfuse
     >>> fastfuse.nn.Conv2d(64, 64, 3, padding=1)(torch.randn(1, 64, 16, 16)).shape
     torch.Size([1, 64, 16, 16])
@@ -28,20 +32,29 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         dilation, padding = self._dilation_and_padding()
-        if x.dim() == 4 and x.shape[1] == self.in_channels and padding is not None:
+        same = padding == dilation * (_pair(self.kernel_size)[0] // 2)
+        if padding is not None and self._is_image(x):
             if self.groups == 1 and dilation == 1:
                 if convolves_single(x, self.weight, padding):
                     return fusion_conv2d([x], self.weight, self.bias, padding=padding)
-            elif self.groups == self.in_channels == self.out_channels and padding == dilation * (
-                self.weight.shape[2] // 2
-            ):
+            elif self.groups == self.in_channels == self.out_channels and same:
                 return depthwise_conv2d(x, self.weight, self.bias, dilation=dilation)
         return super().forward(x)
+
+    def _is_image(self, x: Tensor) -> bool:
+        """What the package's ops take, and not what only traces a graph (torch.fx)."""
+        return (
+            isinstance(x, Tensor)
+            and x.dim() == 4
+            and x.shape[1] == self.in_channels
+            and x.dtype in DTYPES
+            and type(self)._conv_forward is nn.Conv2d._conv_forward
+        )
 
     def _dilation_and_padding(self) -> tuple[int, int | None]:
         """Of both axes; no padding where this is no convolution of the package's kind: square and
         odd, with stride 1 and one number of zeros all around."""
-        k, k_x = self.weight.shape[2:]
+        k, k_x = _pair(self.kernel_size)
         stride, dilation = _pair(self.stride), _pair(self.dilation)
         if (
             k != k_x
@@ -59,5 +72,5 @@ class Conv2d(nn.Conv2d):
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Attributes of a convolution are pairs, but may be overwritten by ints."""
-    return (value, value) if isinstance(value, int) else tuple(value)
+    """Attributes of a convolution are pairs, but may be overwritten by ints or single values."""
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])

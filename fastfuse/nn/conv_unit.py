@@ -22,8 +22,8 @@ class ConvUnit(nn.Module):
         kernel_size: odd.
         dilation, groups: as in ``nn.Conv2d``.
         norm: called with out_channels, e.g. ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``.
-        activation: called without arguments, e.g. ``nn.ReLU``, which works in place after a batch
-            norm.
+        activation: called without arguments, e.g. ``nn.ReLU``; this very class works in
+            place after a batch norm.
 
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W).
 
@@ -61,7 +61,8 @@ class ConvUnit(nn.Module):
         )
         self.bn = norm(out_channels)
         self.activation = activation()
-        if type(self.activation) is nn.ReLU and isinstance(self.bn, _BatchNorm):
+        in_place = activation is nn.ReLU and isinstance(self.bn, _BatchNorm)
+        if in_place and isinstance(self.activation, nn.ReLU):
             self.activation.inplace = True  # nobody needs batch norm's result but the ReLU
 
     def forward(self, x: Tensor) -> Tensor:

@@ -56,7 +56,10 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
 
 
 def to_layout(image: Tensor, channels_last: bool) -> Tensor:
-    """:func:`in_layout` wherever it may be called: by modules, with derivatives, in transforms."""
+    """:func:`in_layout` for modules, with derivatives; in transforms, where images may be batches
+    of images, the image as it is."""
+    if torch._C._are_functorch_transforms_active():
+        return image
     if cpu_refusal(image) is None:
         return in_layout(image, channels_last)
     return image.contiguous(memory_format=memory_format(channels_last))
@@ -72,7 +75,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-    return in_layout(grad_output, not ctx.channels_last), None
+    try:
+        return to_layout(grad_output, not ctx.channels_last), None
+    except RuntimeError as error:  # batched gradients have no memory format
+        if "vmap" not in str(error):
+            raise
+        return grad_output, None
 
 
 torch.library.register_autograd("fastfuse::copy_layout", _backward, setup_context=_setup_context)

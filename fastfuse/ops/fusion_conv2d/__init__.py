@@ -141,9 +141,15 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     margin = 2 * padding - 2
     pixels = batch * (height + margin) * (width + margin)
     out_channels = weight.shape[0]
+    if torch.compiler.is_compiling():  # a size that is not known must not become a condition
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        enough = statically_known_true(pixels >= SINGLE_PIXELS)
+    else:
+        enough = pixels >= SINGLE_PIXELS
     return (
         min(channels, out_channels) >= SINGLE_CHANNELS
-        and pixels >= SINGLE_PIXELS
+        and enough
         and winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)
     )
 
