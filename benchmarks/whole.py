@@ -70,11 +70,10 @@ def call(
 ) -> Call:
     """A call of a model whose weights are overwritten, by name, with those of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    for key in sorted(model.state_dict()):
-        value = model.state_dict()[key]
-        if key.endswith("weight") and value.dim() == 4:
-            fan_in = value.shape[1:].numel()
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    for _, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
+        if parameter.dim() == 4:
+            scale = (2 / parameter[0].numel()) ** 0.5
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     format_ = memory_format(layout == CHANNELS_LAST)
     model = model.to(device, getattr(torch, dtype))
     if name != OURS:  # ours takes weights as they come

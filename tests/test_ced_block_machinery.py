@@ -227,7 +227,8 @@ def test_forward_mode_runs_on_the_reference(block: Block) -> None:
 def test_batched_gradients_are_refused(block: Block) -> None:
     leaves = [t.requires_grad_() for t in block.inputs()]
     output = block.call(*leaves)
-    with pytest.raises(RuntimeError, match=f"{block.name}_backward"):
+    message = f"{block.name}: backward expects plain gradients, got batched ones"
+    with pytest.raises(RuntimeError, match=message):
         torch.autograd.grad(output, leaves, torch.randn(3, *output.shape), is_grads_batched=True)
 
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.calibration.moments import Moments, image_moments
-from fastfuse.calibration.observe import Use, equalizers, identity_equalizers, run, unwrap
+from fastfuse.calibration.observe import (
+    Use,
+    equalizers,
+    identity_equalizers,
+    kept_statistics,
+    run,
+    unwrap,
+)
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.ops.checks import FLOAT32
 
@@ -201,15 +208,9 @@ def _problem(branch: Moments) -> str | None:
 
 def write(modules: dict[str, ScaleEqualizer], statistics: dict[str, BranchStatistics]) -> None:
     """Writes statistics to all equalizers, or to none if one refuses its own."""
-    before = [(m, m.mean.clone(), m.std.clone()) for m in modules.values()]
-    try:
+    with kept_statistics(modules.values()):
         for name, module in modules.items():
             module.set_statistics(statistics[name].mean, statistics[name].std)
-    except BaseException:
-        for module, mean, std in before:
-            module.mean.copy_(mean)
-            module.std.copy_(std)
-        raise
 
 
 def _on_all_ranks(action: Callable[[], T]) -> list[T]:

@@ -138,7 +138,8 @@ def _guarded(name: str, run: Any) -> Any:
         try:
             return run(args)
         except (ValueError, TypeError, ImportError, OSError) as error:
-            _say(f"{message if (message := str(error)).startswith(name) else f'{name}: {message}'}")
+            message = str(error)
+            _say(message if message.startswith(name) else f"{name}: {message}")
             return 2
 
     return guarded

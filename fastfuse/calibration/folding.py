@@ -78,9 +78,8 @@ def fold_scale_equalizers(model: nn.Module, *, keep_mean: bool = True) -> list[s
                     f"{type(shared).__name__}, which cannot be folded twice"
                 )
             seen[id(shared)] = name
-        smallest = (
-            fusion.equalizer.std.min() if fusion.equalizer is not None else weight.new_ones(())
-        )
+        assert fusion.equalizer is not None
+        smallest = fusion.equalizer.std.min()
         largest = (weight.detach().abs().max().double() / smallest.double()).to(weight.dtype)
         if not torch.isfinite(largest):
             raise ValueError(

@@ -22,7 +22,15 @@ from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
 from fastfuse.ops.checks import check_size
 
-__all__ = ["Use", "equalizers", "fusions", "identity_equalizers", "run", "unwrap"]
+__all__ = [
+    "Use",
+    "equalizers",
+    "fusions",
+    "identity_equalizers",
+    "kept_statistics",
+    "run",
+    "unwrap",
+]
 
 
 @dataclass(frozen=True)
@@ -115,19 +123,28 @@ def _distributed() -> bool:
 
 
 @contextlib.contextmanager
+def kept_statistics(modules: Iterable[ScaleEqualizer], *, always: bool = False) -> Iterator[None]:
+    """Equalizers get their statistics back if the body fails, or always."""
+    before = [(m, m.mean.clone(), m.std.clone()) for m in modules]
+    done = False
+    try:
+        yield
+        done = not always
+    finally:
+        for module, mean, std in [] if done else before:
+            module.mean.copy_(mean)
+            module.std.copy_(std)
+
+
+@contextlib.contextmanager
 def identity_equalizers(modules: Iterable[ScaleEqualizer]) -> Iterator[None]:
     """Every equalizer the identity; if the body fails, they get their statistics back."""
-    before = [(m, m.mean.clone(), m.std.clone()) for m in modules]
-    try:
-        for module, _, _ in before:
+    modules = list(modules)
+    with kept_statistics(modules):
+        for module in modules:
             module.mean.zero_()
             module.std.fill_(1)
         yield
-    except BaseException:
-        for module, mean, std in before:
-            module.mean.copy_(mean)
-            module.std.copy_(std)
-        raise
 
 
 @contextlib.contextmanager

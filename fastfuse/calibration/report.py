@@ -17,7 +17,15 @@ from rich.table import Table
 from torch import nn
 
 from fastfuse.calibration import MomentsOf, combined, write
-from fastfuse.calibration.observe import Use, equalizers, fusions, identity_equalizers, run, unwrap
+from fastfuse.calibration.observe import (
+    Use,
+    equalizers,
+    fusions,
+    identity_equalizers,
+    kept_statistics,
+    run,
+    unwrap,
+)
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
@@ -132,11 +140,8 @@ def report(
 
     present = equalizers(model)
     own = {n: f.equalizer for n, f in owners.items() if f.equalizer is not None}
-    kept = [(m, m.mean.clone(), m.std.clone()) for m in present.values()]
     with contextlib.ExitStack() as stack:
-        for module, mean, std in kept:
-            stack.callback(module.mean.copy_, mean)
-            stack.callback(module.std.copy_, std)
+        stack.enter_context(kept_statistics(present.values(), always=True))
         with identity_equalizers(present.values()):
             before = scales()
         levels = {name: len(fusion.in_channels) for name, fusion in owners.items()}

@@ -56,18 +56,6 @@ class ASPPHead(DecodeHead):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__({-1: in_channels}, channels, num_classes, dropout, align_corners)
-        self._build(in_channels, channels, dilations, scale_equalizer, align_corners, norm)
-        self.initialize()
-
-    def _build(
-        self,
-        in_channels: int,
-        channels: int,
-        dilations: Sequence[int],
-        scale_equalizer: bool,
-        align_corners: bool,
-        norm: Callable[[int], nn.Module],
-    ) -> None:
         name = type(self).__name__
         if not isinstance(dilations, Sequence) or len(dilations) == 0:
             raise ValueError(f"{name}: dilations must be a sequence of ints; got {dilations!r}")
@@ -87,6 +75,7 @@ class ASPPHead(DecodeHead):
             norm=norm,
             align_corners=align_corners,
         )
+        self.initialize()
 
     def _dilated(
         self, in_channels: int, channels: int, dilation: int, norm: Callable[[int], nn.Module]

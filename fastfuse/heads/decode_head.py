@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, feature_list
 from fastfuse.ops.layout import is_channels_last, to_layout
@@ -61,10 +62,8 @@ class DecodeHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def initialize(self) -> None:
-        """As in MMSegmentation: He's normal distribution by fan-out, a small classifier."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and module is not self.conv_seg:
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        """As in MMSegmentation: He's normal distribution, and a small classifier."""
+        he_normal(self)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastfuse.heads.aspp import ASPPHead
-from fastfuse.heads.decode_head import DecodeHead, at_least
+from fastfuse.heads.decode_head import at_least
 from fastfuse.nn import ConvUnit, SeparableConvUnit, SeparableFusion
+from fastfuse.nn.initialize import he_normal
 
 __all__ = ["SepASPPHead"]
 
@@ -62,15 +63,17 @@ class SepASPPHead(ASPPHead):
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         at_least("SepASPPHead", 1, c1_in_channels=c1_in_channels, c1_channels=c1_channels)
-        DecodeHead.__init__(
-            self,
-            {0: c1_in_channels, -1: in_channels},
+        super().__init__(
+            in_channels,
             channels,
             num_classes,
-            dropout,
-            align_corners,
+            dilations=dilations,
+            scale_equalizer=scale_equalizer,
+            dropout=dropout,
+            align_corners=align_corners,
+            norm=norm,
         )
-        self._build(in_channels, channels, dilations, scale_equalizer, align_corners, norm)
+        self.level_channels = {0: c1_in_channels, **self.level_channels}
         self.c1_bottleneck = ConvUnit(c1_in_channels, c1_channels, 1, norm=norm)
         self.sep_bottleneck = nn.Sequential(
             SeparableFusion(
@@ -82,7 +85,8 @@ class SepASPPHead(ASPPHead):
             ),
             SeparableConvUnit(channels, channels, norm=norm),
         )
-        self.initialize()
+        he_normal(self.c1_bottleneck)
+        he_normal(self.sep_bottleneck)
 
     def _dilated(
         self, in_channels: int, channels: int, dilation: int, norm: Callable[[int], nn.Module]

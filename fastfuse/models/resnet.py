@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastfuse.nn import Conv2d
+from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.checks import check_image
 
 __all__ = ["ResNetV1c"]
@@ -113,9 +114,7 @@ class ResNetV1c(nn.Module):
             in_channels = _EXPANSION * width
             rest = [Bottleneck(in_channels, width, 1, dilation) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_normal(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         check_image("ResNetV1c", "images", images)

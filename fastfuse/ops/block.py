@@ -30,7 +30,7 @@ from fastfuse.ops.checks import (
     check_tensor,
     check_vector,
 )
-from fastfuse.ops.dispatch import below_autograd, recording
+from fastfuse.ops.dispatch import backward_of, below_autograd, recording
 from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
 
 __all__ = ["define_block", "prepare"]
@@ -189,7 +189,7 @@ def define_block(
         x, keep, *saved = ctx.saved_tensors
         weights, kept = saved[:count], saved[count:]
         wants_x, *wanted = ctx.needs_input_grad[: count + 1]
-        with recording(torch.is_grad_enabled()):
+        with backward_of(name):
             results = getattr(torch.ops.fastfuse, f"{name}_backward")(
                 grad_output, x, *weights, kept, keep, *ctx.option, wants_x, any(wanted),
                 is_channels_last([grad_output]),

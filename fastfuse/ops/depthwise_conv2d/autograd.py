@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import recording
+from fastfuse.ops.dispatch import backward_of, recording
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["call"]
@@ -86,7 +86,7 @@ def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_addend = ctx.needs_input_grad[:4]
     grad_x = grad_weight = grad_bias = None
-    with recording(torch.is_grad_enabled()):
+    with backward_of("depthwise_conv2d"):
         if needs_x:
             grad_x = _convolve(grad_output, weight, None, ctx.dilation, not ctx.flip)
         if needs_weight:

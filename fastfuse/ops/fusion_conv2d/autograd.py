@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.dispatch import below_autograd, recording
+from fastfuse.ops.dispatch import backward_of, below_autograd
 from fastfuse.ops.fusion_conv2d import kernel
 from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry, geometry_of
 from fastfuse.ops.layout import is_channels_last, memory_format
@@ -137,31 +137,23 @@ def _gradients(ctx: Any, grad_output: Tensor) -> tuple[list[Tensor | None], Any,
     if any(wanted) or weight_wanted:
         height, width, kernel_size, padding, align_corners = ctx.geometry
         shapes = ctx.shapes
-        try:
-            with recording(torch.is_grad_enabled()):
-                computed = torch.ops.fastfuse.fusion_conv2d_backward(
-                    grad_output,
-                    features,
-                    weight,
-                    mean,
-                    std,
-                    *([shape[dim] for shape in shapes] for dim in (1, 2, 3)),
-                    height,
-                    width,
-                    kernel_size,
-                    padding,
-                    align_corners,
-                    wanted,
-                    is_channels_last([grad_output]),
-                    ctx.weight_channels_last,
-                )
-        except RuntimeError as error:
-            if "Batching rule" not in str(error):
-                raise
-            raise RuntimeError(
-                "fusion_conv2d: backward expects plain gradients, got batched ones "
-                "(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
-            ) from error
+        with backward_of("fusion_conv2d"):
+            computed = torch.ops.fastfuse.fusion_conv2d_backward(
+                grad_output,
+                features,
+                weight,
+                mean,
+                std,
+                *([shape[dim] for shape in shapes] for dim in (1, 2, 3)),
+                height,
+                width,
+                kernel_size,
+                padding,
+                align_corners,
+                wanted,
+                is_channels_last([grad_output]),
+                ctx.weight_channels_last,
+            )
         remaining = iter(computed)
         gradients = [next(remaining) if want else None for want in wanted]
         weight_gradient = next(remaining, None)

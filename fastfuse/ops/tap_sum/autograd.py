@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import recording
+from fastfuse.ops.dispatch import backward_of, recording
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["call", "flops", "offsets_gradient"]
@@ -147,7 +147,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     taps_gradient = offsets_grad = None
     if ctx.needs_input_grad[0]:
-        with recording(torch.is_grad_enabled()):
+        with backward_of("tap_sum"):
             taps_gradient = torch.ops.fastfuse.tap_sum_backward(
                 grad_output, *ctx.in_size, *ctx.geometry, is_channels_last([grad_output])
             )

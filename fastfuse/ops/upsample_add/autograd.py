@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import below_autograd, recording
+from fastfuse.ops.dispatch import backward_of, below_autograd
 from fastfuse.ops.layout import is_channels_last, memory_format
-from fastfuse.ops.upsample_equalize_concat import autograd as _adjoint  # noqa: F401
+from fastfuse.ops.upsample_equalize_concat.autograd import flops  # and its ops: see above
 
 __all__ = ["call"]
 
@@ -56,18 +56,10 @@ def _gradient_of_x(ctx: Any, grad_output: Tensor) -> Tensor:
         return grad_output
     shapes = ([0], [channels], [height], [width])
     layout = is_channels_last([grad_output])
-    try:
-        with recording(torch.is_grad_enabled()):
-            (gradient,) = torch.ops.fastfuse.upsample_equalize_concat_backward(
-                grad_output, *shapes, None, ctx.align_corners, layout
-            )
-    except RuntimeError as error:
-        if "Batching rule" not in str(error):
-            raise
-        raise RuntimeError(
-            "upsample_add: backward expects plain gradients, got batched ones "
-            "(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
-        ) from error
+    with backward_of("upsample_add"):
+        (gradient,) = torch.ops.fastfuse.upsample_equalize_concat_backward(
+            grad_output, *shapes, None, ctx.align_corners, layout
+        )
     return gradient
 
 
@@ -113,9 +105,6 @@ def call(x: Tensor, skip: Tensor, align_corners: bool, channels_last: bool) -> T
 
 @register_flop_formula(torch.ops.fastfuse.upsample_add)
 def _forward_flops(x_shape: torch.Size, skip_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """Separable interpolation, a multiply-add (2 FLOPs) per weight, and one addition per value."""
-    h, w = x_shape[2:]
-    batch, channels, height, width = skip_shape
-    along_x = 0 if w == width else 4 * h * width
-    along_y = 0 if h == height else 4 * height * width
-    return batch * channels * (along_x + along_y + height * width)
+    """Those of the upsampling, and an addition per value."""
+    batch, channels, *size = skip_shape
+    return batch * flops(channels, x_shape[2:], size, False) + skip_shape.numel()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import below_autograd, recording
+from fastfuse.ops.dispatch import backward_of, below_autograd
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
@@ -116,18 +116,8 @@ def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Ten
             ctx.align_corners,
             is_channels_last([grad_output]),
         )
-        try:
-            with recording(torch.is_grad_enabled()):
-                computed = torch.ops.fastfuse.upsample_equalize_concat_backward(
-                    grad_output, *arguments
-                )
-        except RuntimeError as error:
-            if "Batching rule" not in str(error):
-                raise
-            raise RuntimeError(
-                "upsample_equalize_concat: backward expects plain gradients, got batched ones "
-                "(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
-            ) from error
+        with backward_of("upsample_equalize_concat"):
+            computed = torch.ops.fastfuse.upsample_equalize_concat_backward(grad_output, *arguments)
         for i, gradient in zip(needed, computed, strict=True):
             gradients[i] = gradient
     return gradients
@@ -204,7 +194,7 @@ def call(features: Sequence[Tensor], *arguments: Any) -> Tensor:
         return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
 
 
-def _flops(channels: int, source: Sequence[int], target: Sequence[int], equalized: bool) -> int:
+def flops(channels: int, source: Sequence[int], target: Sequence[int], equalized: bool) -> int:
     """Separable interpolation, a multiply-add (2 FLOPs) per weight; 2 FLOPs to equalize a value."""
     (h, w), (height, width) = source, target
     along_x = 0 if w == width else 4 * h * width
@@ -223,7 +213,7 @@ def _forward_flops(
     **kwargs: Any,
 ) -> int:
     equalized = mean is not None or std is not None
-    return sum(n * _flops(c, (h, w), (height, width), equalized) for n, c, h, w in feature_shapes)
+    return sum(n * flops(c, (h, w), (height, width), equalized) for n, c, h, w in feature_shapes)
 
 
 @register_flop_formula(torch.ops.fastfuse.upsample_equalize_concat_backward)
@@ -239,6 +229,6 @@ def _backward_flops(
 ) -> int:
     batch, _, height, width = grad_shape
     return sum(
-        batch * _flops(c, (h, w), (height, width), std is not None)
+        batch * flops(c, (h, w), (height, width), std is not None)
         for c, h, w in zip(channels, heights, widths, strict=True)
     )
