@@ -17,8 +17,8 @@ __all__ = ["Segmentor", "feature_maps"]
 _MODES = ("whole",)
 
 
-def feature_maps(output: Any) -> list[Tensor]:
-    """What a backbone returned, as a list of feature maps.
+def feature_maps(output: Any, name: str = "Segmentor") -> list[Tensor]:
+    """What a backbone returned, as a list of feature maps; ``name``: whose backbone, for errors.
 
     Sequences (timm's ``features_only``), mappings (torchvision's feature extractors), objects with
     ``feature_maps`` (transformers' backbones), and a tensor alone.
@@ -39,7 +39,7 @@ def feature_maps(output: Any) -> list[Tensor]:
     if isinstance(maps, Sequence) and maps and all(isinstance(m, Tensor) for m in maps):
         return list(maps)
     raise TypeError(
-        "Segmentor: backbone must return a sequence or mapping of tensors, finest first, or an "
+        f"{name}: backbone must return a sequence or mapping of tensors, finest first, or an "
         f"object with feature_maps; got {type(output).__name__}"
     )
 
@@ -90,7 +90,19 @@ class Segmentor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the images' size."""
         check_image("Segmentor", "images", images)
-        return self._to_size(self.decode_head, self._features(images), images)
+        features = feature_maps(self.backbone(images))
+        return self._to_size(self.decode_head, features, images)
+
+    def training_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The decode head's features, and the one that the auxiliary head reads."""
+        features = feature_maps(self.backbone(images))
+        count = len(features)
+        if not -count <= self.auxiliary_index < count:
+            raise ValueError(
+                f"Segmentor: auxiliary_index must be below the backbone's {count} features; "
+                f"got {self.auxiliary_index}"
+            )
+        return features, features[self.auxiliary_index]
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, mode: str = "whole") -> Tensor:
@@ -131,24 +143,12 @@ class Segmentor(nn.Module):
                 f"Segmentor: targets must be int64 of shape {expected}; "
                 f"got {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
             )
-        features = self._features(images)
+        if self.auxiliary_head is None:
+            return self._cross_entropy(self(images), targets)
+        features, auxiliary = self.training_features(images)
         loss = self._cross_entropy(self._to_size(self.decode_head, features, images), targets)
-        if self.auxiliary_head is not None:
-            chosen = [features[self.auxiliary_index]]
-            logits = self._to_size(self.auxiliary_head, chosen, images)
-            loss = loss + self.auxiliary_weight * self._cross_entropy(logits, targets)
-        return loss
-
-    def _features(self, images: Tensor) -> list[Tensor]:
-        features = feature_maps(self.backbone(images))
-        if self.auxiliary_head is not None:
-            count = len(features)
-            if not -count <= self.auxiliary_index < count:
-                raise ValueError(
-                    f"Segmentor: auxiliary_index must be below the backbone's {count} features; "
-                    f"got {self.auxiliary_index}"
-                )
-        return features
+        logits = self._to_size(self.auxiliary_head, [auxiliary], images)
+        return loss + self.auxiliary_weight * self._cross_entropy(logits, targets)
 
     def _to_size(self, head: nn.Module, features: Sequence[Tensor], images: Tensor) -> Tensor:
         align_corners = bool(getattr(head, "align_corners", False))

@@ -1,6 +1,6 @@
 """Thin modules over the ops."""
 
-from fastfuse.nn.ced_block import CONVNEXT_KEYS, CEDBlock, LRCEDBlock
+from fastfuse.nn.ced_block import CONVNEXT_KEYS, CEDBlock, LRCEDBlock, TokenMixer, conv3x3
 from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
@@ -23,4 +23,6 @@ __all__ = [
     "ScaleEqualizer",
     "SeparableConvUnit",
     "SeparableFusion",
+    "TokenMixer",
+    "conv3x3",
 ]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.layer_norm import LayerNorm2d
 from fastfuse.ops.ced_block import ced_block
+from fastfuse.ops.ced_block.reference import mlp
 from fastfuse.ops.lr_ced_block import lr_ced_block
 
-__all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock"]
+__all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock", "TokenMixer", "conv3x3"]
 
 _EXPANSION = 4
+
+TokenMixer = Callable[[int], nn.Module]  # channels -> what keeps shape, dtype and device of images
 
 # What a ConvNeXt block's parts are called: ours, then by where the weights come from.
 CONVNEXT_KEYS: dict[str, dict[str, str]] = {
@@ -42,16 +47,45 @@ CONVNEXT_KEYS: dict[str, dict[str, str]] = {
 }
 
 
-class _Block(nn.Module):
-    """MLP, layer scale and stochastic depth."""
+def conv3x3(channels: int) -> nn.Conv2d:
+    """A dense 3x3 convolution that keeps channels and size, as a block's token mixer.
 
-    def __init__(self, channels: int, drop_path: float, layer_scale: float | None) -> None:
+    Source: CEDNet, table 5.
+
+    >>> import torch, fastfuse
+    >>> block = fastfuse.nn.CEDBlock(8, token_mixer=fastfuse.nn.conv3x3)
+    >>> block(torch.randn(2, 8, 9, 9)).shape
+    torch.Size([2, 8, 9, 9])
+    """
+    return Conv2d(channels, channels, 3, padding=1)
+
+
+class _Block(nn.Module):
+    """Token mixer, layer norm, MLP, layer scale and stochastic depth.
+
+    The op has the depthwise 7x7 convolution as its mixer, ``dw``; another one, ``mixer``, is
+    followed by the rest of the block in plain PyTorch.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        drop_path: float,
+        layer_scale: float | None,
+        token_mixer: TokenMixer | None,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if channels < 1:
             raise ValueError(f"{name}: channels must be at least 1; got {channels}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"{name}: drop_path must be in [0, 1); got {drop_path}")
+        if token_mixer is None:
+            self.dw = DepthwiseConv2d(channels)
+            self.mixer = None
+        else:
+            self.mixer = token_mixer(channels)
+        self.norm = LayerNorm2d(channels)
         self.fc1 = nn.Linear(channels, _EXPANSION * channels)
         self.fc2 = nn.Linear(_EXPANSION * channels, channels)
         self.layer_scale = (
@@ -65,6 +99,23 @@ class _Block(nn.Module):
             return None
         kept = 1 - self.drop_path
         return torch.empty(x.shape[0], device=x.device).bernoulli_(kept).div_(kept)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """LN(mixer(x))."""
+        assert self.mixer is not None
+        mixed = self.mixer(x)
+        if mixed.shape != x.shape:
+            raise ValueError(
+                f"{type(self).__name__}: token_mixer must keep the shape {tuple(x.shape)}; "
+                f"it gave {tuple(mixed.shape)}"
+            )
+        return self.norm(mixed)
+
+    def _mlp(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """The rest of the block in plain PyTorch."""
+        rows = inputs.permute(0, 2, 3, 1)
+        linear = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return mlp(x, rows, *linear, self.layer_scale, self._keep(x))
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}"
@@ -85,11 +136,15 @@ class CEDBlock(_Block):
         channels: C; the MLP's hidden width is 4 C.
         drop_path: the rate of stochastic depth in training, in [0, 1), drawn for each sample.
         layer_scale: the initial value of gamma; None: there is none.
+        token_mixer: channels -> a module that keeps (N, C, H, W), its dtype and its device, in
+            place of the depthwise 7x7 convolution, e.g. ``fastfuse.nn.conv3x3`` or window
+            attention; keys ``mixer.*`` instead of ``dw.*``, and plain PyTorch around it.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
 
     Raises:
-        ValueError: channels below 1, or drop_path outside [0, 1).
+        ValueError: channels below 1, or drop_path outside [0, 1); a token_mixer whose result has
+            another shape.
 
     >>> import torch, fastfuse
     >>> fastfuse.nn.CEDBlock(8, drop_path=0.1)(torch.randn(2, 8, 9, 9)).shape
@@ -97,13 +152,18 @@ class CEDBlock(_Block):
     """
 
     def __init__(
-        self, channels: int, *, drop_path: float = 0.0, layer_scale: float | None = 1e-6
+        self,
+        channels: int,
+        *,
+        drop_path: float = 0.0,
+        layer_scale: float | None = 1e-6,
+        token_mixer: TokenMixer | None = None,
     ) -> None:
-        super().__init__(channels, drop_path, layer_scale)
-        self.dw = DepthwiseConv2d(channels)
-        self.norm = LayerNorm2d(channels)
+        super().__init__(channels, drop_path, layer_scale, token_mixer)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mixer is not None:
+            return self._mlp(x, self._mixed(x))
         return ced_block(
             x,
             *_step(self.dw, self.norm),
@@ -161,11 +221,13 @@ class LRCEDBlock(_Block):
         dilation: of the second convolution.
         drop_path: the rate of stochastic depth in training, in [0, 1), drawn for each sample.
         layer_scale: the initial value of gamma; None: there is none.
+        token_mixer: as a CEDBlock's, in place of the first convolution.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
 
     Raises:
-        ValueError: channels or dilation below 1, or drop_path outside [0, 1).
+        ValueError: channels or dilation below 1, or drop_path outside [0, 1); a token_mixer whose
+            result has another shape.
 
     >>> import torch, fastfuse
     >>> fastfuse.nn.LRCEDBlock(8)(torch.randn(2, 8, 9, 9)).shape
@@ -179,14 +241,16 @@ class LRCEDBlock(_Block):
         dilation: int = 3,
         drop_path: float = 0.0,
         layer_scale: float | None = 1e-6,
+        token_mixer: TokenMixer | None = None,
     ) -> None:
-        super().__init__(channels, drop_path, layer_scale)
-        self.dw = DepthwiseConv2d(channels)
-        self.norm = LayerNorm2d(channels)
+        super().__init__(channels, drop_path, layer_scale, token_mixer)
         self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
         self.norm2 = LayerNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mixer is not None:
+            y = x + F.gelu(self._mixed(x))
+            return self._mlp(x, y + F.gelu(self.norm2(self.dw2(y))))
         return lr_ced_block(
             x,
             *_step(self.dw, self.norm),

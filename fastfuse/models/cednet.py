@@ -1,0 +1,274 @@
+"""CEDNet: a cascade of encoder-decoders at 1/8, 1/16 and 1/32 of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastfuse.models.cednet_settings import Settings, settings
+from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
+from fastfuse.nn.ced_block import TokenMixer
+from fastfuse.nn.initialize import kaiming_linear
+from fastfuse.ops.checks import check_image
+from fastfuse.ops.layout import to_layout
+from fastfuse.ops.upsample_add import upsample_add
+
+__all__ = ["CEDNet", "StageOutput", "norm_after"]
+
+STRIDE = 32  # of c5: what height and width must be multiples of
+_STEM = 32
+
+
+class StageOutput(NamedTuple):
+    """The maps of one stage, (N, C, H / stride, W / stride).
+
+    c3, c4 and c5 (strides 8, 16, 32) are the encoder's; decoded_c3 and decoded_c4 the decoder's,
+    None without one; c2 (stride 4) is the stem's, in the first stage's output alone.
+    """
+
+    c3: Tensor
+    c4: Tensor
+    c5: Tensor
+    decoded_c3: Tensor | None
+    decoded_c4: Tensor | None
+    c2: Tensor | None = None
+
+
+def norm_after(conv: nn.Conv2d) -> nn.Sequential:
+    """A convolution and the layer norm of its channels, keys ``conv``, ``norm``."""
+    sequence = nn.Sequential()
+    sequence.add_module("conv", conv)
+    sequence.add_module("norm", LayerNorm2d(conv.out_channels))
+    return sequence
+
+
+def _halved(in_channels: int, channels: int) -> nn.Sequential:
+    return norm_after(nn.Conv2d(in_channels, channels, 2, stride=2))
+
+
+class _Blocks:
+    """Makes blocks, handing out the rates of stochastic depth one after the other."""
+
+    def __init__(self, config: Settings, rates: Iterator[float]) -> None:
+        self.config = config
+        self.rates = rates
+
+    def __call__(self, channels: int, count: int, *, long_range: bool = False) -> nn.Sequential:
+        return nn.Sequential(
+            *(self.one(channels, next(self.rates), long_range) for _ in range(count))
+        )
+
+    def one(self, channels: int, rate: float = 0.0, long_range: bool = False) -> nn.Module:
+        make = LRCEDBlock if long_range and self.config.lr_blocks else CEDBlock
+        return make(
+            channels,
+            drop_path=rate,
+            layer_scale=self.config.layer_scale,
+            token_mixer=self.config.token_mixer,
+        )
+
+
+class Decoder(nn.Module):
+    """Coarse to fine: each map joined with the coarser one's 1x1 convolution, upsampled.
+
+    Keys, of 1/16 and 1/8 in this order: ``lateral.i`` (hourglass), ``reduce.i``, ``norm.i``,
+    ``blocks.i.j`` (UNet and hourglass).
+    """
+
+    def __init__(self, config: Settings, depths: Sequence[int], make: _Blocks) -> None:
+        super().__init__()
+        _, c3, c4, c5 = config.channels
+        joined = (c4, c3)
+        self.lateral = (
+            nn.ModuleList(make.one(c) for c in joined) if config.style == "hourglass" else None
+        )
+        # Before the upsampling, where the pixels are a quarter as many.
+        self.reduce = nn.ModuleList((nn.Conv2d(c5, c4, 1), nn.Conv2d(c4, c3, 1)))
+        self.norm = nn.ModuleList(LayerNorm2d(c) for c in joined)
+        self.blocks = nn.ModuleList(make(c, n) for c, n in zip(joined, depths, strict=True))
+
+    def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor]:
+        maps, coarser = [], c5
+        laterals = self.lateral if self.lateral is not None else repeat(nn.Identity(), 2)
+        for skip, lateral, reduce, norm, blocks in zip(
+            (c4, c3), laterals, self.reduce, self.norm, self.blocks, strict=True
+        ):
+            coarser = blocks(norm(upsample_add(reduce(coarser), lateral(skip))))
+            maps.append(coarser)
+        decoded_c4, decoded_c3 = maps
+        return decoded_c3, decoded_c4
+
+
+class Stage(nn.Module):
+    """Keys: ``encoder.i.j`` for 1/8, 1/16, 1/32, ``downsample.i.conv|norm``, ``decoder.*``."""
+
+    def __init__(
+        self, config: Settings, depths: Sequence[int], make: _Blocks, *, decodes: bool
+    ) -> None:
+        super().__init__()
+        _, c3, c4, c5 = config.channels
+        encoder, decoder = config.split(depths)
+        n3, n4, n5 = encoder
+        self.encoder = nn.ModuleList((make(c3, n3), make(c4, n4), make(c5, n5, long_range=True)))
+        self.downsample = nn.ModuleList((_halved(c3, c4), _halved(c4, c5)))
+        self.decoder = Decoder(config, decoder, make) if decodes else None
+
+    def forward(self, x: Tensor) -> StageOutput:
+        c3 = self.encoder[0](x)
+        c4 = self.encoder[1](self.downsample[0](c3))
+        c5 = self.encoder[2](self.downsample[1](c4))
+        decoded = (None, None) if self.decoder is None else self.decoder(c3, c4, c5)
+        return StageOutput(c3, c4, c5, *decoded)
+
+
+class CEDNet(nn.Module):
+    """The backbone of *CEDNet*: a stem, and stages that encode and decode again and again.
+
+    Every stage takes the map at 1/8 and fuses its three levels, so that most of the parameters come
+    after a first fusion. Keys: ``stem.*``, ``blocks.i`` (at 1/4), ``downsample.conv|norm``,
+    ``stages.i.encoder|downsample|decoder.*``. The authors' checkpoints load by
+    ``fastfuse.models.load_published_cednet``.
+
+    Args:
+        variant: "tiny", "small" or "base": of channels, depths and stages.
+        style: how a stage decodes. "fpn": nothing but the fusion; "unet": half of the blocks at 1/8
+            and 1/16 come after it; "hourglass": as unet, with a block on each skip connection.
+        last_decoder: whether the last stage decodes. None: in style fpn no, else yes, as in the
+            paper's tables.
+        drop_path: the last block's rate of stochastic depth, in [0, 1); that of others rises
+            linearly from 0. The paper's, for tiny, small, base: 0.1, 0.4, 0.5 in classification,
+            0.2, 0.3, 0.4 in dense prediction.
+        layer_scale: initial value of every block's; None: there is none. The paper's: 1e-6, in
+            segmentation 1.
+        lr_blocks: whether blocks at 1/32 are LR CED blocks.
+        channels: of c2, c3, c4 and c5, instead of the variant's.
+        depths: numbers of blocks, instead of the variant's: (n0, n1, n2, n3), at 1/4 in the stem
+            and at 1/8, 1/16, 1/32 in every stage; or (n0, [(n1, n2, n3), ...]), stage by stage.
+        stages: number of stages, instead of the variant's.
+        token_mixer: channels -> a module that keeps (N, C, H, W), its dtype and its device, e.g.
+            ``fastfuse.nn.conv3x3`` or window attention, instead of every block's depthwise 7x7
+            convolution but the dilated one of LR CED blocks. It must take any H and W (windows pad
+            for themselves), and may return any memory format.
+        checkpoint: whether training keeps no more than the maps between stages, and computes the
+            rest again in backward.
+
+    Attributes:
+        channels: of the four maps.
+
+    Shape: images (N, 3, H, W), H and W multiples of 32 -> maps c2, c3, c4, c5 of strides 4, 8, 16,
+    32, channels_last; of the last stage's decoder, if it has one, else of its encoder.
+
+    Raises:
+        ValueError: an unknown variant or style; channels, depths or stages that do not fit; images
+            of another size or number of channels.
+
+    Source: *CEDNet: A Cascade Encoder-Decoder Network for Dense Prediction*, section 3.
+
+    >>> import torch, fastfuse
+    >>> backbone = fastfuse.models.CEDNet("tiny", "unet", depths=(1, 2, 2, 1), stages=2).eval()
+    >>> [tuple(c.shape[1:]) for c in backbone(torch.randn(1, 3, 64, 96))]
+    [(96, 16, 24), (192, 8, 12), (352, 4, 6), (512, 2, 3)]
+    """
+
+    def __init__(
+        self,
+        variant: str = "tiny",
+        style: str = "fpn",
+        *,
+        last_decoder: bool | None = None,
+        drop_path: float = 0.0,
+        layer_scale: float | None = 1e-6,
+        lr_blocks: bool = True,
+        channels: Sequence[int] | None = None,
+        depths: Sequence[int | Sequence[Sequence[int]]] | None = None,
+        stages: int | None = None,
+        token_mixer: TokenMixer | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        config = settings(
+            variant,
+            style,
+            channels=channels,
+            depths=depths,
+            stages=stages,
+            last_decoder=last_decoder,
+            drop_path=drop_path,
+            layer_scale=layer_scale,
+            lr_blocks=lr_blocks,
+            token_mixer=token_mixer,
+        )
+        self.channels = config.channels
+        self.checkpoint = checkpoint
+        c2, c3, *_ = config.channels
+        make = _Blocks(config, iter(config.drop_rates()))
+        self.stem = nn.Sequential(
+            Conv2d(3, _STEM, 3, stride=2, padding=1),
+            LayerNorm2d(_STEM),
+            nn.GELU(),
+            Conv2d(_STEM, c2, 3, stride=2, padding=1),
+            LayerNorm2d(c2),
+            nn.GELU(),
+        )
+        self.blocks = make(c2, config.stem_depth)
+        self.downsample = _halved(c2, c3)
+        last = len(config.stage_depths) - 1
+        self.stages = nn.ModuleList(
+            Stage(config, depths, make, decodes=i < last or config.last_decoder)
+            for i, depths in enumerate(config.stage_depths)
+        )
+        kaiming_linear(self)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.last_maps(self.forward_stages(images))
+
+    def forward_stages(self, images: Tensor) -> list[StageOutput]:
+        """The maps of every stage, and c2 in the first one's; see :class:`StageOutput`."""
+        self._check(images)
+        images = to_layout(images, True)  # every op below is at its best there
+        c2 = self._run(self._stem, images)
+        x = self.downsample(c2)
+        outputs: list[StageOutput] = []
+        for stage in self.stages:
+            output = self._run(stage, x)
+            outputs.append(output)
+            x = output.c3 if output.decoded_c3 is None else output.decoded_c3
+        outputs[0] = outputs[0]._replace(c2=c2)
+        return outputs
+
+    @staticmethod
+    def last_maps(outputs: Sequence[StageOutput]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c2, c3, c4 and c5, as ``forward`` gives them, of all stages' outputs."""
+        c2, last = outputs[0].c2, outputs[-1]
+        assert c2 is not None
+        if last.decoded_c3 is None or last.decoded_c4 is None:
+            return c2, last.c3, last.c4, last.c5
+        return c2, last.decoded_c3, last.decoded_c4, last.c5
+
+    def _stem(self, images: Tensor) -> Tensor:
+        return self.blocks(self.stem(images))
+
+    def _run(self, part, x: Tensor):  # type: ignore[no-untyped-def]
+        if self.checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(part, x, use_reentrant=False)
+        return part(x)
+
+    def _check(self, images: Tensor) -> None:
+        check_image("CEDNet", "images", images)
+        if images.shape[1] != 3:
+            raise ValueError(
+                f"CEDNet: images must have 3 channels; got shape {tuple(images.shape)}"
+            )
+        height, width = images.shape[2:]
+        if height % STRIDE or width % STRIDE:
+            down, right = -height % STRIDE, -width % STRIDE
+            raise ValueError(
+                f"CEDNet: images must be multiples of {STRIDE} high and wide; got {height} x "
+                f"{width}. The next ones are {height + down} x {width + right}: "
+                f"torch.nn.functional.pad(images, (0, {right}, 0, {down}))"
+            )

@@ -1,0 +1,131 @@
+"""What a CEDNet is made of: variants, styles, depths, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastfuse.nn.ced_block import TokenMixer
+
+__all__ = ["STYLES", "VARIANTS", "Settings", "settings"]
+
+Depths = tuple[int, int, int]  # blocks at 1/8, 1/16 and 1/32
+
+STYLES = ("fpn", "unet", "hourglass")
+# channels at 1/4 to 1/32, blocks in the stem, blocks of a stage, number of stages
+VARIANTS: dict[str, tuple[tuple[int, int, int, int], int, Depths, int]] = {
+    "tiny": ((96, 192, 352, 512), 3, (2, 4, 2), 3),
+    "small": ((96, 192, 352, 512), 3, (2, 7, 2), 4),
+    "base": ((128, 256, 448, 704), 3, (2, 7, 2), 4),
+}
+# Blocks on the skip connections are paid for with channels; the paper has this for tiny alone.
+HOURGLASS_CHANNELS = {"tiny": (96, 160, 320, 512)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    style: str
+    channels: tuple[int, int, int, int]
+    stem_depth: int
+    stage_depths: tuple[Depths, ...]
+    last_decoder: bool
+    drop_path: float
+    layer_scale: float | None
+    lr_blocks: bool
+    token_mixer: TokenMixer | None
+
+    def split(self, depths: Sequence[int]) -> tuple[Depths, tuple[int, int]]:
+        """Blocks of the encoder (at 1/8, 1/16, 1/32) and of the decoder (at 1/16, 1/8)."""
+        n3, n4, n5 = depths
+        if self.style == "fpn":
+            return (n3, n4, n5), (0, 0)
+        return (n3 // 2, n4 // 2, n5), (n4 - n4 // 2, n3 - n3 // 2)
+
+    def drop_rates(self) -> list[float]:
+        """Of every block that has a rate, from the stem to the last stage."""
+        count = self.stem_depth + sum(map(sum, self.stage_depths))
+        return torch.linspace(0, self.drop_path, count, dtype=torch.float64, device="cpu").tolist()
+
+
+def settings(
+    variant: str,
+    style: str,
+    *,
+    channels: Sequence[int] | None,
+    depths: Sequence[Any] | None,
+    stages: int | None,
+    last_decoder: bool | None,
+    **rest: Any,
+) -> Settings:
+    """A variant in a style, with what is not None in place of the variant's."""
+    for argument, value, allowed in (("variant", variant, VARIANTS), ("style", style, STYLES)):
+        if value not in allowed:
+            listed = ", ".join(allowed)
+            raise ValueError(f"CEDNet: {argument} must be one of {listed}; got {value!r}")
+    own_channels, stem_depth, own_depths, own_stages = VARIANTS[variant]
+    if style == "hourglass":
+        own_channels = HOURGLASS_CHANNELS.get(variant, own_channels)
+    if channels is not None and not (_ints(channels, 4) and min(channels) >= 1):
+        raise ValueError(
+            f"CEDNet: channels must be 4 ints of at least 1, at 1/4 to 1/32; got {channels!r}"
+        )
+    if stages is not None and not (_ints([stages], 1) and stages >= 1):
+        raise ValueError(f"CEDNet: stages must be an int of at least 1; got {stages!r}")
+    if depths is None:
+        stage_depths = (own_depths,) * (stages or own_stages)
+    else:
+        stem_depth, stage_depths = _depths(depths, stages, own_stages)
+    _check_fit(style, stem_depth, stage_depths)
+    if not 0 <= rest["drop_path"] < 1:
+        raise ValueError(f"CEDNet: drop_path must be in [0, 1); got {rest['drop_path']}")
+    return Settings(
+        style=style,
+        channels=own_channels if channels is None else tuple(channels),  # type: ignore[arg-type]
+        stem_depth=stem_depth,
+        stage_depths=stage_depths,
+        last_decoder=style != "fpn" if last_decoder is None else last_decoder,
+        **rest,
+    )
+
+
+def _ints(value: Any, count: int) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and len(value) == count
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+    )
+
+
+def _depths(depths: Any, stages: int | None, own_stages: int) -> tuple[int, tuple[Depths, ...]]:
+    if _ints(depths, 4):
+        return depths[0], (tuple(depths[1:]),) * (stages or own_stages)
+    if isinstance(depths, Sequence) and len(depths) == 2 and _ints(depths[:1], 1):
+        stem, listed = depths
+        if isinstance(listed, Sequence) and listed and all(_ints(n, 3) for n in listed):
+            if stages not in (None, len(listed)):
+                raise ValueError(
+                    f"CEDNet: depths must have one (n1, n2, n3) for each of {stages} stages; "
+                    f"got {len(listed)}"
+                )
+            return stem, tuple(tuple(n) for n in listed)
+    raise ValueError(
+        "CEDNet: depths must be (n0, n1, n2, n3), or (n0, [(n1, n2, n3), ...]) with a triple for "
+        f"each stage; got {depths!r}"
+    )
+
+
+def _check_fit(style: str, stem: int, stages: Sequence[Depths]) -> None:
+    """Every level of every part of a stage has a block to work with."""
+    if stem < 0:
+        raise ValueError(f"CEDNet: depths must have n0 of at least 0; got {stem}")
+    least = (1, 1, 1) if style == "fpn" else (2, 2, 1)
+    for i, depths in enumerate(stages):
+        if any(n < minimum for n, minimum in zip(depths, least, strict=True)):
+            shared = "" if style == "fpn" else ", shared by encoder and decoder at 1/8 and 1/16"
+            raise ValueError(
+                f"CEDNet: depths of style {style} must be at least {least}{shared}; "
+                f"got {tuple(depths)} in stage {i}"
+            )
