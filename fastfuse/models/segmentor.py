@@ -90,19 +90,22 @@ class Segmentor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the images' size."""
         check_image("Segmentor", "images", images)
-        features = feature_maps(self.backbone(images))
-        return self._to_size(self.decode_head, features, images)
+        return self._to_size(self.decode_head, self._features(images), images)
 
     def training_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The decode head's features, and the one that the auxiliary head reads."""
+        features = self._features(images)
+        return features, features[self.auxiliary_index]
+
+    def _features(self, images: Tensor) -> list[Tensor]:
         features = feature_maps(self.backbone(images))
         count = len(features)
-        if not -count <= self.auxiliary_index < count:
+        if self.auxiliary_head is not None and not -count <= self.auxiliary_index < count:
             raise ValueError(
                 f"Segmentor: auxiliary_index must be below the backbone's {count} features; "
                 f"got {self.auxiliary_index}"
             )
-        return features, features[self.auxiliary_index]
+        return features
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, mode: str = "whole") -> Tensor:
