@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "cpu/host.h"
 #include "cpu/isa.h"
@@ -14,49 +15,92 @@ namespace fastfuse {
 namespace {
 
 constexpr const char* kOp = "winograd";
+constexpr const char* kTilesExpected =
+    "tiles must be (36, tiles, channels) in the accumulation dtype, with unit stride";
 
-const WinogradKernels& kernels() {
+const WinogradKernels::Kernel& kernel(const Tensor& image) {
+  const Dtype dtype = dtype_of(kOp, "image", image);
   switch (current_isa()) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, winograd_kernels)
+#define FASTFUSE_CASE(isa) \
+  case Isa::isa:           \
+    return isa::winograd_kernels.kernels[dtype];
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
   }
-  return portable::winograd_kernels;
+  return portable::winograd_kernels.kernels[dtype];
+}
+
+// Of tiles and bias.
+ScalarType compute_type(const Tensor& image) {
+  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 struct Outputs {
   int64_t height, width;
 };
 
-// `bodies` on the tiles (16, count, channels) of an image, of those that make `outputs`.
-void run(const WinogradBody (&bodies)[2], const Tensor& image_tensor, const Tensor& tiles,
-         int64_t first, Outputs outputs, int64_t padding, const std::optional<Tensor>& bias) {
-  check_image(kOp, "image", image_tensor);
+// The matrices [tile][channel] of a transformed tile's elements.
+struct Elements {
+  int64_t count;  // of tiles
+  int64_t stride_tile;
+  void* data[kWinogradElements];
+};
+
+void check_matrix(const Tensor& matrix, const Tensor& image) {
+  check(matrix.is_cpu() && matrix.dim() == 2 && matrix.size(1) == image.size(1) &&
+            matrix.scalar_type() == compute_type(image) && matrix.stride(1) == 1,
+        kOp, kTilesExpected);
+}
+
+Elements elements_of(const Tensor& tiles, const Tensor& image) {
+  check(tiles.dim() == 3 && tiles.size(0) == kWinogradElements, kOp, kTilesExpected);
+  check_matrix(torch::stable::select(tiles, 0, 0), image);
+  Elements found{tiles.size(1), tiles.stride(1), {}};
+  const int64_t step = tiles.stride(0) * static_cast<int64_t>(tiles.element_size());
+  for (int64_t i = 0; i < kWinogradElements; ++i)
+    found.data[i] = static_cast<char*>(tiles.data_ptr()) + i * step;
+  return found;
+}
+
+Elements elements_of(const std::vector<Tensor>& matrices, const Tensor& image) {
+  check(matrices.size() == kWinogradElements, kOp, "tiles must be 36 matrices");
+  Elements found{matrices[0].size(0), matrices[0].stride(0), {}};
+  for (int64_t i = 0; i < kWinogradElements; ++i) {
+    check_matrix(matrices[i], image);
+    check(matrices[i].size(0) == found.count && matrices[i].stride(0) == found.stride_tile, kOp,
+          "tiles must be 36 matrices of one size");
+    found.data[i] = matrices[i].data_ptr();
+  }
+  return found;
+}
+
+void check_image_tensor(const Tensor& image) {
+  check_image(kOp, "image", image);
+  check(has_unit_stride(image, true), kOp, "image must be channels_last");
+}
+
+// `body` on the tiles of an image from `first` on, of those that make `outputs`.
+void run(WinogradBody body, const Tensor& image_tensor, const Elements& elements, int64_t first,
+         Outputs outputs, int64_t padding, const std::optional<Tensor>& bias) {
   const Dtype dtype = dtype_of(kOp, "image", image_tensor);
-  check(dtype == kFloat32 || dtype == kFloat64, kOp, "image must be float32 or float64");
   const int64_t channels = image_tensor.size(1);
-  check(tiles.is_cpu() && tiles.dim() == 3 && tiles.size(0) == 16 && tiles.size(2) == channels &&
-            tiles.scalar_type() == image_tensor.scalar_type() && tiles.stride(2) == 1,
-        kOp, "tiles must be (16, tiles, channels) in the image's dtype, with unit stride");
-  check(has_unit_stride(image_tensor, true), kOp, "image must be channels_last");
   check(!bias || (bias->is_cpu() && bias->dim() == 1 && bias->size(0) == channels &&
-                  bias->scalar_type() == image_tensor.scalar_type()),
-        kOp, "bias must have one value per channel, in the image's dtype");
+                  bias->scalar_type() == compute_type(image_tensor)),
+        kOp, "bias must have one value per channel, in the accumulation dtype");
 
   Winograd w{};
   w.image = image(image_tensor);
   w.channels = channels;
-  w.tiles_y = (outputs.height + 1) / 2;
-  w.tiles_x = (outputs.width + 1) / 2;
+  w.tiles_y = (outputs.height + kWinogradOutputs - 1) / kWinogradOutputs;
+  w.tiles_x = (outputs.width + kWinogradOutputs - 1) / kWinogradOutputs;
   w.padding = padding;
   w.first = first;
-  const int64_t count = tiles.size(1);
+  const int64_t count = elements.count;
   check(first >= 0 && first + count <= image_tensor.size(0) * w.tiles_y * w.tiles_x, kOp,
         "first and tiles must lie in the image");
   if (count == 0 || channels == 0) return;
-  w.tiles = tiles.data_ptr();
-  w.stride_element = tiles.stride(0);
-  w.stride_tile = tiles.stride(1);
+  std::copy_n(elements.data, kWinogradElements, w.elements);
+  w.stride_tile = elements.stride_tile;
   const std::optional<Tensor> dense =
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   w.bias = dense ? dense->const_data_ptr() : nullptr;
@@ -66,27 +110,33 @@ void run(const WinogradBody (&bodies)[2], const Tensor& image_tensor, const Tens
   const Scratch zeros(bytes);
   std::memset(zeros.get(), 0, bytes);
   w.zeros = zeros.get();
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, kGrain / (16 * channels)),
+  torch::stable::parallel_for(0, count,
+                              std::max<int64_t>(1, kGrain / (kWinogradElements * channels)),
                               [&](int64_t begin, int64_t end) {
                                 const Scratch nowhere(bytes);
                                 Winograd mine = w;
                                 mine.nowhere = nowhere.get();
-                                bodies[dtype == kFloat32](mine, begin, end);
+                                body(mine, begin, end);
                               });
 }
 
 void input(Tensor tiles, Tensor image, int64_t first, int64_t height, int64_t width,
            int64_t padding) {
-  run(kernels().input, image, tiles, first, {height, width}, padding, std::nullopt);
+  check_image_tensor(image);
+  run(kernel(image).input, image, elements_of(tiles, image), first, {height, width}, padding,
+      std::nullopt);
 }
 
-void output(Tensor image, Tensor tiles, int64_t first, std::optional<Tensor> bias) {
-  run(kernels().output, image, tiles, first, {image.size(2), image.size(3)}, 0, bias);
+void output(Tensor image, std::vector<Tensor> products, int64_t first, std::optional<Tensor> bias) {
+  check_image_tensor(image);
+  run(kernel(image).output, image, elements_of(products, image), first,
+      {image.size(2), image.size(3)}, 0, bias);
 }
 
 void output_adjoint(Tensor tiles, Tensor image, int64_t first) {
-  run(kernels().output_adjoint, image, tiles, first, {image.size(2), image.size(3)}, 0,
-      std::nullopt);
+  check_image_tensor(image);
+  run(kernel(image).output_adjoint, image, elements_of(tiles, image), first,
+      {image.size(2), image.size(3)}, 0, std::nullopt);
 }
 
 }  // namespace

@@ -8,14 +8,18 @@
 
 namespace fastfuse {
 
-// F(2x2, 3x3): tile (y, x) of an image's tiles_y x tiles_x makes the 2 x 2 outputs from (2y, 2x) on
-// out of the 4 x 4 inputs from there on, less the padding. `tiles` is [16][tile][channel].
+// F(4x4, 3x3): tile (y, x) of an image's tiles_y x tiles_x makes the 4 x 4 outputs from (4y, 4x) on
+// out of the 6 x 6 inputs from there on, less the padding. Each of a transformed tile's elements
+// has a matrix [tile][channel] of its own.
+constexpr int64_t kWinogradOutputs = 4, kWinogradInputs = 6;
+constexpr int64_t kWinogradElements = kWinogradInputs * kWinogradInputs;
+
 struct Winograd {
-  Image image;  // channels_last: input, output, or output's gradient
+  Image image;  // channels_last: input, output, or output's gradient; tiles and bias are wider
   int64_t channels, tiles_y, tiles_x, padding;
   int64_t first;  // of the tiles, counted over all images
-  void* tiles;
-  int64_t stride_element, stride_tile;
+  void* elements[kWinogradElements];
+  int64_t stride_tile;
   const void* bias;   // (channels,) or null
   const void* zeros;  // `channels` zeros, which stand for pixels outside
   void* nowhere;      // room for `channels` values of pixels outside
@@ -24,9 +28,11 @@ struct Winograd {
 using WinogradBody = void (*)(const Winograd&, int64_t begin, int64_t end);
 
 struct WinogradKernels {
-  WinogradBody input[2];           // float64, float32: image to tiles
-  WinogradBody output[2];          // tiles to image
-  WinogradBody output_adjoint[2];  // image to tiles
+  struct Kernel {
+    WinogradBody input;           // image to tiles
+    WinogradBody output;          // tiles to image
+    WinogradBody output_adjoint;  // image to tiles
+  } kernels[kNumDtypes];
 };
 
 #define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, WinogradKernels, winograd_kernels)

@@ -1,6 +1,7 @@
 """Backbones, and whole models made of a backbone and heads."""
 
 from fastfuse.models.cednet import CEDNet, StageOutput
+from fastfuse.models.cednet_checkpoint import load_published_cednet
 from fastfuse.models.cednet_classifier import CEDNetClassifier
 from fastfuse.models.cednet_upernet import (
     cednet_upernet_base,
@@ -36,4 +37,5 @@ __all__ = [
     "cednet_upernet_tiny",
     "feature_maps",
     "load_checkpoint",
+    "load_published_cednet",
 ]

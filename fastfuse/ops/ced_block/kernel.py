@@ -46,10 +46,11 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     dw_weight, dw_bias = parameters[:2]
     convolved = torch.ops.fastfuse.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
-    out = empty(x.shape, x, torch.channels_last)
+    out = convolved  # each pixel is read before it is written: fresh memory is slow
     mlp = _mlp(x, parameters, keep, *option)
     kept = []
     if keeping:
+        out = empty(x.shape, x, torch.channels_last)
         kept = [convolved, empty(kept_shapes(x, parameters)[1], x, torch.channels_last)]
     hidden = rows(kept[1]) if keeping else None
     pointwise.forward(rows(out), rows(x), rows(convolved), mlp, hidden)

@@ -41,7 +41,7 @@ NAME = "fusion_conv2d"
 # a condition on the sizes.
 LITTLE_WORK = 4_000_000
 # One image alone: below, Winograd's algorithm is no faster than PyTorch's convolution.
-SINGLE_CHANNELS, SINGLE_PIXELS = 128, 1024
+SINGLE_CHANNELS = 96
 
 
 def fusion_conv2d(
@@ -137,21 +137,18 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     """
     if weight.shape[2] != 3 or cpu_refusal(x) is not None:
         return False
-    batch, channels, height, width = x.shape
+    out_channels, channels = weight.shape[:2]
+    if min(channels, out_channels) < SINGLE_CHANNELS:
+        return False
     margin = 2 * padding - 2
-    pixels = batch * (height + margin) * (width + margin)
-    out_channels = weight.shape[0]
-    if torch.compiler.is_compiling():  # a size that is not known must not become a condition
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    pixels = x.shape[0] * (x.shape[2] + margin) * (x.shape[3] + margin)
+    applies = winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)
+    if isinstance(applies, bool):
+        return applies
+    # A size that is not known must not become a condition.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        enough = statically_known_true(pixels >= SINGLE_PIXELS)
-    else:
-        enough = pixels >= SINGLE_PIXELS
-    return (
-        min(channels, out_channels) >= SINGLE_CHANNELS
-        and enough
-        and winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)
-    )
+    return statically_known_true(applies)
 
 
 def _check_weight(weight: Tensor) -> None:

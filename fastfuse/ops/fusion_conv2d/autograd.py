@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.dispatch import backward_of, below_autograd
-from fastfuse.ops.fusion_conv2d import kernel
+from fastfuse.ops.fusion_conv2d import kernel, winograd
 from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry, geometry_of
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
@@ -276,8 +276,8 @@ def _flops(g: Geometry, batch: int) -> int:
     height, width = g.out_size
     taps, total = g.kernel_size**2, 0
     for i in g.plan.target:
-        tiles = -(-height // 2) * -(-width // 2)
-        products = 16 * tiles if g.winograd else taps * height * width
+        tiles = -(-height // winograd.OUTPUTS) * -(-width // winograd.OUTPUTS)
+        products = winograd.ELEMENTS * tiles if g.winograd else taps * height * width
         total += 2 * products * g.channels[i] * g.out_channels
     for i in g.plan.own:
         source = g.sizes[i]

@@ -5,11 +5,11 @@ A static rule, by counted work, in multiply-adds (MACs) of a large matrix produc
 - at its own resolution a level of h x w pixels costs ``k * k * h * w * C_out * C_in``, and as much
   as ``TAP_MACS`` more per tap value, written and read once, and ``SUM_MACS`` per value of the
   result, which ``tap_sum`` computes from the taps;
-- at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or 4 where a 3x3
-  convolution runs by Winograd's F(2x2, 3x3), and ``UPSAMPLE_MACS`` per upsampled value if it has
-  another size.
+- at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or 2.5 where a 3x3
+  convolution runs by Winograd's F(4x4, 3x3) (2.25, and a tenth for its transforms), and
+  ``UPSAMPLE_MACS`` per upsampled value if it has another size.
 
-The three constants are ratios of measured rates, on two Zen 4 cores at 107 GMAC/s and 50 GB/s
+The constants are ratios of measured rates, on two Zen 4 cores at 107 GMAC/s and 50 GB/s
 (docs/fusion_conv2d.md); results do not hang on their digits.
 """
 
@@ -23,7 +23,7 @@ __all__ = ["Plan", "make_plan"]
 TAP_MACS = 20
 SUM_MACS = 40
 UPSAMPLE_MACS = 30
-WINOGRAD_MACS = 4
+WINOGRAD_MACS = 2.5
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
-"""3x3 convolution of channels_last images by Winograd's F(2x2, 3x3), on CPUs.
+"""3x3 convolution of channels_last images by Winograd's F(4x4, 3x3), on CPUs.
 
-A tile of 2 x 2 outputs takes 16 products per pair of channels instead of 36: the GEMM's work falls
-by 2.25. Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks* (2015). The
-transforms add and subtract only (the weights' halves too, exactly), so that in float32 the error
-stays that of a few more roundings; in bfloat16 the transformed inputs would have to be rounded,
-and this is not used.
+A tile of 4 x 4 outputs takes 36 products per pair of channels instead of 144: the GEMM's work falls
+by 4. Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks* (2015); its points
+are others here (below), for their roundings. bfloat16 and float16 are transformed, multiplied and
+transformed back in float32, and rounded once: four times fewer products at half their rate.
 
-Tiles are processed a block at a time: transform, one batched product, transform back; a block is
-so large that what lies between stays in the last-level cache.
+Tiles are processed a block at a time: transform, a product for each of a tile's elements, transform
+back; a block is so large that what lies between stays in the last-level cache.
 """
 
 from __future__ import annotations
@@ -19,29 +18,61 @@ from torch import Tensor
 
 from fastfuse import _extension
 from fastfuse.ops.memory import empty
+from fastfuse.ops.product import Weight
 
-__all__ = ["applies", "convolve", "input_gradient", "transform_weight", "weight_gradient"]
+__all__ = [
+    "ELEMENTS",
+    "OUTPUTS",
+    "applies",
+    "convolve",
+    "input_gradient",
+    "transform_weight",
+    "weight_gradient",
+]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 for _schema in (
-    # tiles (16, count, C) of the count tiles from `first` on that make outputs height x width
+    # tiles (36, count, C) of the count tiles from `first` on that make outputs height x width
     "winograd_input(Tensor(a!) tiles, Tensor image, SymInt first, SymInt height, SymInt width, "
     "SymInt padding) -> ()",
-    "winograd_output(Tensor(a!) image, Tensor tiles, SymInt first, Tensor? bias) -> ()",
+    "winograd_output(Tensor(a!) image, Tensor[] products, SymInt first, Tensor? bias) -> ()",
     "winograd_output_adjoint(Tensor(a!) tiles, Tensor image, SymInt first) -> ()",
 ):
     _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
 
+OUTPUTS = 4  # of a tile, on each side
+ELEMENTS = (OUTPUTS + 2) ** 2  # of a transformed tile
+
 # Bytes of transformed inputs and outputs of a block.
 BLOCK_BYTES = 32 << 20
 MIN_BLOCK, BLOCK_MULTIPLE = 128, 32
-# Below, transforms and the batched product's many small ones take what the fewer products save.
-MIN_CHANNELS, MIN_TILES = 64, 64
+MIN_CHANNELS = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 384}
+# What the fewer products save must pay for transforming the weights, which takes what so many
+# pixels save, and for the rest: products of a pixel's channels in and out. PyTorch has no fast
+# convolution for float64.
+MIN_PIXELS = {torch.float32: 1000, torch.float64: 100, torch.bfloat16: 8000}
+MIN_WORK = {torch.float32: 30_000_000, torch.float64: 2_000_000, torch.bfloat16: 0}
 # Consecutive matrices of a batch would fall into the same cache sets: their distance is odd lines.
 SKEW_BYTES = 5 * 64
 
-_G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-_G16 = torch.kron(_G, _G)  # (16, 9): a transformed tile's elements from the taps
+# The points 0, a, -a, b, -b and infinity of the transforms in csrc/cpu/winograd_simd.cpp.
+_A, _B = 0.625, 1.5
+
+
+def _weight_transform() -> Tensor:
+    """G (x) G, (36, 9): a transformed tile's elements from the taps."""
+    a, b, a2, b2 = _A, _B, _A**2, _B**2
+    rows = [
+        *([1 / (a2 * b2), 0, 0],),
+        *([x / (2 * a2 * (a2 - b2)) for x in (1, p, a2)] for p in (a, -a)),
+        *([x / (2 * b2 * (b2 - a2)) for x in (1, p, b2)] for p in (b, -b)),
+        *([0, 0, 1],),
+    ]
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    return torch.kron(matrix, matrix)
+
+
+_G = _weight_transform()
 
 
 def applies(
@@ -55,38 +86,45 @@ def applies(
 ) -> bool:
     """Whether a convolution runs this way; a static rule.
 
-    float64 too, for PyTorch has no fast convolution for it. A padding above 2 would make that of
-    the input's gradient negative.
+    A padding above 2 would make that of the input's gradient negative.
     """
     return (
         device == "cpu"
         and _extension.module is not None
-        and dtype in (torch.float32, torch.float64)
+        and dtype in MIN_WORK
         and kernel_size == 3
         and padding <= 2
-        and min(channels, out_channels) >= MIN_CHANNELS
-        and pixels >= 4 * MIN_TILES
+        and min(channels, out_channels) >= MIN_CHANNELS[dtype]
+        and (pixels - MIN_PIXELS[dtype]) * channels * out_channels >= MIN_WORK[dtype]
     )
 
 
 def transform_weight(taps: Tensor) -> Tensor:
-    """(9, A, B) -> (16, A, B)."""
-    matrix = _G16.to(taps.dtype)
-    return torch.mm(matrix, taps.reshape(9, -1)).view(16, *taps.shape[1:])
+    """(9, A, B) -> (36, A, B), in the accumulation dtype."""
+    taps = taps.to(_wide(taps))
+    out = empty((ELEMENTS, taps[0].numel()), taps)
+    return torch.mm(_G.to(taps.dtype), taps.reshape(9, -1), out=out).view(-1, *taps.shape[1:])
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def _matrices(count: int, channels: int, like: Tensor) -> Tensor:
-    """Room for (16, count, channels)."""
-    stride = count * channels + SKEW_BYTES // like.element_size()
-    memory = empty((16 * stride,), like)
-    return memory.as_strided((16, count, channels), (stride, channels, 1))
+    """Room for (36, count, channels), in the accumulation dtype."""
+    wide = like.new_empty(0, dtype=_wide(like))
+    stride = count * channels + SKEW_BYTES // wide.element_size()
+    memory = empty((ELEMENTS * stride,), wide)
+    return memory.as_strided((ELEMENTS, count, channels), (stride, channels, 1))
 
 
 def _blocks(image: Tensor, size: tuple[int, int], channels: int) -> Iterator[slice]:
-    """The tiles of an image's outputs, in blocks whose rows have so many channels together."""
-    tiles = image.shape[0] * ((size[0] + 1) // 2) * ((size[1] + 1) // 2)
-    length = BLOCK_BYTES // (16 * channels * image.element_size())
-    length = max(length // BLOCK_MULTIPLE * BLOCK_MULTIPLE, MIN_BLOCK)
+    """The tiles of an image's outputs, in blocks of one length but the last, which is no longer;
+    their rows have so many channels together."""
+    tiles = image.shape[0] * -(-size[0] // OUTPUTS) * -(-size[1] // OUTPUTS)
+    limit = BLOCK_BYTES // (ELEMENTS * channels * _wide(image).itemsize)
+    count = -(-tiles // max(limit, MIN_BLOCK))
+    length = -(-tiles // (count * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE if count else 1
     for first in range(0, tiles, length):
         yield slice(first, min(first + length, tiles))
 
@@ -104,20 +142,22 @@ def _transform_inputs(
 def convolve(
     out: Tensor, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, padding: int
 ) -> None:
-    """out = the convolution of inputs, concatenated, with a transformed weight (16, C_out, C_in).
+    """out = the convolution of inputs, concatenated, with a transformed weight (36, C_out, C_in).
 
-    Images are channels_last.
+    Images are channels_last, the bias in their dtype.
     """
+    bias = None if bias is None else bias.to(_wide(out))
     size = (out.shape[2], out.shape[3])
     out_channels, channels = weight.shape[1:]
-    memory: list[Tensor] = []
-    for block in _blocks(out, size, channels + out_channels):
-        count = block.stop - block.start
-        if not memory:
-            memory = [_matrices(count, c, out) for c in (channels, out_channels)]
-        transformed, products = (m[:, :count] for m in memory)
+    blocks = list(_blocks(out, size, channels + out_channels))
+    if not blocks:
+        return
+    weights = [Weight(matrix, blocks[-1].stop) for matrix in weight]
+    memory = _matrices(blocks[0].stop, channels, out)
+    for block in blocks:
+        transformed = memory[:, : block.stop - block.start]
         _transform_inputs(transformed, inputs, block.start, size, padding)
-        torch.bmm(transformed, weight.transpose(1, 2), out=products)
+        products = [w.product(x) for w, x in zip(weights, transformed, strict=True)]
         torch.ops.fastfuse.winograd_output(out, products, block.start, bias)
 
 
@@ -128,12 +168,12 @@ def input_gradient(out: Tensor, grad_output: Tensor, taps: Tensor, padding: int)
 
 
 def weight_gradient(grad_output: Tensor, inputs: Sequence[Tensor], padding: int) -> Tensor:
-    """The gradient of the taps, (9, C_out, C_in)."""
+    """The gradient of the taps, (9, C_out, C_in), in the accumulation dtype."""
     size = (grad_output.shape[2], grad_output.shape[3])
     channels = sum(image.shape[1] for image in inputs)
     out_channels = grad_output.shape[1]
     total = torch.zeros(
-        (16, out_channels, channels), dtype=grad_output.dtype, device=grad_output.device
+        (ELEMENTS, out_channels, channels), dtype=_wide(grad_output), device=grad_output.device
     )
     memory: list[Tensor] = []
     for block in _blocks(grad_output, size, channels + out_channels):
@@ -144,5 +184,5 @@ def weight_gradient(grad_output: Tensor, inputs: Sequence[Tensor], padding: int)
         _transform_inputs(transformed, inputs, block.start, size, padding)
         torch.ops.fastfuse.winograd_output_adjoint(gradients, grad_output, block.start)
         torch.baddbmm(total, gradients.transpose(1, 2), transformed, out=total)
-    matrix = _G16.to(total.dtype).t()
-    return torch.mm(matrix, total.view(16, -1)).view(9, out_channels, channels)
+    matrix = _G.to(total.dtype).t()
+    return torch.mm(matrix, total.view(ELEMENTS, -1)).view(9, out_channels, channels)

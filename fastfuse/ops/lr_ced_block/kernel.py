@@ -43,10 +43,11 @@ class _Step:
         self.dilation = dilation
         self.norm = Norm(wide(norm_weight), wide(norm_bias), eps)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's result, and the step's."""
+    def forward(self, x: Tensor, keeping: bool) -> tuple[Tensor, Tensor]:
+        """The convolution's result, if it is kept, and the step's."""
         convolved = _convolve(x, self.weight, self.bias, self.dilation)
-        out = empty(x.shape, x, torch.channels_last)
+        # Each pixel is read before it is written: fresh memory is slow.
+        out = empty(x.shape, x, torch.channels_last) if keeping else convolved
         torch.ops.fastfuse.layer_norm_into(
             rows(out), rows(convolved), self.norm.weight, self.norm.bias, self.norm.eps, rows(x),
             True,
@@ -102,13 +103,13 @@ def forward(
     keeping: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     first, second = _steps(parameters, *option)
-    convolved, y = first.forward(x)
-    convolved2, z = second.forward(y)
-    kept = []
+    convolved, y = first.forward(x, keeping)
+    convolved2, z = second.forward(y, keeping)
+    kept, out = [], z
     if keeping:
         hidden = empty(kept_shapes(x, parameters)[4], x, torch.channels_last)
         kept = [convolved, y, convolved2, z, hidden]
-    out = empty(x.shape, x, torch.channels_last)
+        out = empty(x.shape, x, torch.channels_last)
     mlp = _mlp(x, parameters[8:], keep)
     pointwise.forward(rows(out), rows(x), rows(z), mlp, rows(kept[4]) if keeping else None)
     return out, kept
@@ -128,8 +129,8 @@ def backward(
     if kept:
         convolved, y, convolved2, z, hidden = kept
     else:
-        convolved, y = first.forward(x)
-        (convolved2, z), hidden = second.forward(y), None
+        convolved, y = first.forward(x, True)
+        (convolved2, z), hidden = second.forward(y, True), None
     grad_z = empty(x.shape, x, torch.channels_last)
     g = pointwise.backward(
         rows(grad_z),

@@ -2,8 +2,7 @@
 
 n is the input, or the layer norm of the input. Pixels are processed a chunk at a time, so that the
 hidden tensor, four times as wide as the image, stays in the last-level cache between the products
-and what is done to it. The products are the library's: at these shapes ``torch.mm`` into memory
-that is there runs at 95 % of its own best rate, and docs/ced_block.md has the measurement.
+and what is done to it. The products are the library's.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.memory import empty
+from fastfuse.ops.product import Weight
 
 __all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "wide"]
 
@@ -89,25 +89,8 @@ def _buffers(chunks: list[slice], like: Tensor, *widths: int) -> list[Tensor]:
     return [empty((rows, width), like) for width in widths]
 
 
-# oneDNN's product as torch.compile uses it; None where this PyTorch has none.
-_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-
-
-def _product(a: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """a weight^T, in ``out`` or, if the library has it so, in memory of its own.
-
-    A static rule: in float32 on CPUs oneDNN, which torch.mm does not use there (on Zen 4 185-205
-    GFLOP/s where MKL has 145-190), else torch.mm.
-    """
-    if _ONEDNN_LINEAR is not None and a.device.type == "cpu" and a.dtype == torch.float32:
-        if weight.stride() != (1, weight.shape[0]):  # oneDNN takes 1000 times as long for slices
-            weight = weight.contiguous()
-        return _ONEDNN_LINEAR(a, weight, None, "none", [], "")
-    return torch.mm(a, weight.t(), out=out)
-
-
-def _product_into(out: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-    result = _product(a, weight, out)
+def _product_into(out: Tensor, a: Tensor, weight: Weight) -> Tensor:
+    result = weight.product(a, out)
     return out if result is out else out.copy_(result)
 
 
@@ -130,16 +113,17 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     normalized, product, activated = _buffers(
         chunks, x, channels if mlp.norm else 0, channels, hidden
     )
+    fc1, fc2 = (Weight(weight, x.shape[0]) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
         n = _normalized(inputs[chunk], mlp.norm, normalized)
         a = activated[:count]
         if kept is None:
-            h = a = _product(n, mlp.fc1_weight, a)
+            h = a = fc1.product(n, a)
         else:
-            h = _product_into(kept[chunk], n, mlp.fc1_weight)
+            h = _product_into(kept[chunk], n, fc1)
         ops.bias_gelu_into(a, h, mlp.fc1_bias)
-        p = _product(a, mlp.fc2_weight, product[:count])
+        p = fc2.product(a, product[:count])
         ops.residual_into(
             out[chunk], x[chunk], p, mlp.fc2_bias, mlp.scale, mlp.keep, mlp.pixels, chunk.start
         )
@@ -202,25 +186,29 @@ def backward(
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
     fc1 = _Sum(hidden, channels, grad) if of_parameters else None
     fc2 = _Sum(channels, hidden, grad) if of_parameters else None
+    rows = grad.shape[0]
+    to_hidden = Weight(mlp.fc1_weight, rows) if kept is None else None
+    to_grad_hidden, to_grad = Weight(fc2_weight.t(), rows), Weight(mlp.fc1_weight.t(), rows)
     for chunk in chunks:
         count = chunk.stop - chunk.start
         g = grad[chunk] if mlp.keep is None else kept_grad[:count]
         ops.residual_backward_into(g, fc2_bias, grad[chunk], mlp.keep, mlp.pixels, chunk.start)
         n = _normalized(inputs[chunk], mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
-        if kept is None:
-            h = a = _product(n, mlp.fc1_weight, a)
+        if to_hidden is not None:
+            h = a = to_hidden.product(n, a)
         else:
+            assert kept is not None
             h = kept[chunk]
-        gh = _product(g, fc2_weight.t(), gh)
+        gh = to_grad_hidden.product(g, gh)
         ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
             fc2.add(g, a)
             fc1.add(gh, n)
         if mlp.norm is None:
-            _product_into(grad_inputs[chunk], gh, mlp.fc1_weight.t())
+            _product_into(grad_inputs[chunk], gh, to_grad)
             continue
-        gn = _product(gh, mlp.fc1_weight.t(), grad_normalized[:count])
+        gn = to_grad.product(gh, grad_normalized[:count])
         ops.layer_norm_backward_into(
             grad_inputs[chunk], *norm_sums, gn, inputs[chunk], mlp.norm.weight, mlp.norm.bias,
             mlp.norm.eps, False,
