@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.ops.bilinear import interpolate
 from fastfuse.ops.checks import check_image, check_tensor
+from fastfuse.ops.layout import to_layout
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 __all__ = ["Segmentor", "feature_maps"]
 
@@ -154,9 +155,13 @@ class Segmentor(nn.Module):
         return loss + self.auxiliary_weight * self._cross_entropy(logits, targets)
 
     def _to_size(self, head: nn.Module, features: Sequence[Tensor], images: Tensor) -> Tensor:
-        align_corners = bool(getattr(head, "align_corners", False))
+        # Contiguous, as the loss and its gradient want them: converted while they are small.
+        logits = to_layout(head(features), False)
         size = (images.shape[2], images.shape[3])
-        return interpolate(head(features), size, align_corners=align_corners)
+        if logits.shape[2:] == images.shape[2:]:
+            return logits
+        align_corners = bool(getattr(head, "align_corners", False))
+        return upsample_equalize_concat([logits], size=size, align_corners=align_corners)
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, ignore_index=self.ignore_index)
