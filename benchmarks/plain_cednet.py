@@ -1,4 +1,4 @@
-"""CEDNet, ConvNeXt with FPN, and RetinaNet in plain PyTorch: rivals and oracle.
+"""CEDNet, ConvNeXt with FPN, RetinaNet and UPerNet in plain PyTorch: rivals and oracle.
 
 Written as the papers' authors and MMDetection compose them: every convolution, norm and activation
 a pass of its own, ``F.interpolate`` and ``+``. CEDNet's keys are those of ``fastfuse.models``, so
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import plain_heads
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CEDNet", "ConvNeXt", "ConvNeXtFPN", "Features", "RetinaHead", "RetinaNet"]
+__all__ = ["CEDNet", "ConvNeXt", "ConvNeXtFPN", "Features", "RetinaHead", "RetinaNet", "UPerNet"]
 
 EPS = 1e-6
 CHANNELS = {  # c2 to c5
@@ -171,12 +172,18 @@ class CEDNet(nn.Module):
             for i in range(stages)
         )
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.forward_stages(images)[-1]
+
+    def forward_stages(self, images: Tensor) -> list[tuple[Tensor, ...]]:
+        """c2, c3, c4 and c5 after every stage."""
         c2 = self.blocks(self.stem(images))
-        maps: tuple[Tensor, ...] = (self.downsample(c2),)
+        x, outputs = self.downsample(c2), []
         for stage in self.stages:
-            maps = stage(maps[0])
-        return (c2, *maps)
+            maps = stage(x)
+            outputs.append((c2, *maps))
+            x = maps[0]
+        return outputs
 
 
 class ConvNeXt(nn.Module):
@@ -286,3 +293,28 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return self.bbox_head(self.backbone(images))
+
+
+class UPerNet(nn.Module):
+    """With an auxiliary head; keys as ``fastfuse.models.cednet_upernet_*``. ``dropout`` is 0 where
+    it is compared."""
+
+    def __init__(self, backbone: CEDNet, num_classes: int = 150, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.decode_head = plain_heads.UPer(backbone.channels, 512, num_classes, dropout=dropout)
+        self.auxiliary_head = plain_heads.FCN(
+            backbone.channels[1], 256, num_classes, num_convs=1, concat_input=False,
+            dropout=dropout,
+        )  # fmt: skip
+
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        *_, auxiliary, features = self.backbone.forward_stages(images)
+        size = images.shape[2:]
+
+        def cross_entropy(logits: Tensor) -> Tensor:
+            upsampled = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            return F.cross_entropy(upsampled, targets, ignore_index=255)
+
+        loss = cross_entropy(self.decode_head(features))
+        return loss + 0.4 * cross_entropy(self.auxiliary_head([auxiliary[1]]))

@@ -110,6 +110,7 @@ def measure(
     benchmark: Any,
     device: str,
     progress: Callable[[str], None],
+    memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
 ) -> dict[str, Any]:
     """Measures a cell: ours and every rival in both layouts, compiled ones in channels_last."""
     make = partial(build, shape=cell.shape, dtype=cell.dtype, mode=cell.mode, device=device)
@@ -126,7 +127,7 @@ def measure(
             with FlopCounterMode(display=False) as counter:
                 variant.call()
             flops[variant.name] = counter.get_total_flops()
-    flops[COMPILED] = flops[PLAIN]
+    flops[COMPILED] = next(work for name, work in flops.items() if name != OURS)
     return compare(
         benchmark,
         variants,
@@ -143,5 +144,6 @@ def measure(
         max_rounds=10,
         device=device,
         flops=flops,
+        memory=memory,
         progress=progress,
     )

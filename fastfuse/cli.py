@@ -23,7 +23,7 @@ from fastfuse.verify import BACKENDS, self_test, verify
 __all__ = ["main"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-_WHOLE = ("heads", "models")  # suites of more than one op
+_WHOLE = ("heads", "models", "cednet")  # suites of more than one op
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 

@@ -20,6 +20,7 @@ from fastfuse.verify import MismatchError
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import bench_ced_block  # noqa: E402
+import bench_cednet  # noqa: E402
 import bench_depthwise_conv2d  # noqa: E402
 import bench_fusion_conv2d  # noqa: E402
 import bench_heads  # noqa: E402
@@ -196,6 +197,9 @@ def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -
         (bench_heads, "UPerHead 64x64", whole.BOTH),
         (bench_heads, "SepASPPHead 64x64", whole.FORWARD),
         (bench_models, "PSPNet ResNet-50 64x64", whole.FORWARD),
+        (bench_cednet, "RetinaNet 64x64", whole.FORWARD),
+        (bench_cednet, "backbone 64x64", whole.BOTH),
+        (bench_cednet, "UPerNet 64x64", whole.BOTH),
     ],
 )
 def test_whole_heads_and_models_agree(
@@ -204,17 +208,18 @@ def test_whole_heads_and_models_agree(
     monkeypatch.setattr(bench_heads, "SIZES", {"64x64": (64, 64)})
     monkeypatch.setattr(bench_models, "IMAGE", (64, 64))
     cell = whole.Cell(shape, "float32", mode)
-    names = (whole.OURS, whole.PLAIN)
+    names = (whole.OURS, *getattr(suite, "RIVALS", (whole.PLAIN,)))
+    layouts = (*whole.LAYOUTS, whole.CHANNELS_LAST)
     variants = [
         measure.Variant(n, suite.build(n, layout, shape, "float32", mode), layout)
-        for n, layout in zip(names, whole.LAYOUTS, strict=True)
+        for n, layout in zip(names, layouts, strict=False)
     ]
     usable, _ = measure.check_agreement(variants, whole.tolerances(cell))
-    assert len(usable) == 2
+    assert len(usable) == len(names)
 
 
 def test_quick_cells_of_whole_heads_and_models() -> None:
-    for suite in (bench_heads, bench_models):
+    for suite in (bench_heads, bench_models, bench_cednet):
         every, quick = suite.cells(False, "fresh", "cpu"), suite.cells(True, "fresh", "cpu")
         assert set(quick) < set(every)
         assert len(set(map(str, every))) == len(every)

@@ -1,0 +1,145 @@
+"""CEDNet-T, whole, against the same in plain PyTorch (``plain_cednet``).
+
+Forward is one image of 800 x 1280 in evaluation mode: the backbone, and RetinaNet with 80 classes,
+which is what the paper times. A training step is forward and backward of 512 x 512 in training
+mode, of the backbone (one image, the mean square of its maps as a loss) and of UPerNet with its
+auxiliary head and cross-entropies (two images, 150 classes); its peak memory is that of a fresh
+process. Stochastic depth and dropout are off, so that results compare.
+
+Rivals, with shared weights, in both memory formats, weights included:
+
+- eager, linear: blocks as the authors write them, channels moved to the end for ``F.linear``;
+- eager, 1x1 conv: the same products as 1x1 convolutions, which other libraries may compute;
+- compiled: the latter by ``torch.compile``.
+
+The comparison with ConvNeXt-T + FPN is in ``paper_tables.py``.
+
+Quick runs measure RetinaNet forward and the backbone's training step, without compiled rivals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import plain_cednet
+import torch
+import whole
+from measure import Variant
+from peak_memory import peak_extra_memory
+from torch import Tensor, nn
+from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, Cell
+
+from fastfuse import models
+
+__all__ = ["CELLS", "Cell", "build", "cells"]
+
+OP = "cednet"
+RIVALS = ("eager, linear", "eager, 1x1 conv")
+SIZES = {"800x1280": (800, 1280), "512x512": (512, 512), "64x64": (64, 64)}
+CELLS = [
+    Cell(f"{model} {size}", dtype, mode)
+    for model, size, mode in (
+        ("backbone", "800x1280", FORWARD),
+        ("RetinaNet", "800x1280", FORWARD),
+        ("backbone", "512x512", BOTH),
+        ("UPerNet", "512x512", BOTH),
+    )
+    for dtype in DTYPES
+]
+
+
+class Maps(nn.Module):
+    """A model's outputs one after the other; in training the mean of their squares."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        outputs = self.model(images)
+        if isinstance(outputs[0], list):
+            outputs = (*outputs[0], *outputs[1])
+        if not self.training:
+            return tuple(outputs)
+        return torch.stack([x.float().square().mean() for x in outputs]).sum().reshape(1)
+
+
+class Loss(nn.Module):
+    """A segmentor's loss at fixed targets."""
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], batch: int) -> None:
+        super().__init__()
+        self.model = model
+        generator = torch.Generator().manual_seed(1)
+        targets = torch.randint(150, (batch, *size), generator=generator)
+        self.register_buffer("targets", targets)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.loss(images, self.targets).reshape(1)
+
+
+def cells(quick: bool, regime: str, device: str) -> list[Cell]:
+    if regime != "fresh":
+        return []
+    short = ("RetinaNet 800x1280", "backbone 512x512")
+    return [cell for cell in CELLS if not quick or cell.shape in short]
+
+
+def _model(name: str, kind: str) -> nn.Module:
+    """Ours, or a rival with its weights."""
+    torch.manual_seed(0)
+    make = {
+        "backbone": models.CEDNet,
+        "RetinaNet": models.cednet_retinanet_tiny,
+        "UPerNet": models.cednet_upernet_tiny,
+    }
+    ours = make[kind](layer_scale=1.0)
+    for module in ours.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    if name == OURS:
+        return ours
+    mlp = "linear" if name.endswith("linear") else "conv"
+    plain: nn.Module = plain_cednet.CEDNet("tiny", mlp=mlp)
+    if kind == "RetinaNet":
+        plain = plain_cednet.RetinaNet(plain_cednet.Features(plain))
+    elif kind == "UPerNet":
+        plain = plain_cednet.UPerNet(plain, dropout=0.0)
+    plain.load_state_dict(ours.state_dict())
+    return plain
+
+
+def build(
+    name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
+) -> whole.Call:
+    """A call of a variant: weights and images are the same for every one."""
+    kind, size = shape.split()
+    batch = 2 if kind == "UPerNet" else 1
+    height, width = SIZES[size]
+    model = _model(name, kind)
+    wrapped = Loss(model, (height, width), batch) if kind == "UPerNet" else Maps(model)
+    shapes = [(batch, 3, height, width)]
+    return whole.call(wrapped, name, shapes, layout, dtype, mode, device, sequence=False)
+
+
+def test_cednet(
+    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
+) -> None:
+    names = (OURS, *RIVALS) if request.config.getoption("quick") else (OURS, *RIVALS, COMPILED)
+
+    def memory(variants: Sequence[Variant]) -> list[int | None]:
+        progress("measures peak memory")
+        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
+        known = [v for v in variants if v.name != COMPILED]
+        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
+        tiny = {"shape": f"{cell.shape.split()[0]} 64x64"}
+        peaks = peak_extra_memory(f"{__name__}:build", cases, warm_up=tiny, device=device)
+        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
+        return [by_title.get(v.title) for v in variants]
+
+    info = whole.measure(
+        OP, build, cell, names, benchmark, device, progress,
+        memory=memory if cell.mode == BOTH else None,
+    )  # fmt: skip
+    assert info["variants"]
