@@ -24,6 +24,7 @@ from fastfuse.models import (
     Segmentor,
     load_published_cednet,
 )
+from fastfuse.models.cednet_checkpoint import _keys
 from fastfuse.models.cednet_upernet import CEDNetSegmentor
 
 # ---- the published structure, by its names ------------------------------------------------------
@@ -322,10 +323,17 @@ def test_another_configuration_does_not_fit() -> None:
         ({"last_decoder": True}, r"missing keys: stages\.2\.1\.decoder_norm"),
         ({"style": "unet", "last_decoder": False}, r"stages\.1\.1\.decoder\.0\.0\.dwconv"),
         ({"layer_scale": None}, r"unexpected keys: stages\.0\.0\.gamma"),
-        ({"token_mixer": nn.Identity}, r"unexpected keys: stages\.0\.0\.dwconv"),
     ):
         with pytest.raises(RuntimeError, match=message):
             load_published_cednet(cednet(**options), checkpoint)
+    with pytest.raises(ValueError, match="must have the depthwise token mixer"):
+        load_published_cednet(cednet(token_mixer=nn.Identity), checkpoint)
+
+
+def test_every_tensor_has_a_published_name() -> None:
+    for style in ("fpn", "unet", "hourglass"):
+        model = cednet(style=style)
+        assert sorted(ours for _, ours in _keys(model)) == sorted(model.state_dict())
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), Segmentor(nn.Identity(), nn.Identity())])

@@ -240,13 +240,13 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: RetinaHead(8)(images((1, 8, 4, 4), (1, 6, 2, 2))),
         ValueError,
-        r"RetinaHead: features\[1\] must be .* C = 8; got shape \(1, 6, 2, 2\)",
+        r"RetinaHead: levels\[1\] must be .* C = 8; got shape \(1, 6, 2, 2\)",
     ),
-    (lambda: RetinaHead(8)(torch.zeros(1, 8, 4, 4)), TypeError, "RetinaHead: features must be a"),
+    (lambda: RetinaHead(8)(3), TypeError, "RetinaHead: expected a sequence or mapping of tensors"),
     (
         lambda: RetinaNet(Number(), RetinaHead(8))(torch.zeros(1)),
         TypeError,
-        "RetinaNet: backbone must return a sequence or mapping of tensors.*; got int",
+        "RetinaHead: expected a sequence or mapping of tensors.*; got int",
     ),
     (
         lambda: CEDNetClassifier(num_classes=0),
@@ -274,3 +274,38 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_bad_input(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+class Maps(nn.Module):
+    """Gives maps of some sizes and channels, whatever it is asked."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        super().__init__()
+        self.shapes = shapes
+        self.channels = (4, 8, 12, 16)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [images.new_zeros(1, c, size, size) for c, size in self.shapes]
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((4, 16), (8, 8), (12, 4)),
+        ((4, 16), (8, 8), (12, 4), (12, 2)),
+        ((4, 16), (8, 8), (12, 8), (16, 8)),
+    ],
+    ids=["three maps", "other channels", "dilated"],
+)
+def test_maps_that_do_not_fit_are_refused(shapes: tuple[tuple[int, int], ...]) -> None:
+    features = DetectionFeatures(Maps(*shapes), 8)
+    with pytest.raises(ValueError, match="DetectionFeatures: backbone must give four maps of"):
+        features(torch.zeros(1, 3, 64, 64))
+
+
+def test_the_head_takes_what_features_give() -> None:
+    features = DetectionFeatures(Maps((4, 16), (8, 8), (12, 4), (16, 2)), 8)
+    head = RetinaHead(8, 2, num_convs=1)
+    images = torch.zeros(1, 3, 64, 64)
+    logits, _ = head(features(images))
+    assert [x.shape[2] for x in logits] == [8, 4, 2, 1, 1]

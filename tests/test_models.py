@@ -231,12 +231,12 @@ def test_transformers_backbone() -> None:
         (
             lambda: segmentor(lambda maps: 3)(torch.zeros(2, 3, 8, 8)),
             TypeError,
-            "Segmentor: backbone must return a sequence or mapping of tensors.*; got int",
+            "Segmentor: expected a sequence or mapping of tensors.*; got int",
         ),
         (
             lambda: segmentor(lambda maps: [])(torch.zeros(2, 3, 8, 8)),
             TypeError,
-            "Segmentor: backbone must return",
+            "Segmentor: expected a sequence",
         ),
         (
             lambda: segmentor(auxiliary_index=2)(torch.zeros(2, 3, 8, 8)),

@@ -423,3 +423,15 @@ def test_training_goes_as_in_pytorch(kind: type[nn.Module]) -> None:
                 optimizer.step()
         losses.append(loss.detach())
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+
+
+def test_layer_scale_may_be_an_int() -> None:
+    scale = CEDBlock(4, layer_scale=1).layer_scale
+    assert scale is not None
+    assert scale.dtype == torch.get_default_dtype()
+    assert torch.equal(scale, torch.ones(4))
+
+
+def test_a_token_mixer_makes_a_module() -> None:
+    with pytest.raises(TypeError, match="CEDBlock: token_mixer must make a module .* it gave int"):
+        CEDBlock(4, token_mixer=nn.Identity())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from fastfuse.ops.layout import to_layout
 from fastfuse.ops.upsample_add import upsample_add
 
 __all__ = ["CEDNet", "StageOutput", "norm_after"]
+
+T = TypeVar("T")
 
 STRIDE = 32  # of c5: what height and width must be multiples of
 _STEM = 32
@@ -253,7 +255,7 @@ class CEDNet(nn.Module):
     def _stem(self, images: Tensor) -> Tensor:
         return self.blocks(self.stem(images))
 
-    def _run(self, part, x: Tensor):  # type: ignore[no-untyped-def]
+    def _run(self, part: Callable[[Tensor], T], x: Tensor) -> T:
         if self.checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(part, x, use_reentrant=False)
         return part(x)

@@ -115,8 +115,9 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
     Raises:
         TypeError: another model.
         ValueError: no state dict in the checkpoint.
+            A model with a token_mixer, for which there are no names.
         RuntimeError: keys that are missing or unexpected (all listed, by the authors' names), of
-            another shape or refused. The model is as it was.
+            another shape or refused (by ours). The model is as it was.
 
     Source: the published code (github.com/zhanggang001/CEDNet), whose names these are; no
     checkpoint was published with it as far as is known.
@@ -134,6 +135,11 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
             "load_published_cednet: model must be a CEDNet, or a CEDNetClassifier, "
             f"DetectionFeatures, RetinaNet or Segmentor on one; got {type(model).__name__}"
         )
+    if any(getattr(module, "mixer", None) is not None for module in model.modules()):
+        raise ValueError(
+            "load_published_cednet: model must have the depthwise token mixer; the names of others "
+            "are not known"
+        )
     outer = "backbone" if isinstance(model, DetectionFeatures) else ""
     ours = dict(_keys(model, theirs=outer))
     left_out = re.compile(_left_out(model))
@@ -141,7 +147,9 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
     faults = {"missing": ours.keys() - found.keys(), "unexpected": found.keys() - ours.keys()}
     if any(faults.values()):
         listed = "; ".join(f"{k} keys: {', '.join(sorted(v))}" for k, v in faults.items() if v)
-        raise RuntimeError(f"load_published_cednet: {listed}")
+        prefixes = {key.split(".")[0] for key in found}
+        hint = f" (every key starts with {prefixes.pop()!r})" if len(prefixes) == 1 else ""
+        raise RuntimeError(f"load_published_cednet: {listed}{hint}")
     load_checkpoint(model, {ours[key]: value for key, value in found.items()})
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.checks import feature_list
 from fastfuse.ops.layout import to_layout
 from fastfuse.ops.upsample_add import upsample_add
 
@@ -56,7 +56,8 @@ class DetectionFeatures(nn.Module):
     64; names are torchvision's: "0", "1", "2", "p6", "p7", and "0", "1", "2", "3", "pool".
 
     Raises:
-        ValueError: unknown levels; out_channels below 1; a backbone without four channels.
+        ValueError: unknown levels; out_channels below 1; a backbone without four channels, or whose
+            maps are not four of these channels, each half the size of the one before.
 
     Source: CEDNet, section 4.2.
 
@@ -82,7 +83,11 @@ class DetectionFeatures(nn.Module):
             )
         _at_least_1("DetectionFeatures", out_channels=out_channels)
         channels = getattr(backbone, "channels", None)
-        if not isinstance(channels, Sequence) or len(channels) != 4:
+        if not (
+            isinstance(channels, Sequence)
+            and len(channels) == 4
+            and all(isinstance(c, int) for c in channels)
+        ):
             raise ValueError(
                 "DetectionFeatures: backbone must have an attribute channels, four ints for c2 to "
                 f"c5; got {channels!r}"
@@ -109,7 +114,7 @@ class DetectionFeatures(nn.Module):
                 kaiming_linear(added)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor] | tuple[Tensor, ...]:
-        c2, *coarser = feature_maps(self.backbone(images), "DetectionFeatures")
+        c2, *coarser = self._maps(images)
         maps = [reduce(c) for reduce, c in zip(self.reduce, coarser, strict=True)]
         for extra in self.extra:
             maps.append(extra(maps[-1]))
@@ -118,6 +123,22 @@ class DetectionFeatures(nn.Module):
         if self.as_tuple:
             return tuple(maps)
         return OrderedDict(zip(_LEVELS[self.levels], maps, strict=True))
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        """c2 to c5, of the backbone's channels, each half the size of the one before."""
+        maps = feature_maps(self.backbone(images), "DetectionFeatures")
+        expected = list(self.backbone.channels)  # type: ignore[arg-type]
+        shapes = [tuple(m.shape) for m in maps]
+        halved = all(
+            (a.shape[2] + 1) // 2 == b.shape[2] and (a.shape[3] + 1) // 2 == b.shape[3]
+            for a, b in pairwise(maps)
+        )
+        if [shape[1] for shape in shapes] != expected or not halved:
+            raise ValueError(
+                f"DetectionFeatures: backbone must give four maps of {expected} channels, each "
+                f"half the size of the one before; got shapes {shapes}"
+            )
+        return maps
 
 
 class RetinaHead(nn.Module):
@@ -136,7 +157,7 @@ class RetinaHead(nn.Module):
     (N, num_anchors * num_classes, H_i, W_i), and the deltas (N, num_anchors * 4, H_i, W_i).
 
     Raises:
-        TypeError: levels that are no sequence of tensors.
+        TypeError: levels that are no sequence or mapping of tensors.
         ValueError: an argument below 1; a level of other channels.
 
     Source: *Focal Loss for Dense Object Detection*, section 4.
@@ -188,12 +209,14 @@ class RetinaHead(nn.Module):
             else:  # every anchor starts as background, with probability 0.99
                 nn.init.constant_(parameter, -math.log(99) if name == "retina_cls.bias" else 0.0)
 
-    def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        levels = feature_list("RetinaHead", levels)
+    def forward(
+        self, levels: Sequence[Tensor] | Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        levels = feature_maps(levels, "RetinaHead")
         for i, level in enumerate(levels):
             if level.dim() != 4 or level.shape[1] != self.in_channels:
                 raise ValueError(
-                    f"RetinaHead: features[{i}] must be (N, C, H, W) with C = {self.in_channels}; "
+                    f"RetinaHead: levels[{i}] must be (N, C, H, W) with C = {self.in_channels}; "
                     f"got shape {tuple(level.shape)}"
                 )
         levels = [to_layout(level, True) for level in levels]
@@ -227,7 +250,7 @@ class RetinaNet(nn.Module):
         self.bbox_head = bbox_head
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        return self.bbox_head(feature_maps(self.backbone(images), "RetinaNet"))
+        return self.bbox_head(self.backbone(images))
 
 
 def _at_least_1(name: str, **arguments: int) -> None:

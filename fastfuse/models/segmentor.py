@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastfuse.ops.checks import check_image, check_tensor
 from fastfuse.ops.layout import to_layout
@@ -40,7 +41,7 @@ def feature_maps(output: Any, name: str = "Segmentor") -> list[Tensor]:
     if isinstance(maps, Sequence) and maps and all(isinstance(m, Tensor) for m in maps):
         return list(maps)
     raise TypeError(
-        f"{name}: backbone must return a sequence or mapping of tensors, finest first, or an "
+        f"{name}: expected a sequence or mapping of tensors from the backbone, finest first, or an "
         f"object with feature_maps; got {type(output).__name__}"
     )
 
@@ -91,7 +92,8 @@ class Segmentor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits at the images' size."""
         check_image("Segmentor", "images", images)
-        return self._to_size(self.decode_head, self._features(images), images)
+        logits = to_layout(self.decode_head(self._features(images)), False)
+        return self._to_size(self.decode_head, logits, images)
 
     def training_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The decode head's features, and the one that the auxiliary head reads."""
@@ -132,6 +134,8 @@ class Segmentor(nn.Module):
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the images' size, with the auxiliary head's, a scalar.
 
+        Full-size logits are held of one image at a time, and not kept for backward.
+
         Args:
             images: (N, 3, H, W).
             targets: (N, H, W) int64, class of each pixel or ignore_index.
@@ -148,20 +152,36 @@ class Segmentor(nn.Module):
                 f"got {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
             )
         if self.auxiliary_head is None:
-            return self._cross_entropy(self(images), targets)
+            return self._cross_entropy(self.decode_head, self._features(images), targets)
         features, auxiliary = self.training_features(images)
-        loss = self._cross_entropy(self._to_size(self.decode_head, features, images), targets)
-        logits = self._to_size(self.auxiliary_head, [auxiliary], images)
-        return loss + self.auxiliary_weight * self._cross_entropy(logits, targets)
+        loss = self._cross_entropy(self.decode_head, features, targets)
+        auxiliary_loss = self._cross_entropy(self.auxiliary_head, [auxiliary], targets)
+        return loss + self.auxiliary_weight * auxiliary_loss
 
-    def _to_size(self, head: nn.Module, features: Sequence[Tensor], images: Tensor) -> Tensor:
-        # Contiguous, as the loss and its gradient want them: converted while they are small.
-        logits = to_layout(head(features), False)
-        size = (images.shape[2], images.shape[3])
-        if logits.shape[2:] == images.shape[2:]:
+    def _to_size(self, head: nn.Module, logits: Tensor, like: Tensor) -> Tensor:
+        """A head's logits, contiguous, at the height and width of ``like``."""
+        if logits.shape[2:] == like.shape[-2:]:
             return logits
         align_corners = bool(getattr(head, "align_corners", False))
+        size = (like.shape[-2], like.shape[-1])
         return upsample_equalize_concat([logits], size=size, align_corners=align_corners)
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, ignore_index=self.ignore_index)
+    def _cross_entropy(
+        self, head: nn.Module, features: Sequence[Tensor], targets: Tensor
+    ) -> Tensor:
+        """The mean over pixels that count, in float32 at least, an image at a time: its full-size
+        logits are more than all features, and are computed again for backward."""
+
+        def of_image(logits: Tensor, target: Tensor) -> Tensor:
+            upsampled = self._to_size(head, logits, target)
+            losses = F.cross_entropy(
+                upsampled, target, ignore_index=self.ignore_index, reduction="none"
+            )
+            return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+
+        logits = to_layout(head(features), False)
+        losses = [
+            checkpoint(of_image, *image, use_reentrant=False, preserve_rng_state=False)
+            for image in zip(logits.split(1), targets.split(1), strict=True)
+        ]
+        return torch.stack(losses).sum() / (targets != self.ignore_index).sum()

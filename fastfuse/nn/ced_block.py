@@ -85,11 +85,18 @@ class _Block(nn.Module):
             self.mixer = None
         else:
             self.mixer = token_mixer(channels)
+            if not isinstance(self.mixer, nn.Module):
+                raise TypeError(
+                    f"{name}: token_mixer must make a module from a number of channels; "
+                    f"it gave {type(self.mixer).__name__}"
+                )
         self.norm = LayerNorm2d(channels)
         self.fc1 = nn.Linear(channels, _EXPANSION * channels)
         self.fc2 = nn.Linear(_EXPANSION * channels, channels)
         self.layer_scale = (
-            None if layer_scale is None else nn.Parameter(torch.full((channels,), layer_scale))
+            None
+            if layer_scale is None
+            else nn.Parameter(torch.full((channels,), float(layer_scale)))
         )
         self.drop_path = drop_path
 
@@ -98,7 +105,8 @@ class _Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return None
         kept = 1 - self.drop_path
-        return torch.empty(x.shape[0], device=x.device).bernoulli_(kept).div_(kept)
+        factor = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
+        return factor.bernoulli_(kept).div_(kept)
 
     def _mixed(self, x: Tensor) -> Tensor:
         """LN(mixer(x))."""
@@ -143,6 +151,7 @@ class CEDBlock(_Block):
     Shape: (N, C, H, W) -> (N, C, H, W).
 
     Raises:
+        TypeError: a token_mixer that makes no module.
         ValueError: channels below 1, or drop_path outside [0, 1); a token_mixer whose result has
             another shape.
 

@@ -19,7 +19,7 @@ class Conv2d(nn.Conv2d):
     - depthwise with an odd kernel, stride 1 and "same" zero padding:
       :func:`fastfuse.depthwise_conv2d`;
     - dense 3x3, stride 1: :func:`fastfuse.fusion_conv2d` with one level where that has something
-      faster than PyTorch: Winograd's algorithm, in float32 on CPUs;
+      faster than PyTorch: Winograd's algorithm, on CPUs, for channels and pixels enough;
     - anything else: PyTorch's convolution.
 
     Winograd's algorithm rounds differently, and an infinity among the inputs makes NaNs where a

@@ -143,12 +143,11 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     margin = 2 * padding - 2
     pixels = x.shape[0] * (x.shape[2] + margin) * (x.shape[3] + margin)
     applies = winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)
-    if isinstance(applies, bool):
-        return applies
-    # A size that is not known must not become a condition.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    if torch.compiler.is_compiling():  # a size that is not known must not become a condition
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(applies)
+        return statically_known_true(applies)
+    return applies
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -3,7 +3,7 @@
 A tile of 4 x 4 outputs takes 36 products per pair of channels instead of 144: the GEMM's work falls
 by 4. Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks* (2015); its points
 are others here (below), for their roundings. bfloat16 and float16 are transformed, multiplied and
-transformed back in float32, and rounded once: four times fewer products at half their rate.
+transformed back in float32, and rounded once; the rule has bfloat16 of many channels.
 
 Tiles are processed a block at a time: transform, a product for each of a tile's elements, transform
 back; a block is so large that what lies between stays in the last-level cache.
