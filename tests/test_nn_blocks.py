@@ -433,5 +433,5 @@ def test_layer_scale_may_be_an_int() -> None:
 
 
 def test_a_token_mixer_makes_a_module() -> None:
-    with pytest.raises(TypeError, match="CEDBlock: token_mixer must make a module .* it gave int"):
+    with pytest.raises(TypeError, match=r"CEDBlock: token_mixer must make a module .* it gave int"):
         CEDBlock(4, token_mixer=nn.Identity())
