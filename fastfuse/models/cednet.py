@@ -72,6 +72,7 @@ class _Blocks:
             drop_path=rate,
             layer_scale=self.config.layer_scale,
             token_mixer=self.config.token_mixer,
+            recompute=self.config.recompute,
         )
 
 
@@ -158,6 +159,8 @@ class CEDNet(nn.Module):
             for themselves), and may return any memory format.
         checkpoint: whether training keeps no more than the maps between stages, and computes the
             rest again in backward.
+        recompute: whether it keeps no more than the maps between blocks; if not, what blocks
+            compute again otherwise is kept (docs/cednet.md has speed and memory).
 
     Attributes:
         channels: of the four maps.
@@ -191,6 +194,7 @@ class CEDNet(nn.Module):
         stages: int | None = None,
         token_mixer: TokenMixer | None = None,
         checkpoint: bool = False,
+        recompute: bool = True,
     ) -> None:
         super().__init__()
         config = settings(
@@ -204,6 +208,7 @@ class CEDNet(nn.Module):
             layer_scale=layer_scale,
             lr_blocks=lr_blocks,
             token_mixer=token_mixer,
+            recompute=recompute,
         )
         self.channels = config.channels
         self.checkpoint = checkpoint

@@ -36,6 +36,7 @@ class Settings:
     layer_scale: float | None
     lr_blocks: bool
     token_mixer: TokenMixer | None
+    recompute: bool
 
     def split(self, depths: Sequence[int]) -> tuple[Depths, tuple[int, int]]:
         """Blocks of the encoder (at 1/8, 1/16, 1/32) and of the decoder (at 1/16, 1/8)."""
@@ -62,7 +63,7 @@ def settings(
 ) -> Settings:
     """A variant in a style, with what is not None in place of the variant's."""
     for argument, value, allowed in (("variant", variant, VARIANTS), ("style", style, STYLES)):
-        if value not in allowed:
+        if value not in tuple(allowed):
             listed = ", ".join(allowed)
             raise ValueError(f"CEDNet: {argument} must be one of {listed}; got {value!r}")
     own_channels, stem_depth, own_depths, own_stages = VARIANTS[variant]

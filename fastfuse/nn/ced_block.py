@@ -73,6 +73,7 @@ class _Block(nn.Module):
         drop_path: float,
         layer_scale: float | None,
         token_mixer: TokenMixer | None,
+        recompute: bool,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -99,6 +100,7 @@ class _Block(nn.Module):
             else nn.Parameter(torch.full((channels,), float(layer_scale)))
         )
         self.drop_path = drop_path
+        self.recompute = recompute
 
     def _keep(self, x: Tensor) -> Tensor | None:
         """A factor per sample, drawn once: backward computes the block again with the same."""
@@ -147,6 +149,7 @@ class CEDBlock(_Block):
         token_mixer: channels -> a module that keeps (N, C, H, W), its dtype and its device, in
             place of the depthwise 7x7 convolution, e.g. ``fastfuse.nn.conv3x3`` or window
             attention; keys ``mixer.*`` instead of ``dw.*``, and plain PyTorch around it.
+        recompute: as the op's: whether training keeps the input alone and computes the rest again.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
 
@@ -167,8 +170,9 @@ class CEDBlock(_Block):
         drop_path: float = 0.0,
         layer_scale: float | None = 1e-6,
         token_mixer: TokenMixer | None = None,
+        recompute: bool = True,
     ) -> None:
-        super().__init__(channels, drop_path, layer_scale, token_mixer)
+        super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mixer is not None:
@@ -183,6 +187,7 @@ class CEDBlock(_Block):
             self.layer_scale,
             self._keep(x),
             eps=self.norm.eps,
+            recompute=self.recompute,
         )
 
     def load_convnext(self, state_dict: Mapping[str, Tensor], source: str = "original") -> None:
@@ -231,6 +236,7 @@ class LRCEDBlock(_Block):
         drop_path: the rate of stochastic depth in training, in [0, 1), drawn for each sample.
         layer_scale: the initial value of gamma; None: there is none.
         token_mixer: as a CEDBlock's, in place of the first convolution.
+        recompute: as a CEDBlock's.
 
     Shape: (N, C, H, W) -> (N, C, H, W).
 
@@ -251,8 +257,9 @@ class LRCEDBlock(_Block):
         drop_path: float = 0.0,
         layer_scale: float | None = 1e-6,
         token_mixer: TokenMixer | None = None,
+        recompute: bool = True,
     ) -> None:
-        super().__init__(channels, drop_path, layer_scale, token_mixer)
+        super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
         self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
         self.norm2 = LayerNorm2d(channels)
 
@@ -272,4 +279,5 @@ class LRCEDBlock(_Block):
             self._keep(x),
             dilation=self.dw2.dilation[0],
             eps=self.norm.eps,
+            recompute=self.recompute,
         )

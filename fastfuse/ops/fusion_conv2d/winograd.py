@@ -63,10 +63,10 @@ def _weight_transform() -> Tensor:
     """G (x) G, (36, 9): a transformed tile's elements from the taps."""
     a, b, a2, b2 = _A, _B, _A**2, _B**2
     rows = [
-        *([1 / (a2 * b2), 0, 0],),
+        [1 / (a2 * b2), 0, 0],
         *([x / (2 * a2 * (a2 - b2)) for x in (1, p, a2)] for p in (a, -a)),
         *([x / (2 * b2 * (b2 - a2)) for x in (1, p, b2)] for p in (b, -b)),
-        *([0, 0, 1],),
+        [0, 0, 1],
     ]
     matrix = torch.tensor(rows, dtype=torch.float64)
     return torch.kron(matrix, matrix)
