@@ -72,7 +72,8 @@ def backward(
     convolved = (
         kept[0] if kept else ops.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
     )
-    grad_convolved = empty(x.shape, x, torch.channels_last)
+    # Each pixel is read before it is written, and what is kept is not ours to write.
+    grad_convolved = empty(x.shape, x, torch.channels_last) if kept else convolved
     g = pointwise.backward(
         rows(grad_convolved),
         rows(grad),

@@ -55,11 +55,17 @@ class _Step:
         return convolved, out
 
     def backward(
-        self, grad: Tensor, x: Tensor, convolved: Tensor, wants_x: bool, wants_parameters: bool
+        self,
+        grad: Tensor,
+        x: Tensor,
+        convolved: Tensor,
+        kept: bool,
+        wants_x: bool,
+        wants_parameters: bool,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients of x and of the four parameters."""
+        """The gradients of x and of the four parameters; overwrites ``convolved`` unless kept."""
         norm_sums = [self.norm.weight.new_zeros(x.shape[1]) for _ in range(2)]
-        grad_convolved = empty(x.shape, x, torch.channels_last)
+        grad_convolved = empty(x.shape, x, torch.channels_last) if kept else convolved
         torch.ops.fastfuse.layer_norm_backward_into(
             rows(grad_convolved), *norm_sums, rows(grad), rows(convolved), self.norm.weight,
             self.norm.bias, self.norm.eps, True,
@@ -131,7 +137,8 @@ def backward(
     else:
         convolved, y = first.forward(x, True)
         (convolved2, z), hidden = second.forward(y, True), None
-    grad_z = empty(x.shape, x, torch.channels_last)
+    # Each pixel is read before it is written, and what is kept is not ours to write.
+    grad_z = empty(x.shape, x, torch.channels_last) if kept else z
     g = pointwise.backward(
         rows(grad_z),
         rows(grad),
@@ -140,9 +147,9 @@ def backward(
         None if hidden is None else rows(hidden),
         of_parameters=wants_parameters,
     )
-    grad_y, of_second = second.backward(grad_z, y, convolved2, True, wants_parameters)
+    grad_y, of_second = second.backward(grad_z, y, convolved2, bool(kept), True, wants_parameters)
     assert grad_y is not None
-    grad_x, of_first = first.backward(grad_y, x, convolved, wants_x, wants_parameters)
+    grad_x, of_first = first.backward(grad_y, x, convolved, bool(kept), wants_x, wants_parameters)
     if grad_x is not None:
         grad_x = grad_x.add_(grad)
     of_mlp: list[Tensor | None] = [None] * 5
