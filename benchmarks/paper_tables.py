@@ -374,7 +374,8 @@ def speed_table(rows: Sequence[Speed], rates: Rates, size: tuple[int, int]) -> T
         ("model", "way", "images/s", f"ratio to plain {BASELINE}", "paper's, plain", "fused/plain",
          "share of GEMM"),
         f"Copies {rates.copy_gbs:.1f} GB/s, a large product {rates.gemm_gflops:.0f} GFLOP/s. The "
-        "paper's ratios are of plain PyTorch on an RTX 3090.",
+        "paper's ratios are of plain PyTorch on an RTX 3090. Plain is eager; bench_cednet.py has "
+        "torch.compile.",
         left=2,
     )  # fmt: skip
     for row in rows:
@@ -406,8 +407,9 @@ PARAMETERS_CAPTION = (
 GFLOPS_CAPTION = (
     "1e9 multiply-adds at full resolution, half of PyTorch's count under the reference backend, "
     "plus elements as the papers' counter adds them: biases of convolutions, ReLU, pooling, and "
-    "twice those of batch norms. A match is within 0.5 %. fastfuse executes: multiply-adds alone, "
-    "by the formulas of the ops that run for float32 CPU tensors, interpolation included."
+    "twice those of batch norms. A match is within a tenth of what is derived and 0.5 % of the "
+    "paper's. fastfuse executes: multiply-adds alone, by the formulas of the ops that run for "
+    "float32 CPU tensors, interpolation included."
 )
 DEPTHS_CAPTION = (
     "Blocks in the stem; of each stage at 1/8, 1/16, 1/32. Their totals are the same everywhere. "
