@@ -84,7 +84,7 @@ def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("dtype", torch.float16), ("kernel_size", 5), ("padding", 3), ("channels", 16),
+    [("dtype", torch.int32), ("kernel_size", 5), ("padding", 3), ("channels", 16),
      ("pixels", 10), ("device", "cuda")],
 )  # fmt: skip
 def test_the_rule(argument: str, value: object) -> None:

@@ -18,16 +18,17 @@ constexpr const char* kOp = "winograd";
 constexpr const char* kTilesExpected =
     "tiles must be (36, tiles, channels) in the accumulation dtype, with unit stride";
 
-const WinogradKernels::Kernel& kernel(const Tensor& image) {
-  const Dtype dtype = dtype_of(kOp, "image", image);
+const WinogradKernels& kernels() {
   switch (current_isa()) {
-#define FASTFUSE_CASE(isa) \
-  case Isa::isa:           \
-    return isa::winograd_kernels.kernels[dtype];
+#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, winograd_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
   }
-  return portable::winograd_kernels.kernels[dtype];
+  return portable::winograd_kernels;
+}
+
+const WinogradKernels::Kernel& kernel(const Tensor& image) {
+  return kernels().kernels[dtype_of(kOp, "image", image)];
 }
 
 // Of tiles and bias.

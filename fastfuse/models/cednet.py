@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import repeat
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -96,15 +95,13 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(make(c, n) for c, n in zip(joined, depths, strict=True))
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor]:
-        maps, coarser = [], c5
-        laterals = self.lateral if self.lateral is not None else repeat(nn.Identity(), 2)
-        for skip, lateral, reduce, norm, blocks in zip(
-            (c4, c3), laterals, self.reduce, self.norm, self.blocks, strict=True
-        ):
-            coarser = blocks(norm(upsample_add(reduce(coarser), lateral(skip))))
-            maps.append(coarser)
-        decoded_c4, decoded_c3 = maps
-        return decoded_c3, decoded_c4
+        decoded_c4 = self._join(0, c5, c4)
+        return self._join(1, decoded_c4, c3), decoded_c4
+
+    def _join(self, i: int, coarser: Tensor, skip: Tensor) -> Tensor:
+        if self.lateral is not None:
+            skip = self.lateral[i](skip)
+        return self.blocks[i](self.norm[i](upsample_add(self.reduce[i](coarser), skip)))
 
 
 class Stage(nn.Module):
@@ -266,11 +263,7 @@ class CEDNet(nn.Module):
         return part(x)
 
     def _check(self, images: Tensor) -> None:
-        check_image("CEDNet", "images", images)
-        if images.shape[1] != 3:
-            raise ValueError(
-                f"CEDNet: images must have 3 channels; got shape {tuple(images.shape)}"
-            )
+        check_image("CEDNet", "images", images, channels=3)
         height, width = images.shape[2:]
         if height % STRIDE or width % STRIDE:
             down, right = -height % STRIDE, -width % STRIDE

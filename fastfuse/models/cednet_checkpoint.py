@@ -11,7 +11,7 @@ from torch import nn
 
 from fastfuse.models.cednet import CEDNet, Decoder, Stage
 from fastfuse.models.cednet_classifier import CEDNetClassifier
-from fastfuse.models.checkpoint import _state_dict, load_checkpoint
+from fastfuse.models.checkpoint import load_checkpoint, state_dict_of
 from fastfuse.models.detection import DetectionFeatures, RetinaNet
 from fastfuse.models.segmentor import Segmentor
 from fastfuse.nn import CONVNEXT_KEYS, CEDBlock, LRCEDBlock
@@ -143,7 +143,7 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
     outer = "backbone" if isinstance(model, DetectionFeatures) else ""
     ours = dict(_keys(model, theirs=outer))
     left_out = re.compile(_left_out(model))
-    found = {k: v for k, v in _state_dict(checkpoint).items() if not left_out.match(k)}
+    found = {k: v for k, v in state_dict_of(checkpoint).items() if not left_out.match(k)}
     faults = {"missing": ours.keys() - found.keys(), "unexpected": found.keys() - ours.keys()}
     if any(faults.values()):
         listed = "; ".join(f"{k} keys: {', '.join(sorted(v))}" for k, v in faults.items() if v)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.nn.initialize import kaiming_linear
 from fastfuse.ops.checks import check_tensor
@@ -67,10 +68,7 @@ class CEDNetClassifier(nn.Module):
         **cednet: Any,
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(
-                f"CEDNetClassifier: num_classes must be an int of at least 1; got {num_classes!r}"
-            )
+        at_least("CEDNetClassifier", 1, num_classes=num_classes)
         self.backbone = CEDNet(variant, **{"last_decoder": False, **cednet})
         count = len(self.backbone.stages) if auxiliary_heads else 1
         self.heads = nn.ModuleList(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_checkpoint"]
+__all__ = ["load_checkpoint", "state_dict_of"]
 
 
 def load_checkpoint(
@@ -37,7 +37,7 @@ def load_checkpoint(
     >>> checkpoint = {"state_dict": {f"decode_head.{k}": v for k, v in head.state_dict().items()}}
     >>> fastfuse.models.load_checkpoint(head, checkpoint, prefix="decode_head.")
     """
-    state = _state_dict(checkpoint)
+    state = state_dict_of(checkpoint)
     chosen = OrderedDict(
         (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
     )
@@ -62,7 +62,8 @@ def load_checkpoint(
         raise
 
 
-def _state_dict(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
+def state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """What a file or a mapping holds, as :func:`load_checkpoint` takes it."""
     source = "checkpoint"
     if isinstance(checkpoint, (str, Path)):
         source = str(checkpoint)

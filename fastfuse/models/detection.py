@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
@@ -81,7 +82,7 @@ class DetectionFeatures(nn.Module):
             raise ValueError(
                 f"DetectionFeatures: levels must be one of {', '.join(_LEVELS)}; got {levels!r}"
             )
-        _at_least_1("DetectionFeatures", out_channels=out_channels)
+        at_least("DetectionFeatures", 1, out_channels=out_channels)
         channels = getattr(backbone, "channels", None)
         if not (
             isinstance(channels, Sequence)
@@ -178,8 +179,9 @@ class RetinaHead(nn.Module):
         num_convs: int = 4,
     ) -> None:
         super().__init__()
-        _at_least_1(
+        at_least(
             "RetinaHead",
+            1,
             in_channels=in_channels,
             num_classes=num_classes,
             num_anchors=num_anchors,
@@ -251,12 +253,6 @@ class RetinaNet(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return self.bbox_head(self.backbone(images))
-
-
-def _at_least_1(name: str, **arguments: int) -> None:
-    for argument, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {argument} must be an int of at least 1; got {value!r}")
 
 
 def _retinanet(variant: str, num_classes: int, cednet: dict[str, Any]) -> RetinaNet:

@@ -117,11 +117,7 @@ class ResNetV1c(nn.Module):
         he_normal(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        check_image("ResNetV1c", "images", images)
-        if images.shape[1] != 3:
-            raise ValueError(
-                f"ResNetV1c: images must have 3 channels; got shape {tuple(images.shape)}"
-            )
+        check_image("ResNetV1c", "images", images, channels=3)
         x = self.maxpool(self.stem(images))
         features = []
         for i in range(4):

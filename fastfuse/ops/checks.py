@@ -61,8 +61,8 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} must be a tensor; got {type(value).__name__}")
 
 
-def check_image(op: str, argument: str, image: Tensor) -> None:
-    """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide."""
+def check_image(op: str, argument: str, image: Tensor, *, channels: int | None = None) -> None:
+    """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide, of some channels."""
     check_tensor(op, argument, image)
     shape = tuple(image.shape)
     if image.dim() != 4:
@@ -78,6 +78,8 @@ def check_image(op: str, argument: str, image: Tensor) -> None:
         raise ValueError(
             f"{op}: {argument} must be at least 1 pixel high and wide; got shape {shape}"
         )
+    if channels not in (None, shape[1]):
+        raise ValueError(f"{op}: {argument} must have {channels} channels; got shape {shape}")
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> None:

@@ -3,7 +3,7 @@
 A tile of 4 x 4 outputs takes 36 products per pair of channels instead of 144: the GEMM's work falls
 by 4. Source: Lavin and Gray, *Fast Algorithms for Convolutional Neural Networks* (2015); its points
 are others here (below), for their roundings. bfloat16 and float16 are transformed, multiplied and
-transformed back in float32, and rounded once; the rule has bfloat16 of many channels.
+transformed back in float32, and rounded once.
 
 Tiles are processed a block at a time: transform, a product for each of a tile's elements, transform
 back; a block is so large that what lies between stays in the last-level cache.
@@ -46,12 +46,22 @@ ELEMENTS = (OUTPUTS + 2) ** 2  # of a transformed tile
 # Bytes of transformed inputs and outputs of a block.
 BLOCK_BYTES = 32 << 20
 MIN_BLOCK, BLOCK_MULTIPLE = 128, 32
-MIN_CHANNELS = {torch.float32: 64, torch.float64: 64, torch.bfloat16: 384}
+MIN_CHANNELS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 384, torch.float16: 64}
 # What the fewer products save must pay for transforming the weights, which takes what so many
 # pixels save, and for the rest: products of a pixel's channels in and out. PyTorch has no fast
-# convolution for float64.
-MIN_PIXELS = {torch.float32: 1000, torch.float64: 100, torch.bfloat16: 8000}
-MIN_WORK = {torch.float32: 30_000_000, torch.float64: 2_000_000, torch.bfloat16: 0}
+# convolution for float64, nor for float16 (10 to 14 times as long as this).
+MIN_PIXELS = {
+    torch.float64: 100,
+    torch.float32: 1000,
+    torch.bfloat16: 8000,
+    torch.float16: 1000,
+}
+MIN_WORK = {
+    torch.float64: 2_000_000,
+    torch.float32: 30_000_000,
+    torch.bfloat16: 0,
+    torch.float16: 30_000_000,
+}
 # Consecutive matrices of a batch would fall into the same cache sets: their distance is odd lines.
 SKEW_BYTES = 5 * 64
 
