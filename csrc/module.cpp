@@ -9,6 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/memory.h"
+#include "cpu/sizes.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastfuse's compiled kernels";
@@ -32,6 +33,29 @@ PYBIND11_MODULE(_C, m) {
       "The instruction set in force; raises ValueError for a FASTFUSE_ISA that cannot run here.");
   m.def("set_isa", &fastfuse::set_isa, pybind11::arg("name"),
         "Choose the instruction set; raises ValueError for one that cannot run here.");
+  m.def(
+      "set_sizes",
+      [](int64_t ring_bytes, int64_t depthwise_ring_bytes, int64_t stream_bytes, int64_t grain,
+         int64_t depthwise_grain) {
+        fastfuse::sizes() = {ring_bytes, depthwise_ring_bytes, stream_bytes, grain,
+                             depthwise_grain};
+      },
+      pybind11::kw_only(), pybind11::arg("ring_bytes"), pybind11::arg("depthwise_ring_bytes"),
+      pybind11::arg("stream_bytes"), pybind11::arg("grain"), pybind11::arg("depthwise_grain"),
+      "Sizes of the kernels that depend on the machine; fastfuse/ops/policy.py explains them.");
+  m.def(
+      "sizes",
+      [] {
+        const fastfuse::Sizes& s = fastfuse::sizes();
+        pybind11::dict found;
+        found["ring_bytes"] = s.ring_bytes;
+        found["depthwise_ring_bytes"] = s.depthwise_ring_bytes;
+        found["stream_bytes"] = s.stream_bytes;
+        found["grain"] = s.grain;
+        found["depthwise_grain"] = s.depthwise_grain;
+        return found;
+      },
+      "The sizes in force.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, int64_t bytes) {

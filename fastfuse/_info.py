@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from fastfuse import _extension
-from fastfuse.backends import ENVIRONMENT, explain, requested_backend
+from fastfuse.backends import DTYPES, ENVIRONMENT, explain, requested_backend, select
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.layout import memory_format
+from fastfuse.ops.policy import Machine, policy_of
 
-__all__ = ["Info", "info"]
+__all__ = ["Info", "info", "routes"]
+
+# Settings by which libraries leave instructions unused that the processor has.
+LIBRARY_ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class Info:
     extension: str  # the compiled module's file and build, or why it is missing
     isa: str | None  # in force
     supported_isas: list[str]
+    machine: Machine
+    policy: str  # where the sizes and crossovers of CPUs were measured
     requested_backend: str
     environment: dict[str, str]
     # op -> device -> backend -> None (it would run) or the reason why it would not
@@ -44,6 +53,7 @@ class Info:
         lines += [f"devices: {', '.join(self.devices)}", f"compiled module: {self.extension}"]
         if self.isa is not None:
             lines.append(f"instruction set: {self.isa} (of {', '.join(self.supported_isas)})")
+        lines.append(f"policy: {_described(self.machine)}; measured on {self.policy}")
         lines.append(f"backend: {self.requested_backend}")
         lines += [f"{name}={value}" for name, value in self.environment.items()]
         for op, devices in self.operations.items():
@@ -51,6 +61,50 @@ class Info:
                 lines.append(f"{op} on {device}: {self.backend_of(op, device)}")
                 lines += [f"    {b}: {why or 'runs'}" for b, why in refusals.items()]
         return "\n".join(lines)
+
+
+def _described(machine: Machine) -> str:
+    caches = ", ".join(f"{size >> 10} KiB" for size in (machine.l1, machine.l2, machine.l3))
+    return f"{machine.isa} on {machine.cores} cores of {machine.vendor}, caches of {caches}"
+
+
+def routes(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    channels_last: bool = True,
+    device: str = "cpu",
+) -> dict[str, dict[str, str]]:
+    """op -> typical call -> what runs it, for images of a shape; nothing is computed.
+
+    Args:
+        shape: (N, C, H, W), each at least 1.
+        dtype: float64, float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: a shape or dtype that no op takes.
+
+    >>> import fastfuse
+    >>> with fastfuse.backend("reference"):
+    ...     routes((1, 512, 128, 128))["tap_sum"]
+    {'': 'reference'}
+    """
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(
+            f"routes: shape must be N, C, H, W, each at least 1, such as 1, 512, 128, 128; "
+            f"got {tuple(shape)}"
+        )
+    if dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"routes: dtype must be one of {names}; got {dtype}")
+    with FakeTensorMode():
+        image = torch.empty(
+            tuple(shape), dtype=dtype, device=device, memory_format=memory_format(channels_last)
+        )
+        return {
+            name: op.routes(image) if op.routes else {"": select(op, image)}
+            for name, op in OPERATIONS.items()
+        }
 
 
 def _version(package: str) -> str:
@@ -67,7 +121,7 @@ def info() -> Info:
     >>> print(fastfuse.info())  # doctest: +ELLIPSIS
     fastfuse ...
     """
-    module = _extension.module
+    module, policy = _extension.module, policy_of("cpu")
     if module is None:
         extension = str(_extension.failure)
     else:
@@ -89,8 +143,14 @@ def info() -> Info:
         extension=extension,
         isa=module.isa() if module else None,
         supported_isas=list(module.supported_isas()) if module else [],
+        machine=policy.machine or Machine(),
+        policy=policy.measured,
         requested_backend=requested_backend(),
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        environment={
+            name: os.environ[name]
+            for name in (*ENVIRONMENT, *LIBRARY_ENVIRONMENT)
+            if name in os.environ
+        },
         operations={
             name: {d: explain(operation, torch.empty(0, device=d)) for d in devices}
             for name, operation in OPERATIONS.items()

@@ -72,6 +72,8 @@ class Operation:
     refusals: dict[str, Refusal]
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
     twice_differentiable: bool = True
+    # What typical calls on such an image run, by what the calls are; None: the backend alone.
+    routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
 
 
 def _checked(name: str, source: str) -> str:

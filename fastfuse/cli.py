@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fastfuse._info import info
+from fastfuse._info import info, routes
 from fastfuse.backends import DTYPES
 from fastfuse.calibration.cli import add_commands
 from fastfuse.ops import OPERATIONS
@@ -29,7 +29,27 @@ _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 def _info(args: argparse.Namespace) -> int:
     print(info())
+    if args.shape is None:
+        return 0
+    table = Table(title=f"what runs on {'x'.join(map(str, args.shape))}, {args.dtype}")
+    for column in ("op", "call", "runs"):
+        table.add_column(column, overflow="fold")
+    found = routes(args.shape, _DTYPES[args.dtype], channels_last=args.layout == "channels_last")
+    for op, calls in found.items():
+        for call, what in calls.items():
+            table.add_row(op, call, escape(what))
+    Console().print(table)
     return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """N x C x H x W."""
+    sizes = text.lower().split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(
+            f"expected NxCxHxW, each at least 1, such as 1x512x128x128; got {text!r}"
+        )
+    return tuple(map(int, sizes))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -95,6 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("info", help="versions, devices, and what each op runs, and why")
+    command.add_argument(
+        "--shape", type=_shape, help="also what runs on images of NxCxHxW, such as 1x512x128x128"
+    )
+    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of those images")
+    command.add_argument(
+        "--layout", choices=("channels_last", "contiguous"), default="channels_last"
+    )
     command.set_defaults(run=_info)
 
     def add_op_choice(command: argparse.ArgumentParser, *more: str) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fastfuse import _extension
 from fastfuse.backends import backend
+from fastfuse.ops.policy import use_isa
 
 ISAS = _extension.module.supported_isas() if _extension.module else []
 
@@ -37,8 +38,5 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this processor in turn."""
-    assert _extension.module is not None
-    before = _extension.module.isa()
-    _extension.module.set_isa(request.param)
-    yield request.param
-    _extension.module.set_isa(before)
+    with use_isa(request.param):
+        yield request.param

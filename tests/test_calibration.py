@@ -36,6 +36,7 @@ from fastfuse import BranchStatistics, calibrate, load_calibration, save_calibra
 from fastfuse.calibration.moments import Moments, image_moments
 from fastfuse.nn import MultiLevelFusion, ScaleEqualizer, SeparableFusion
 from fastfuse.ops.bilinear import interpolate_exactly
+from fastfuse.ops.policy import policy_of, use_policy
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +78,13 @@ def test_moments_of_an_upsampled_branch(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_moments_in_chunks(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(fastfuse.calibration.moments._CHUNK, "cpu", 100)
+def test_moments_in_chunks(channels_last: bool) -> None:
     x = torch.randn(2, 11, 6, 5)
     x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     for size in ((12, 20), (6, 5), (3, 2)):
         up = interpolate_exactly(x, size)
-        mean, variance = image_moments(x, size)
+        with use_policy(policy_of("cpu"), moments_values=100):
+            mean, variance = image_moments(x, size)
         torch.testing.assert_close(mean, up.mean((1, 2, 3)), rtol=1e-13, atol=1e-15)
         torch.testing.assert_close(variance, up.var((1, 2, 3), correction=0), rtol=1e-13, atol=0)
 

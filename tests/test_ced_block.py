@@ -13,12 +13,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import _extension, backend
+from fastfuse.ops.layout import in_layout
+from fastfuse.ops.layout import rows as rows_of
 from fastfuse.ops.pointwise import mlp
+from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
 ISAS = _extension.module.supported_isas() if _extension.module else []
 both_ways = pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+
+
+def matrix_of(image: Tensor) -> Tensor:
+    return rows_of(in_layout(image, True))
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tol: float) -> None:
@@ -66,14 +73,14 @@ def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block
 ) -> None:
     """Chunks that are parts of an image, an image, or several; each image with its own factor."""
-    monkeypatch.setattr(mlp, "MIN_ROWS", 1)
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
-    monkeypatch.setitem(mlp.HIDDEN_BYTES, "cpu", rows * 32 * dtype.itemsize)
+    policy = policy_of("cpu")
+    chunk = rows * 32 * policy.multiplies(dtype).itemsize
     (x, *parameters), (cotangent,) = block.inputs((5, 8, 3, 4)), images((5, 8, 3, 4))
-    assert len(list(mlp._chunks(60, 32, x.to(dtype)))) == math.ceil(60 / rows)
     inputs = [t.to(dtype) for t in (x, *parameters)]
     cotangent, keep = cotangent.to(dtype), torch.tensor(KEEP)
-    with backend("cpu"):
+    with backend("cpu"), use_policy(policy, hidden_bytes=chunk, hidden_rows=1):
+        assert len(list(mlp._Chunks(matrix_of(inputs[0]), 32))) == math.ceil(60 / rows)
         results = with_gradients(block.call, inputs, cotangent, keep=keep, recompute=recompute)
     expected = with_gradients(
         block.reference, [t.double() for t in inputs], cotangent.double(), keep=keep.double()
@@ -421,7 +428,7 @@ def test_same_bits_from_run_to_run(
     shape = (2, 40, 29, 31)
     inputs = block.inputs(shape, 2000, dtype=dtype, channels_last=channels_last)
     (cotangent,) = images(shape, dtype=dtype, channels_last=channels_last)
-    assert len(list(mlp._chunks(2 * 29 * 31, 2000, inputs[0]))) > 1
+    assert len(list(mlp._Chunks(matrix_of(inputs[0]), 2000))) > 1
     torch.set_num_threads(2)
     results = [with_gradients(block.call, inputs, cotangent, recompute=recompute) for _ in range(3)]
     for again in results[1:]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastfuse import backend
 from fastfuse.ops.pointwise import mlp
+from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
@@ -88,12 +89,12 @@ def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block
 ) -> None:
     """Chunks that are parts of an image, an image, or several; each image with its own factor."""
-    monkeypatch.setattr(mlp, "MIN_ROWS", 1)
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
-    monkeypatch.setitem(mlp.HIDDEN_BYTES, "cuda", rows * 32 * dtype.itemsize)
+    policy = policy_of("cuda")
+    chunk = rows * 32 * policy.multiplies(dtype).itemsize
     inputs = on_gpu(block, (5, 8, 3, 4), 32, dtype=dtype)
     cotangent, keep = torch.randn_like(inputs[0]), torch.tensor(KEEP, device="cuda")
-    with backend("triton"):
+    with backend("triton"), use_policy(policy, hidden_bytes=chunk, hidden_rows=1):
         results = with_gradients(block.call, inputs, cotangent, keep=keep, recompute=recompute)
     expected = with_gradients(
         block.reference, [t.double() for t in inputs], cotangent.double(), keep=keep.double()

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastfuse import _extension, backend, depthwise_conv2d
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
+from fastfuse.ops.policy import use_isa
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
@@ -136,16 +137,10 @@ def test_any_image(
     def definition(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return reference(x, weight, bias, dilation)
 
-    assert _extension.module is not None
-    before = _extension.module.isa()
-    _extension.module.set_isa(isa)
-    try:
-        with backend("cpu"):
-            results = with_gradients(
-                lambda *t: depthwise_conv2d(*t, dilation=dilation), inputs, cotangent
-            )
-    finally:
-        _extension.module.set_isa(before)
+    with use_isa(isa), backend("cpu"):
+        results = with_gradients(
+            lambda *t: depthwise_conv2d(*t, dilation=dilation), inputs, cotangent
+        )
     doubles = [t.double() for t in inputs]
     expected = with_gradients(definition, doubles, cotangent.double())
     magnitudes = with_gradients(definition, [t.abs() for t in doubles], cotangent.double().abs())

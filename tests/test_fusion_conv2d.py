@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d, upsample_equalize_concat
-from fastfuse.ops import fusion_conv2d as room
-from fastfuse.ops.fusion_conv2d import at_own
 from fastfuse.ops.fusion_conv2d.samples import exact, samples
+from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
@@ -24,9 +23,8 @@ from fastfuse.verify import check_sample
 @pytest.fixture(autouse=True)
 def by_the_plan() -> Iterator[None]:
     """However little there is to do."""
-    usual, room.LITTLE_WORK = room.LITTLE_WORK, 0
-    yield
-    room.LITTLE_WORK = usual
+    with use_policy(policy_of("cpu"), little_macs=0):
+        yield
 
 
 # ---- values -------------------------------------------------------------------------------------
@@ -118,7 +116,7 @@ def test_any_levels(
         assert relative_error(gradient, other) <= 1e-11
 
 
-def test_little_work_runs_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_work_runs_as_defined() -> None:
     """Multiply-adds at the target's resolution decide, and nothing differs but speed."""
     p2, p3 = images((2, 4, 8, 8), (2, 60, 4, 4))
     weight = torch.randn(5, 64, 3, 3)
@@ -126,8 +124,8 @@ def test_little_work_runs_as_defined(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = fusion_conv2d([p2, p3], weight, mean=[1.0, 2.0])
     work = 2 * 8 * 8 * 5 * 64 * 9
     for threshold, fused in ((work, True), (work + 1, False)):
-        monkeypatch.setattr(room, "LITTLE_WORK", threshold)
-        with FlopCounterMode(display=False) as counter:
+        little = use_policy(policy_of("cpu"), little_macs=threshold)
+        with little, FlopCounterMode(display=False) as counter:
             result = fusion_conv2d([p2, p3], weight, mean=[1.0, 2.0])
         ops = {str(op) for op in counter.get_flop_counts()["Global"]}
         assert ("fastfuse.fusion_conv2d" in ops) == fused
@@ -182,9 +180,7 @@ def test_borders(levels: list[tuple[int, int, int]]) -> None:
 
 @every_dtype
 @pytest.mark.parametrize("levels", [PLANS["own"], PLANS["both"]], ids=["own", "both"])
-def test_chunks_of_outputs(
-    monkeypatch: pytest.MonkeyPatch, levels: list[tuple[int, int, int]], dtype: torch.dtype
-) -> None:
+def test_chunks_of_outputs(levels: list[tuple[int, int, int]], dtype: torch.dtype) -> None:
     """Outputs in chunks, the last one smaller, are those of one chunk; gradients too."""
     inputs = images(*((2, *s) for s in levels), dtype=torch.float64, channels_last=True)
     channels = sum(s[0] for s in levels)
@@ -192,13 +188,14 @@ def test_chunks_of_outputs(
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     how = {"mean": [0.5] * len(levels), "std": [1.5] * len(levels)}
-    monkeypatch.setitem(at_own.CHUNK_BYTES, "cpu", 1)
-    output = fusion_conv2d(leaves[:-2], *leaves[-2:], size=(16, 20), **how)
+    with use_policy(policy_of("cpu"), taps_bytes=1):
+        output = fusion_conv2d(leaves[:-2], *leaves[-2:], size=(16, 20), **how)
     expected = exact(tuple(doubles[:-2]), *doubles[-2:], (16, 20), *how.values(), 1, False, dtype)
     limit = tolerance(dtype, reduction=9 * channels**0.5, roundings=2)
     assert relative_error(output.detach(), expected.detach()) <= limit
     cotangent = torch.randn_like(output)
-    gradients = torch.autograd.grad(output, leaves, cotangent)
+    with use_policy(policy_of("cpu"), taps_bytes=1):
+        gradients = torch.autograd.grad(output, leaves, cotangent)
     exact_gradients = torch.autograd.grad(expected, doubles, cotangent.double())
     for gradient, exact_gradient in zip(gradients, exact_gradients, strict=True):
         limit = tolerance(dtype, reduction=2 * 16 * 20, roundings=2)

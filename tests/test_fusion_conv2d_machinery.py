@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d
 from fastfuse.backends import BackendError
-from fastfuse.ops import fusion_conv2d as room
 from fastfuse.ops.fusion_conv2d.samples import samples
+from fastfuse.ops.policy import policy_of, use_policy
 
 OPS = torch.ops.fastfuse
 SHAPES = ((2, 3, 6, 8), (2, 40, 3, 4), (2, 2, 5, 7), (2, 50, 1, 2))
@@ -26,9 +26,8 @@ SIZE, LEVELS = (6, 8), range(4)
 @pytest.fixture(autouse=True)
 def by_the_plan() -> Iterator[None]:
     """However little there is to do."""
-    usual, room.LITTLE_WORK = room.LITTLE_WORK, 0
-    yield
-    room.LITTLE_WORK = usual
+    with use_policy(policy_of("cpu"), little_macs=0):
+        yield
 
 
 def inputs(dtype: torch.dtype = torch.float32, k: int = 3, channels_last: bool = False) -> Any:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from fastfuse.ops.fusion_conv2d.plan import Plan, make_plan
+from fastfuse.ops.fusion_conv2d.plan import Plan
+from fastfuse.ops.fusion_conv2d.plan import make_plan as make_plan_by
+from fastfuse.ops.policy import CPU_CLASSES, Machine, cpu_policy, policy_of
+
+POLICIES = [policy_of("cuda"), *(cpu_policy(Machine(isa=isa)) for isa in CPU_CLASSES)]
+
+
+def make_plan(*arguments: Any) -> Plan:
+    """The plan, which on every kind of machine is this one."""
+    (plan,) = {make_plan_by(*arguments, policy) for policy in POLICIES}
+    return plan
+
 
 # Winograd's rule is for 3x3.
 every_rule = pytest.mark.parametrize(

@@ -108,11 +108,8 @@ def test_tap_sum(name: str, backend: str, device: str, layout: str) -> None:
 @every_layout
 @every_backend
 @pytest.mark.parametrize("name", cases_of("fusion_conv2d"))
-def test_fusion_conv2d(
-    name: str, backend: str, device: str, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fusion_conv2d(name: str, backend: str, device: str, layout: str) -> None:
     skip_unless_it_runs("fusion_conv2d", backend, device)
-    monkeypatch.setattr("fastfuse.ops.fusion_conv2d.LITTLE_WORK", 0)
     case = golden("fusion_conv2d")[name]
     features = [
         tensor(values, shape, device, layout).requires_grad_()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from inputs import images
 from fastfuse import _extension
 from fastfuse.backends import DTYPES
 from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 
 pytestmark = pytest.mark.skipif(_extension.module is None, reason="needs the compiled module")
@@ -25,16 +28,16 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_blocks(isa: str) -> Iterator[None]:
     """Several blocks for every image, the last one smaller."""
-    monkeypatch.setattr(winograd, "MIN_BLOCK", 5)
-    monkeypatch.setattr(winograd, "BLOCK_BYTES", 1)
+    with use_policy(policy_of("cpu"), winograd_bytes=1, winograd_tiles=5):
+        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_convolution_and_gradients(isa: str, case: str, dtype: torch.dtype) -> None:
+def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.dtype) -> None:
     batch, channels, outputs, height, width, padding = CASES[case]
     shapes = [(batch, c, height, width) for c in channels]
     inputs = images(*shapes, dtype=dtype, channels_last=True)

@@ -29,9 +29,8 @@ int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Depends on shapes alone, and never on the number of threads: so do the sums' orders.
 DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, int64_t lanes,
                         Dtype dtype, bool channels_last) {
-  constexpr int64_t kRingBytes = 24 << 10;  // of the first-level cache's 32 KiB
-  constexpr int64_t kUnits = 64;            // enough to be even for many threads
-  constexpr int64_t kMinRows = 8;           // of a tile, against reading borders twice
+  constexpr int64_t kUnits = 64;   // enough to be even for many threads
+  constexpr int64_t kMinRows = 8;  // of a tile, against reading borders twice
   DepthwiseTiles t{};
   t.batch = x.size(0);
   t.channels = x.size(1);
@@ -47,7 +46,8 @@ DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, 
 
   const int64_t reach = kernel_size / 2 * dilation;
   const int64_t fitting =
-      kRingBytes / (kernel_size * t.group_channels * compute_size(dtype)) - 2 * reach;
+      sizes().depthwise_ring_bytes / (kernel_size * t.group_channels * compute_size(dtype)) -
+      2 * reach;
   t.column_unit = lanes;  // whole cache lines of a contiguous image
   const int64_t columns = divided(t.width, t.column_unit);
   t.column_tiles = std::clamp<int64_t>(divided(t.width, std::max(fitting, lanes)), 1, columns);
@@ -73,8 +73,8 @@ void check_arguments(const Tensor& x, int64_t kernel_size, int64_t dilation) {
 
 template <class Body>
 void run(int64_t units, int64_t work, int64_t scratch, Body body) {
-  constexpr int64_t kGrain = 1 << 18;  // multiply-adds worth waking a thread for
-  const int64_t grain = std::max<int64_t>(1, units / std::max<int64_t>(1, work / kGrain));
+  const int64_t grain =
+      std::max<int64_t>(1, units / std::max<int64_t>(1, work / sizes().depthwise_grain));
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const Scratch memory(scratch);
     body(begin, end, memory.get());

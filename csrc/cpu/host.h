@@ -12,6 +12,7 @@
 #include "cpu/bilinear.h"
 #include "cpu/image.h"
 #include "cpu/memory.h"
+#include "cpu/sizes.h"
 
 namespace fastfuse {
 
@@ -79,11 +80,11 @@ inline Tensor empty_output(std::vector<int64_t> sizes, const Tensor& like, bool 
 inline bool worth_streaming(const Image& output, int64_t channels, int64_t output_bytes,
                             size_t element_size, bool channels_last) {
   constexpr int64_t kCacheLine = 64;
-  constexpr int64_t kLarge = int64_t{16} << 20;
   const auto whole_lines = [&](int64_t elements) {
     return elements * static_cast<int64_t>(element_size) % kCacheLine == 0;
   };
-  return output_bytes >= kLarge && reinterpret_cast<uintptr_t>(output.data) % kCacheLine == 0 &&
+  return output_bytes >= sizes().stream_bytes &&
+         reinterpret_cast<uintptr_t>(output.data) % kCacheLine == 0 &&
          whole_lines(channels_last ? channels : output.width) &&
          whole_lines(channels_last ? output.stride_w : output.stride_h);
 }

@@ -72,9 +72,8 @@ class Matrix {
   // body(begin, end) over the rows, in pieces worth waking a thread for.
   template <class Body>
   void for_rows(Body body) const {
-    constexpr int64_t kGrain = 16384;  // elements
     if (rows_ == 0 || channels_ == 0) return;
-    torch::stable::parallel_for(0, rows_, std::max<int64_t>(1, kGrain / channels_), body);
+    torch::stable::parallel_for(0, rows_, std::max<int64_t>(1, sizes().grain / channels_), body);
   }
 
   // body(sums, begin, end) over blocks of rows, each with `count` vectors of sums; these are added

@@ -114,10 +114,10 @@ struct EntryTables {
 };
 
 void run(const TapSumKernel& kernel, const TapSum& op, int64_t elements) {
-  constexpr int64_t kGrain = 16384;  // elements worth waking a thread for
   const int64_t units = kernel.units(op);
   if (units == 0 || elements == 0) return;
-  const int64_t grain = std::max<int64_t>(1, units / std::max<int64_t>(1, elements / kGrain));
+  const int64_t grain =
+      std::max<int64_t>(1, units / std::max<int64_t>(1, elements / sizes().grain));
   const int64_t bytes = kernel.scratch(op);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
     const Scratch memory(bytes);
@@ -135,6 +135,7 @@ TapSum describe(const Tensor& out, const Geometry& g) {
   op.width = g.width;
   op.out = image(out);
   op.base_scale = 1;
+  op.ring_bytes = sizes().ring_bytes;
   return op;
 }
 

@@ -46,6 +46,7 @@ struct TapSum {
   double base_scale;
   const void* offsets;  // (k * k * C,) of the compute type, or null
   const void* bias;     // (C,) of the compute type, or null
+  int64_t ring_bytes;   // of a tile's rows, with channels_last
   bool stream;          // write past the caches: what is written is large and of whole lines
 };
 

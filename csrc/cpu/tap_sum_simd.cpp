@@ -77,7 +77,7 @@ constexpr int64_t kSlots = 4;
 template <class A>
 Tiling forward_tiling(const TapSum& op) {
   const int64_t rows = kSlots * larger(op.num_levels, 1) * op.kernel_size;
-  return Tiling(op.channels, op.out.width, rows * sizeof(A), kMinColumns, kPair);
+  return Tiling(op.ring_bytes, op.channels, op.out.width, rows * sizeof(A), kMinColumns, kPair);
 }
 
 int64_t forward_pairs(const TapSum& op) { return (op.out.height + kPair - 1) / kPair; }
@@ -277,8 +277,8 @@ template <class A>
 Tiling backward_tiling(const TapSum& op) {
   const TapLevel& level = op.levels[0];
   const int64_t min_columns = kMinColumns * level.taps.width / op.out.width;
-  return Tiling(op.channels, level.taps.width, level.ring_rows * padded_taps(op) * sizeof(A),
-                larger(min_columns, 1), 1);
+  return Tiling(op.ring_bytes, op.channels, level.taps.width,
+                level.ring_rows * padded_taps(op) * sizeof(A), larger(min_columns, 1), 1);
 }
 
 template <class A>

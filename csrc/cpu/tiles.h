@@ -9,7 +9,6 @@ namespace {
 FASTFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-constexpr int64_t kRingBytes = 768 << 10;
 constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
 constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
 
@@ -17,12 +16,12 @@ constexpr int64_t kMinColumns = 32;  // of the output, unless there are very man
 struct Tiling {
   int64_t channels, columns, channel_blocks, column_blocks;
 
-  // Tiles are a multiple of columns wide, and of kMinChannels channels, which are whole cache
-  // lines.
-  Tiling(int64_t all_channels, int64_t all_columns, int64_t column_bytes, int64_t min_columns,
-         int64_t multiple) {
+  // Tiles take at most `ring_bytes` where that gives columns enough; they are a multiple of columns
+  // wide, and of kMinChannels channels, which are whole cache lines.
+  Tiling(int64_t ring_bytes, int64_t all_channels, int64_t all_columns, int64_t column_bytes,
+         int64_t min_columns, int64_t multiple) {
     channels = smaller(all_channels, kMaxChannels);
-    const auto fitting = [&] { return kRingBytes / (channels * column_bytes); };
+    const auto fitting = [&] { return ring_bytes / (channels * column_bytes); };
     while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
       channels = larger(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
     column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));

@@ -51,12 +51,11 @@ Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
   work.y = tables.axis(work.source.height, height, align_corners);
   work.x = tables.axis(work.source.width, width, align_corners);
 
-  constexpr int64_t kGrain = 16384;  // values of the output worth waking a thread for
   const UnitsKernel<UpsampleAdd>& kernel = kernels().forward[channels_last][dtype];
   const int64_t units = kernel.units(work);
   const int64_t values = output.numel() / units;  // of one unit
   const int64_t bytes = kernel.scratch(work) * compute_size(dtype);
-  torch::stable::parallel_for(0, units, std::max<int64_t>(kGrain / values, 1),
+  torch::stable::parallel_for(0, units, std::max<int64_t>(sizes().grain / values, 1),
                               [&](int64_t begin, int64_t end) {
                                 const Scratch memory(bytes);
                                 kernel.body(work, begin, end, memory.get());

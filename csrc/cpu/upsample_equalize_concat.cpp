@@ -48,7 +48,6 @@ std::vector<double> per_level(const std::optional<Tensor>& values, const char* a
 // Every thread does the same share of every level, so that the work is even whatever the levels.
 void run(const UpsampleEqualizeConcatKernel& kernel, const std::vector<EqualizedLevel>& levels,
          Dtype dtype) {
-  constexpr int64_t kGrain = 16384;  // target elements worth waking a thread for
   constexpr int64_t kMaxShares = 4096;
   constexpr int64_t kTurn = 16;  // shares of one level before the next level's turn: with
                                  // channels_last all levels write to (or read from) the same pages
@@ -57,7 +56,7 @@ void run(const UpsampleEqualizeConcatKernel& kernel, const std::vector<Equalized
     elements += level.batch * level.channels * level.target.height * level.target.width;
     scratch = std::max(scratch, kernel.scratch(level));
   }
-  const int64_t shares = std::clamp<int64_t>(elements / kGrain, 1, kMaxShares);
+  const int64_t shares = std::clamp<int64_t>(elements / sizes().grain, 1, kMaxShares);
   const int64_t bytes = scratch * compute_size(dtype);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const Scratch memory(bytes);

@@ -106,13 +106,12 @@ void run(WinogradBody body, const Tensor& image_tensor, const Elements& elements
       bias ? std::optional<Tensor>(torch::stable::contiguous(*bias)) : std::nullopt;
   w.bias = dense ? dense->const_data_ptr() : nullptr;
 
-  constexpr int64_t kGrain = 16384;  // values worth waking a thread for
   const int64_t bytes = channels * compute_size(dtype);
   const Scratch zeros(bytes);
   std::memset(zeros.get(), 0, bytes);
   w.zeros = zeros.get();
   torch::stable::parallel_for(0, count,
-                              std::max<int64_t>(1, kGrain / (kWinogradElements * channels)),
+                              std::max<int64_t>(1, sizes().grain / (kWinogradElements * channels)),
                               [&](int64_t begin, int64_t end) {
                                 const Scratch nowhere(bytes);
                                 Winograd mine = w;

@@ -23,12 +23,9 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.bilinear import axis_table, interpolate_exactly
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["Moments", "image_moments"]
-
-# Elements converted to float64 at a time: 8 MiB, memory that is reused from one step to the next.
-_CHUNK = {"cpu": 1 << 20}
-_CHUNK_ELSEWHERE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ def _built(part: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     """A few channels at a time."""
     elements = max(x[:, 0].numel(), 1)
-    channels = _CHUNK.get(x.device.type, _CHUNK_ELSEWHERE) // elements
+    channels = policy_of(x.device.type).moments_values // elements
     yield from x.split(max(channels, 1), 1)
 
 

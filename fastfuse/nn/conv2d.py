@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, requested_backend
+from fastfuse.ops.autocast import cast_dtype, without_autocast
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import convolves_single, fusion_conv2d
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["Conv2d"]
 
@@ -20,7 +22,8 @@ class Conv2d(nn.Conv2d):
       :func:`fastfuse.depthwise_conv2d`;
     - dense 3x3, stride 1: :func:`fastfuse.fusion_conv2d` with one level where that has something
       faster than PyTorch: Winograd's algorithm, on CPUs, for channels and pixels enough;
-    - anything else: PyTorch's convolution.
+    - anything else: PyTorch's convolution, in float32 where the processor has no instructions for
+      products of the dtype, and rounded once.
 
     Winograd's algorithm rounds differently, and an infinity among the inputs makes NaNs where a
     direct convolution has infinities.
@@ -31,15 +34,25 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._is_image(x):
+            return super().forward(x)
         dilation, padding = self._dilation_and_padding()
         same = padding == dilation * (_pair(self.kernel_size)[0] // 2)
-        if padding is not None and self._is_image(x):
+        if padding is not None:
             if self.groups == 1 and dilation == 1:
                 if convolves_single(x, self.weight, padding):
                     return fusion_conv2d([x], self.weight, self.bias, padding=padding)
             elif self.groups == self.in_channels == self.out_channels and same:
                 return depthwise_conv2d(x, self.weight, self.bias, dilation=dilation)
-        return super().forward(x)
+        dtype = cast_dtype(x)
+        wide = policy_of(x.device.type).multiplies(dtype)
+        fits = all(cast_dtype(t) == dtype for t in (self.weight, self.bias) if t is not None)
+        if wide == dtype or not fits or requested_backend() == "reference":
+            return super().forward(x)
+        with without_autocast(x.device.type):
+            bias = None if self.bias is None else self.bias.to(dtype).to(wide)
+            weight = self.weight.to(dtype).to(wide)
+            return self._conv_forward(x.to(dtype).to(wide), weight, bias).to(dtype)
 
     def _is_image(self, x: Tensor) -> bool:
         """What the package's ops take, and not what only traces a graph (torch.fx)."""

@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["Weight"]
+from fastfuse.ops.memory import empty
+from fastfuse.ops.policy import policy_of
+
+__all__ = ["Choice", "RowBuffer", "Weight"]
 
 # oneDNN's product as torch.compile uses it, and its weights; None where this PyTorch has none.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-_HAS_BF16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
 
 
-def _dtypes() -> frozenset[torch.dtype]:
-    """Those that oneDNN multiplies on this processor; bfloat16 needs AVX-512."""
-    if _LINEAR is None or _PACK is None:
-        return frozenset()
-    narrow = {torch.bfloat16} if _HAS_BF16 is not None and _HAS_BF16() else set()
-    return frozenset({torch.float32, *narrow})
+@dataclass(frozen=True)
+class Choice:
+    """How products with a weight are computed: their dtype, and by which library."""
 
+    dtype: torch.dtype
+    library: str  # "torch.mm", "oneDNN" or "oneDNN, packed"
 
-ONEDNN_DTYPES = _dtypes()
+    @classmethod
+    def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> Choice:
+        """By the policy; ``rows``: of all products with one weight."""
+        policy = policy_of(device_type)
+        dtype = policy.multiplies(dtype)
+        if _LINEAR is None or dtype not in policy.onednn:
+            return cls(dtype, "torch.mm")
+        packs = _PACK is not None and rows >= policy.packing_rows
+        return cls(dtype, "oneDNN, packed" if packs else "oneDNN")
 
-
-# Rows from which packing, about 0.1 ms and 1 ns a weight, pays for itself.
-PACKING_ROWS = 4096
+    def __str__(self) -> str:
+        return f"products in {str(self.dtype).removeprefix('torch.')} by {self.library}"
 
 
 class Weight:
-    """A weight (C_out, C_in) for products of rows with it, by the library that is fastest.
+    """A weight (C_out, C_in) for products of rows with it, in the dtype that the policy multiplies.
 
-    A static rule: in float32 and bfloat16 on CPUs oneDNN, with the weight packed once if there are
-    rows enough (float32: 190 to 220 GFLOP/s on two Zen 4 cores, unpacked 180 to 210, where torch.mm
-    has 150 to 190; bfloat16: 425 to 440, 410 to 425, 390 to 420; docs/ced_block.md); else torch.mm.
+    By oneDNN where the policy says so, with the weight packed once if there are rows enough; else
+    by torch.mm. docs/ced_block.md has the measurements.
 
     Args:
         weight: (C_out, C_in), any strides.
@@ -41,24 +50,74 @@ class Weight:
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
+        choice = Choice.of(weight.device.type, weight.dtype, rows)
+        weight = weight.to(choice.dtype)
+        self.dtype = weight.dtype
         self.transposed = weight.t()
         self.packed: Tensor | None = None
-        if weight.device.type != "cpu" or weight.dtype not in ONEDNN_DTYPES or not weight.numel():
+        if choice.library == "torch.mm" or not weight.numel():
             return
         # Transposed ones it takes as they are, slices take it 1000 times as long.
         if weight.stride() != (1, weight.shape[0]):
             weight = weight.contiguous()
-        assert _PACK is not None
-        self.packed = _PACK(weight, rows) if rows >= PACKING_ROWS else weight
+        self.packed = weight
+        if choice.library == "oneDNN, packed":
+            assert _PACK is not None
+            self.packed = _PACK(weight, rows)
 
     def product(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """a weight^T, (rows, C_out); what is returned counts, for oneDNN brings memory of its own.
 
         Args:
-            a: (rows, C_in), rows without gaps.
+            a: (rows, C_in) in this weight's dtype, rows without gaps.
             out: memory for the result, where the library takes some.
         """
         if self.packed is not None and a.shape[0] > 0:
             assert _LINEAR is not None
             return _LINEAR(a, self.packed, None, "none", [], "")
         return torch.mm(a, self.transposed, out=out)
+
+    def product_into(self, out: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
+        """out = a weight^T + bias, for rows of any dtype, converted a chunk at a time.
+
+        Args:
+            out: (rows, C_out) in this weight's dtype.
+            a: (rows, C_in), rows without gaps.
+            bias: (C_out,) in this weight's dtype.
+        """
+        whole = a.dtype == self.dtype and self.packed is None
+        chunk_bytes = policy_of(a.device.type).product_bytes
+        count = a.shape[0] if whole else max(chunk_bytes // (out.shape[1] * out.itemsize), 256)
+        buffer = RowBuffer(min(count, a.shape[0]), a, self.dtype)
+        for first in range(0, a.shape[0], max(count, 1)):
+            target = out[first : first + count]
+            result = self.product(buffer.read(a[first : first + count]), target)
+            if bias is not None:
+                torch.add(result, bias, out=target)
+            elif result is not target:
+                target.copy_(result)
+
+
+class RowBuffer:
+    """Rows in another dtype, a chunk at a time, in memory that is reused; or the rows themselves.
+
+    Args:
+        rows: of a chunk, at most.
+    """
+
+    def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.memory: Tensor | None = None
+        if like.dtype != dtype:
+            self.memory = empty((rows, like.shape[1]), like.new_empty(0, dtype=dtype))
+
+    def room(self, rows: Tensor) -> Tensor:
+        """Memory for what becomes ``rows`` by :meth:`write`: themselves, if they have the dtype."""
+        return rows if self.memory is None else self.memory[: rows.shape[0]]
+
+    def read(self, rows: Tensor) -> Tensor:
+        return rows if self.memory is None else self.room(rows).copy_(rows)
+
+    def write(self, values: Tensor, rows: Tensor) -> None:
+        """rows = values, rounded once."""
+        if values is not rows:
+            rows.copy_(values)

@@ -10,6 +10,7 @@ from fastfuse.ops.block import define_block, prepare
 from fastfuse.ops.ced_block import kernel
 from fastfuse.ops.ced_block.reference import reference
 from fastfuse.ops.ced_block.samples import samples
+from fastfuse.ops.pointwise.mlp import mlp_route
 
 __all__ = ["OPERATION", "ced_block"]
 
@@ -96,9 +97,14 @@ def ced_block(
     return _call(x, parameters, keep, (eps,), recompute)
 
 
+def _routes(image: Tensor) -> dict[str, str]:
+    return {"hidden 4 C": mlp_route(select(OPERATION, image), image)}
+
+
 OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
     twice_differentiable=False,
+    routes=_routes,
 )

@@ -18,38 +18,41 @@ from fastfuse.ops.depthwise_conv2d.autograd import call
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
 from fastfuse.ops.layout import is_channels_last
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["OPERATION", "depthwise_conv2d"]
 
 NAME = "depthwise_conv2d"
-
-# Values of an image that does not stay in the second-level caches until it is read.
-LARGE_IMAGE = 1 << 20
+LIBRARY = "oneDNN"  # by way of the reference
 
 
 def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> bool:
-    """A static rule, for calls on CPUs of which no derivative is wanted: docs/depthwise_conv2d.md.
-
-    oneDNN's forward is not to be beaten where little is computed for each value that is read (small
-    kernels on channels_last images), where a large image is read (in float32), and for kernels
-    above 7, for which ours is the general one.
-    """
+    """By the policy's rule, for calls without derivatives: docs/depthwise_conv2d.md."""
     if requested_backend() != "auto" or x.device.type != "cpu" or dilation > 1:
-        return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
         return False
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
         return False
-    kernel_size = weight.shape[2]
-    if kernel_size > 7:
-        return True
-    if not is_channels_last([x]):
-        return False
-    if x.dtype == torch.bfloat16:
-        return kernel_size <= 3
-    return kernel_size <= 5 or x.shape.numel() >= LARGE_IMAGE
+    policy = policy_of("cpu")
+    asked = weight.shape[2], is_channels_last([x]), x.shape.numel(), x.dtype
+    return x.dtype in policy.onednn and policy.library_depthwise(*asked)
+
+
+def _backend(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> str:
+    chosen = select(OPERATION, x)
+    faster = chosen == "cpu" and _library_is_faster(x, weight, bias, dilation)
+    return LIBRARY if faster else chosen
+
+
+def _routes(image: Tensor) -> dict[str, str]:
+    found = {}
+    for k, dilation in ((3, 1), (7, 1), (7, 3)):
+        weight = image.new_empty(image.shape[1], 1, k, k)
+        name = f"{k}x{k}, dilation {dilation}"
+        found[name] = _backend(image, weight.requires_grad_(), None, dilation)
+        found[f"{name}, without derivatives"] = _backend(image, weight.detach(), None, dilation)
+    return found
 
 
 def depthwise_conv2d(
@@ -95,7 +98,7 @@ def depthwise_conv2d(
     check_depthwise_weight(NAME, "weight", weight, x)
     if bias is not None:
         check_vector(NAME, "bias", bias, x.shape[1], "one value per channel", x)
-    if select(OPERATION, x) == "reference" or _library_is_faster(x, weight, bias, dilation):
+    if _backend(x, weight, bias, dilation) in ("reference", LIBRARY):
         with without_autocast(x.device.type):
             return reference(x, weight, bias, dilation)
     return call(x, weight, bias, dilation)
@@ -105,4 +108,5 @@ OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
+    routes=_routes,
 )

@@ -28,20 +28,15 @@ from fastfuse.ops.checks import (
 )
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.autograd import call
+from fastfuse.ops.fusion_conv2d.geometry import geometry_of
 from fastfuse.ops.fusion_conv2d.reference import reference
 from fastfuse.ops.fusion_conv2d.samples import samples
 from fastfuse.ops.layout import is_channels_last
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["OPERATION", "convolves_single", "fusion_conv2d"]
 
 NAME = "fusion_conv2d"
-
-# Multiply-adds at the target's resolution below which a call on the CPU is bound by its overhead:
-# the backend "auto" then takes the reference. Not while compiling, where the question would become
-# a condition on the sizes.
-LITTLE_WORK = 4_000_000
-# One image alone: below, Winograd's algorithm is no faster than PyTorch's convolution.
-SINGLE_CHANNELS = 96
 
 
 def fusion_conv2d(
@@ -114,11 +109,7 @@ def fusion_conv2d(
     check_convolved_size(NAME, (height, width), weight.shape[2], padding)
     mean = check_constants(NAME, "mean", mean, features)
     std = check_constants(NAME, "std", std, features, positive=True)
-    work = weight.numel() * features[0].shape[0] * height * width
-    chosen = select(OPERATION, features[0])
-    if chosen == "cpu" and requested_backend() == "auto" and not torch.compiler.is_compiling():
-        chosen = "reference" if work < LITTLE_WORK else chosen
-    if chosen == "reference":
+    if _backend(features[0], weight, height, width) == "reference":
         with without_autocast(features[0].device.type):
             return reference(
                 features, weight, bias, (height, width), mean, std, padding, align_corners
@@ -127,6 +118,30 @@ def fusion_conv2d(
         features, weight, bias, height, width, mean, std, padding, align_corners,
         is_channels_last(features),
     )  # fmt: skip
+
+
+def _backend(first: Tensor, weight: Tensor, height: int, width: int) -> str:
+    chosen = select(OPERATION, first)
+    if chosen == "cpu" and requested_backend() == "auto" and not torch.compiler.is_compiling():
+        macs = weight.numel() * first.shape[0] * height * width
+        return "reference" if macs < policy_of("cpu").little_macs else chosen
+    return chosen
+
+
+def _routes(image: Tensor) -> dict[str, str]:
+    """Of the fusion of a pyramid, 3x3, and of an image alone, each to as many channels."""
+    batch, channels, height, width = image.shape
+    sizes = [(-(-height // 2**i), -(-width // 2**i)) for i in range(4)]
+    found = {}
+    for count, name in ((4, "3x3 of 4 levels, each half as large"), (1, "3x3 of an image alone")):
+        levels = [image.new_empty(batch, channels, *size) for size in sizes[:count]]
+        weight = image.new_empty(channels, count * channels, 3, 3)
+        backend = _backend(image, weight, height, width)
+        if count == 1 and backend == "cpu" and not convolves_single(image, weight, 1):
+            backend = "reference"  # what nn.Conv2d asks
+        g = geometry_of(levels, weight, (height, width), 1, False)
+        found[name] = backend if backend == "reference" else f"{backend}; {g.described(image)}"
+    return found
 
 
 def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
@@ -138,7 +153,7 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     if weight.shape[2] != 3 or cpu_refusal(x) is not None:
         return False
     out_channels, channels = weight.shape[:2]
-    if min(channels, out_channels) < SINGLE_CHANNELS:
+    if min(channels, out_channels) < policy_of("cpu").winograd_single_channels:
         return False
     margin = 2 * padding - 2
     pixels = x.shape[0] * (x.shape[2] + margin) * (x.shape[3] + margin)
@@ -175,4 +190,5 @@ OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
+    routes=_routes,
 )

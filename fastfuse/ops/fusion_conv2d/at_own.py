@@ -15,15 +15,11 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
 from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, tap_weights, write_taps
 from fastfuse.ops.memory import empty
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["add", "gradients"]
 
-# Bytes of the taps of a chunk: on CPUs about what the last-level cache holds.
-CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 CHUNK_CHANNELS = 64  # a chunk is a multiple
-# Narrow dtypes: levels of so few of the target's pixels are multiplied in float32, which takes
-# little there, and their taps kept in two parts, so that they add no rounding error.
-EXACT_PIXELS = 1 / 32
 
 
 class _Taps:
@@ -35,7 +31,7 @@ class _Taps:
         self.taps = g.kernel_size**2
         pixels = sum(g.sizes[i][0] * g.sizes[i][1] for i in g.plan.own) * self.batch
         per_channel = self.taps * pixels * like.element_size()
-        chunks = -(-per_channel * g.out_channels // CHUNK_BYTES[like.device.type])
+        chunks = -(-per_channel * g.out_channels // policy_of(like.device.type).taps_bytes)
         length = -(-g.out_channels // max(chunks, 1))
         length = -(-length // CHUNK_CHANNELS) * CHUNK_CHANNELS
         self.length = min(length, g.out_channels) if chunked else g.out_channels
@@ -75,7 +71,8 @@ def add(
     Bias (C_out,) and offsets (k, k, C_out) are in the accumulation dtype.
     """
     narrow = out.dtype not in (torch.float32, torch.float64)
-    pixels = EXACT_PIXELS * g.size[0] * g.size[1] if narrow else 0
+    share = policy_of(out.device.type).exact_pixels if narrow else 0
+    pixels = share * g.size[0] * g.size[1]
     in_parts = [i for i in g.plan.own if g.sizes[i][0] * g.sizes[i][1] <= pixels]
     scales = None
     if c.inverse_std is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
 from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_last, write_taps
+from fastfuse.ops.product import Weight
 
 __all__ = ["convolve", "gradients"]
 
@@ -93,12 +94,13 @@ def _per_channel(g: Geometry, c: Constants, levels: Sequence[int]) -> Tensor:
 def convolve(
     features: Sequence[Tensor], weight: Tensor, bias: Tensor | None, g: Geometry, c: Constants
 ) -> tuple[Tensor, bool, Tensor | None]:
-    """The convolution at the target's resolution; whether its inputs were equalized; what it still
-    has to be multiplied by, if anything. The bias is added unless there is such a factor."""
+    """The convolution at the target's resolution, in the dtype of the weight; whether its inputs
+    were equalized; what it still has to be multiplied by, if anything. The bias is added unless
+    there is such a factor."""
     inputs, equalized = _inputs(features, g, c)
     levels = g.plan.target
     if g.winograd:
-        out = empty_image(inputs[0], inputs[0].shape[0], g.out_channels, *g.out_size)
+        out = empty_image(weight, inputs[0].shape[0], g.out_channels, *g.out_size)
         taps = _taps(weight, g, c, levels, equalized)
         winograd.convolve(out, inputs, winograd.transform_weight(taps), bias, g.padding)
         return out, equalized, None
@@ -110,15 +112,12 @@ def convolve(
         with _deterministic(x.device):
             # Of one channel it may come contiguous.
             out = to_channels_last(
-                torch.conv2d(x, to_channels_last(weights), bias, padding=g.padding)
+                torch.conv2d(x.to(weight.dtype), to_channels_last(weights), bias, padding=g.padding)
             )
         return out, equalized, scale
-    out = empty_image(x, x.shape[0], g.out_channels, *g.out_size)
-    products = weights[:, :, 0, 0].t()
-    if bias is None:
-        torch.mm(matrix(x), products, out=matrix(out))
-    else:
-        torch.addmm(bias, matrix(x), products, out=matrix(out))
+    out = empty_image(weight, x.shape[0], g.out_channels, *g.out_size)
+    rows = matrix(x)
+    Weight(weights[:, :, 0, 0], rows.shape[0]).product_into(matrix(out), rows, bias)
     return out, equalized, scale
 
 
@@ -160,7 +159,7 @@ def gradients(
         scale = None if equalized else c.scale(levels[0])
         # Where a tensor is not needed only its shape counts.
         if inputs:
-            (x,) = inputs
+            x = inputs[0].to(grad_output.dtype)
         else:
             x = grad_output.new_empty(1).expand(batch, channels, *g.size)
         if wanted:

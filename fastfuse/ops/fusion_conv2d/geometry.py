@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.plan import Plan, make_plan
+from fastfuse.ops.policy import policy_of
+from fastfuse.ops.product import Choice
 
 __all__ = ["Constants", "Geometry", "geometry", "geometry_of"]
 
@@ -50,6 +52,23 @@ class Geometry:
         resized = any(self.sizes[i] != self.size for i in self.plan.target)
         return resized or (len(self.plan.target) > 1 and not self.winograd)
 
+    def described(self, like: Tensor) -> str:
+        """What is done where, in words, for images like one."""
+        batch = like.shape[0]
+        parts = []
+        for i, (height, width) in enumerate(self.sizes):
+            if i in self.plan.own:
+                work = policy_of(like.device.type).multiplies(like.dtype)
+                where = f"at its own resolution in {str(work).removeprefix('torch.')}"
+            elif self.winograd:
+                where = "by Winograd's F(4x4, 3x3)"
+            elif self.is_product:
+                where = str(Choice.of(like.device.type, like.dtype, batch * height * width))
+            else:
+                where = "by the library's convolution"
+            parts.append(f"{height}x{width} {where}")
+        return ", ".join(parts)
+
     def slice_of(self, level: int) -> slice:
         start = sum(self.channels[:level])
         return slice(start, start + self.channels[level])
@@ -75,7 +94,8 @@ def geometry(
         return winograd.applies(*rule, inputs, out_channels, pixels, kernel_size, padding)
 
     def plan(fewer_products: bool) -> Plan:
-        return make_plan(channels, sizes, out_channels, size, kernel_size, fewer_products)
+        policy = policy_of(like.device.type)
+        return make_plan(channels, sizes, out_channels, size, kernel_size, fewer_products, policy)
 
     chosen = plan(True)
     use = by_winograd(chosen.target)

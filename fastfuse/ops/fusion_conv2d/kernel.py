@@ -1,7 +1,8 @@
 """fusion_conv2d and its gradients, from matrix products, convolutions and tap sums.
 
 Everything inside is channels_last: there an image is a matrix (pixels, channels), and the taps of
-a level are one product with its weights.
+a level are one product with its weights. Where the device does not multiply the dtype of the
+images, weights, taps and sums are float32, and results are rounded once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry, g
 from fastfuse.ops.fusion_conv2d.images import empty_image
 from fastfuse.ops.layout import in_layout, memory_format
 from fastfuse.ops.memory import empty
+from fastfuse.ops.policy import policy_of
 from fastfuse.ops.tap_sum.autograd import offsets_gradient
 
 __all__ = ["backward", "forward"]
@@ -31,6 +33,22 @@ def _offsets(weight: Tensor, g: Geometry, constants: Constants, levels: Sequence
     return total.permute(1, 2, 0)
 
 
+def _inputs(features: Sequence[Tensor], g: Geometry, dtype: torch.dtype) -> list[Tensor]:
+    """The features as channels_last images; those convolved at their own resolution in the dtype of
+    the products, for they are read once for every chunk of outputs."""
+    images = [in_layout(f, True) for f in features]
+    return [image.to(dtype) if i in g.plan.own else image for i, image in enumerate(images)]
+
+
+def _result(image: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """A channels_last image rounded to a dtype, in a memory format."""
+    if image.dtype != dtype:
+        image = empty(image.shape, image.new_empty(0, dtype=dtype), torch.channels_last).copy_(
+            image
+        )
+    return in_layout(image, channels_last)
+
+
 def forward(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -44,9 +62,12 @@ def forward(
     channels_last: bool,
 ) -> Tensor:
     g = geometry_of(features, weight, (height, width), padding, align_corners)
-    c = Constants.of(mean, std, weight.dtype)
-    features = [in_layout(f, True) for f in features]
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    dtype = weight.dtype
+    c = Constants.of(mean, std, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    work = policy_of(weight.device.type).multiplies(dtype)
+    weight, bias = weight.to(work), None if bias is None else bias.to(work)
+    features = _inputs(features, g, work)
 
     shifted = list(g.plan.own)  # levels whose mean the taps' offsets take off
     out = base_scale = None
@@ -56,11 +77,11 @@ def forward(
         if not equalized:
             shifted += g.plan.target
         if not g.plan.own and base_scale is None and (c.mean is None or equalized):
-            return in_layout(out, channels_last)
+            return _result(out, dtype, channels_last)
 
     accumulate = out is not None
     if out is None:
-        out = empty_image(features[0], features[0].shape[0], g.out_channels, *g.out_size)
+        out = empty_image(weight, features[0].shape[0], g.out_channels, *g.out_size)
     at_own.add(
         out,
         features,
@@ -72,7 +93,7 @@ def forward(
         base_scale,
         accumulate=accumulate,
     )
-    return in_layout(out, channels_last)
+    return _result(out, dtype, channels_last)
 
 
 def backward(
@@ -103,9 +124,12 @@ def backward(
         padding,
         align_corners,
     )
-    c = Constants.of(mean, std, grad_output.dtype)
-    grad_output = in_layout(grad_output, True)
-    features = [in_layout(f, True) for f in features]
+    dtype = grad_output.dtype
+    c = Constants.of(mean, std, dtype)
+    work = policy_of(grad_output.device.type).multiplies(dtype)
+    grad_output = in_layout(grad_output, True).to(work)
+    weight = None if weight is None else weight.to(work)
+    features = _inputs(features, g, work)
     levels = [i for i, want in enumerate(wanted) if want]
     batch = grad_output.shape[0]
     gradients = {  # the others are found below
@@ -117,14 +141,14 @@ def backward(
         weight_gradient = empty(shape, grad_output, memory_format(weight_channels_last))
 
     shifted = list(g.plan.own)
-    work = (grad_output, features, weight, g, c)
+    given = (grad_output, features, weight, g, c)
     if g.plan.target:
         of_target = [i for i in levels if i in g.plan.target]
-        if not at_target.gradients(*work, of_target, gradients, weight_gradient):
+        if not at_target.gradients(*given, of_target, gradients, weight_gradient):
             shifted += g.plan.target
     of_own = [i for i in levels if i in g.plan.own]
     if of_own or (g.plan.own and weight_gradient is not None):
-        at_own.gradients(*work, of_own, gradients, weight_gradient)
+        at_own.gradients(*given, of_own, gradients, weight_gradient)
     if weight_gradient is not None and c.mean is not None and shifted:
         sums = offsets_gradient(grad_output, height, width, kernel_size, padding)
         sums = sums.view(kernel_size, kernel_size, -1).permute(2, 0, 1)[:, None]
@@ -132,5 +156,5 @@ def backward(
             level = weight_gradient[:, g.slice_of(i)]
             level.copy_(level - c.shift(i) * sums)
 
-    result = [in_layout(gradients[i], channels_last) for i in levels]
-    return result if weight_gradient is None else [*result, weight_gradient]
+    result = [_result(gradients[i], dtype, channels_last) for i in levels]
+    return result if weight_gradient is None else [*result, weight_gradient.to(dtype)]

@@ -3,14 +3,13 @@
 A static rule, by counted work, in multiply-adds (MACs) of a large matrix product:
 
 - at its own resolution a level of h x w pixels costs ``k * k * h * w * C_out * C_in``, and as much
-  as ``TAP_MACS`` more per tap value, written and read once, and ``SUM_MACS`` per value of the
+  as ``tap_macs`` more per tap value, written and read once, and ``sum_macs`` per value of the
   result, which ``tap_sum`` computes from the taps;
-- at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or 2.5 where a 3x3
-  convolution runs by Winograd's F(4x4, 3x3) (2.25, and a tenth for its transforms), and
-  ``UPSAMPLE_MACS`` per upsampled value if it has another size.
+- at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or ``winograd_macs``
+  where a 3x3 convolution runs by Winograd's F(4x4, 3x3) (2.25, and its transforms), and
+  ``upsample_macs`` per upsampled value if it has another size.
 
-The constants are ratios of measured rates, on two Zen 4 cores at 107 GMAC/s and 50 GB/s
-(docs/fusion_conv2d.md); results do not hang on their digits.
+The constants are the policy's; results do not hang on their digits.
 """
 
 from __future__ import annotations
@@ -18,12 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Plan", "make_plan"]
+from fastfuse.ops.policy import Policy
 
-TAP_MACS = 20
-SUM_MACS = 40
-UPSAMPLE_MACS = 30
-WINOGRAD_MACS = 2.5
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,11 @@ def make_plan(
     target: tuple[int, int],
     kernel_size: int,
     winograd: bool,
+    policy: Policy,
 ) -> Plan:
     """The plan for levels of ``channels`` and ``sizes``, fused at the size ``target``."""
     taps, pixels = kernel_size**2, target[0] * target[1]
-    per_pixel = WINOGRAD_MACS if winograd else taps
+    per_pixel = policy.winograd_macs if winograd else taps
     at_target: list[int] = []
     at_own: list[int] = []
     for i, (c, size) in enumerate(zip(channels, sizes, strict=True)):
@@ -56,7 +53,7 @@ def make_plan(
         if tuple(size) == tuple(target):
             at_target.append(i)
             continue
-        own = taps * size[0] * size[1] * (c + TAP_MACS) + pixels * SUM_MACS
-        upsampled = pixels * (per_pixel * c + UPSAMPLE_MACS * c / max(out_channels, 1))
+        own = taps * size[0] * size[1] * (c + policy.tap_macs) + pixels * policy.sum_macs
+        upsampled = pixels * (per_pixel * c + policy.upsample_macs * c / max(out_channels, 1))
         (at_own if own < upsampled else at_target).append(i)
     return Plan(tuple(at_target), tuple(at_own))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastfuse import _extension
 from fastfuse.ops.memory import empty
+from fastfuse.ops.policy import policy_of
 from fastfuse.ops.product import Weight
 
 __all__ = [
@@ -43,25 +44,7 @@ for _schema in (
 OUTPUTS = 4  # of a tile, on each side
 ELEMENTS = (OUTPUTS + 2) ** 2  # of a transformed tile
 
-# Bytes of transformed inputs and outputs of a block.
-BLOCK_BYTES = 32 << 20
-MIN_BLOCK, BLOCK_MULTIPLE = 128, 32
-MIN_CHANNELS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 384, torch.float16: 64}
-# What the fewer products save must pay for transforming the weights, which takes what so many
-# pixels save, and for the rest: products of a pixel's channels in and out. PyTorch has no fast
-# convolution for float64, nor for float16 (10 to 14 times as long as this).
-MIN_PIXELS = {
-    torch.float64: 100,
-    torch.float32: 1000,
-    torch.bfloat16: 8000,
-    torch.float16: 1000,
-}
-MIN_WORK = {
-    torch.float64: 2_000_000,
-    torch.float32: 30_000_000,
-    torch.bfloat16: 0,
-    torch.float16: 30_000_000,
-}
+BLOCK_MULTIPLE = 32  # tiles
 # Consecutive matrices of a batch would fall into the same cache sets: their distance is odd lines.
 SKEW_BYTES = 5 * 64
 
@@ -94,18 +77,18 @@ def applies(
     kernel_size: int,
     padding: int,
 ) -> bool:
-    """Whether a convolution runs this way; a static rule.
+    """Whether a convolution runs this way, by the policy's rule.
 
     A padding above 2 would make that of the input's gradient negative.
     """
+    rule = policy_of(device).winograd.get(dtype)
     return (
-        device == "cpu"
+        rule is not None
         and _extension.module is not None
-        and dtype in MIN_WORK
         and kernel_size == 3
         and padding <= 2
-        and min(channels, out_channels) >= MIN_CHANNELS[dtype]
-        and (pixels - MIN_PIXELS[dtype]) * channels * out_channels >= MIN_WORK[dtype]
+        and min(channels, out_channels) >= rule.channels
+        and (pixels - rule.pixels) * channels * out_channels >= rule.work
     )
 
 
@@ -132,8 +115,9 @@ def _blocks(image: Tensor, size: tuple[int, int], channels: int) -> Iterator[sli
     """The tiles of an image's outputs, in blocks of one length but the last, which is no longer;
     their rows have so many channels together."""
     tiles = image.shape[0] * -(-size[0] // OUTPUTS) * -(-size[1] // OUTPUTS)
-    limit = BLOCK_BYTES // (ELEMENTS * channels * _wide(image).itemsize)
-    count = -(-tiles // max(limit, MIN_BLOCK))
+    policy = policy_of("cpu")
+    limit = policy.winograd_bytes // (ELEMENTS * channels * _wide(image).itemsize)
+    count = -(-tiles // max(limit, policy.winograd_tiles))
     length = -(-tiles // (count * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE if count else 1
     for first in range(0, tiles, length):
         yield slice(first, min(first + length, tiles))

@@ -11,6 +11,7 @@ from fastfuse.ops.checks import check_dilation
 from fastfuse.ops.lr_ced_block import kernel
 from fastfuse.ops.lr_ced_block.reference import reference
 from fastfuse.ops.lr_ced_block.samples import samples
+from fastfuse.ops.pointwise.mlp import mlp_route
 
 __all__ = ["OPERATION", "lr_ced_block"]
 
@@ -109,9 +110,14 @@ def lr_ced_block(
     return _call(x, parameters, keep, (dilation, eps), recompute)
 
 
+def _routes(image: Tensor) -> dict[str, str]:
+    return {"hidden 4 C": mlp_route(select(OPERATION, image), image)}
+
+
 OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
     twice_differentiable=False,
+    routes=_routes,
 )

@@ -2,12 +2,13 @@
 
 n is the input, or the layer norm of the input. Pixels are processed a chunk at a time, so that the
 hidden tensor, four times as wide as the image, stays in the last-level cache between the products
-and what is done to it. The products are the library's.
+and what is done to it. The products are the library's. Images of a dtype that the processor does
+not multiply are converted to float32 a chunk at a time, and results rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -15,14 +16,12 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.memory import empty
-from fastfuse.ops.product import Weight
+from fastfuse.ops.policy import policy_of
+from fastfuse.ops.product import Choice, RowBuffer, Weight
 
-__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "wide"]
+__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "wide"]
 
-# Bytes of a chunk's hidden tensor: long enough for the products, short enough for caches. GPUs
-# want chunks that fill them; there the limit is for memory.
-HIDDEN_BYTES = {"cpu": 3 << 20, "cuda": 256 << 20}
-MIN_ROWS, ROW_MULTIPLE = 512, 128
+ROW_MULTIPLE = 128
 
 
 @overload
@@ -74,24 +73,44 @@ class MlpGradients:
     scale: Tensor | None
 
 
-def _chunks(rows: int, hidden: int, like: Tensor) -> Iterator[slice]:
-    """All of one length but the last, which is no longer."""
-    device = "cuda" if like.device.type == "cuda" else "cpu"
-    limit = max(HIDDEN_BYTES[device] // (hidden * like.element_size()), MIN_ROWS)
-    count = -(-rows // limit)
-    length = -(-rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
-    for first in range(0, rows, length):
-        yield slice(first, min(first + length, rows))
+def mlp_route(backend: str, image: Tensor) -> str:
+    """What runs the MLP of a block whose hidden tensor is four times as wide as an image."""
+    if backend == "reference":
+        return backend
+    batch, channels, height, width = image.shape
+    rows = image.new_empty(batch * height * width, channels)
+    chunks = _Chunks(rows, 4 * channels)
+    products = Choice.of(image.device.type, image.dtype, chunks.rows)
+    return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
 
 
-def _buffers(chunks: list[slice], like: Tensor, *widths: int) -> list[Tensor]:
-    rows = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    return [empty((rows, width), like) for width in widths]
+class _Chunks:
+    """An image's rows in chunks, all of one length but the last, which is no longer, and memory for
+    what becomes of a chunk, in the dtype of the products."""
 
+    def __init__(self, image: Tensor, hidden: int) -> None:
+        policy = policy_of(image.device.type)
+        self.image, self.rows = image, image.shape[0]
+        self.dtype = policy.multiplies(image.dtype)
+        limit = max(policy.hidden_bytes // (hidden * self.dtype.itemsize), policy.hidden_rows)
+        count = -(-self.rows // limit)
+        length = -(-self.rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
+        self.length = min(length, self.rows)
 
-def _product_into(out: Tensor, a: Tensor, weight: Weight) -> Tensor:
-    result = weight.product(a, out)
-    return out if result is out else out.copy_(result)
+    def __iter__(self) -> Iterator[slice]:
+        for first in range(0, self.rows, max(self.length, 1)):
+            yield slice(first, min(first + self.length, self.rows))
+
+    def memory(self, *widths: int) -> list[Tensor]:
+        like = self.image.new_empty(0, dtype=self.dtype)
+        return [empty((self.length, width), like) for width in widths]
+
+    def buffers(self, images: Sequence[Tensor | None]) -> list[RowBuffer]:
+        """For each of some images; none needs one that is not there."""
+        return [
+            RowBuffer(self.length, self.image if image is None else image, self.dtype)
+            for image in images
+        ]
 
 
 def _normalized(inputs: Tensor, norm: Norm | None, buffer: Tensor) -> Tensor:
@@ -109,24 +128,29 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     """
     ops = torch.ops.fastfuse
     hidden, channels = mlp.fc1_weight.shape
-    chunks = list(_chunks(x.shape[0], hidden, x))
-    normalized, product, activated = _buffers(
-        chunks, x, channels if mlp.norm else 0, channels, hidden
-    )
-    fc1, fc2 = (Weight(weight, x.shape[0]) for weight in (mlp.fc1_weight, mlp.fc2_weight))
+    chunks = _Chunks(x, hidden)
+    normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
+    of_out, of_x, of_inputs, of_kept = chunks.buffers([out, x, inputs, kept])
+    fc1, fc2 = (Weight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
-        n = _normalized(inputs[chunk], mlp.norm, normalized)
-        a = activated[:count]
+        n = _normalized(of_inputs.read(inputs[chunk]), mlp.norm, normalized)
         if kept is None:
-            h = a = fc1.product(n, a)
+            h = a = fc1.product(n, activated[:count])
         else:
-            h = _product_into(kept[chunk], n, fc1)
+            to_keep = kept[chunk]
+            h = fc1.product(n, of_kept.room(to_keep))
+            of_kept.write(h, to_keep)
+            a = activated[:count] if h is to_keep else h
         ops.bias_gelu_into(a, h, mlp.fc1_bias)
         p = fc2.product(a, product[:count])
+        target = out[chunk]
+        result = of_out.room(target)
         ops.residual_into(
-            out[chunk], x[chunk], p, mlp.fc2_bias, mlp.scale, mlp.keep, mlp.pixels, chunk.start
-        )
+            result, of_x.read(x[chunk]), p, mlp.fc2_bias, mlp.scale, mlp.keep, mlp.pixels,
+            chunk.start,
+        )  # fmt: skip
+        of_out.write(result, target)
 
 
 class _Sum:
@@ -168,51 +192,54 @@ def backward(
     ops = torch.ops.fastfuse
     hidden, channels = mlp.fc1_weight.shape
     accumulation = mlp.fc1_bias
-    chunks = list(_chunks(grad.shape[0], hidden, grad))
-    normalized, kept_grad, grad_normalized, activated, grad_hidden = _buffers(
-        chunks,
-        grad,
+    chunks = _Chunks(grad, hidden)
+    normalized, kept_grad, grad_normalized, activated, grad_hidden = chunks.memory(
         channels if mlp.norm else 0,
         channels if mlp.keep is not None else 0,
         channels if mlp.norm else 0,
         hidden,
         hidden,
     )
+    of_grad_inputs, of_grad, of_inputs, of_kept = chunks.buffers([grad_inputs, grad, inputs, kept])
     fc2_weight = wide_fc2 = mlp.fc2_weight
     if mlp.scale is not None:  # conversions apart: PyTorch is slow where dtypes mix
         wide_fc2 = fc2_weight.to(accumulation.dtype)
-        fc2_weight = (wide_fc2 * mlp.scale[:, None]).to(fc2_weight.dtype)
+        fc2_weight = (wide_fc2 * mlp.scale[:, None]).to(chunks.dtype)
     norm_sums = [accumulation.new_zeros(channels) for _ in range(2)]  # of an op: no views of one
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
-    fc1 = _Sum(hidden, channels, grad) if of_parameters else None
-    fc2 = _Sum(channels, hidden, grad) if of_parameters else None
-    rows = grad.shape[0]
+    fc1 = _Sum(hidden, channels, normalized) if of_parameters else None
+    fc2 = _Sum(channels, hidden, normalized) if of_parameters else None
+    rows = chunks.rows
     to_hidden = Weight(mlp.fc1_weight, rows) if kept is None else None
     to_grad_hidden, to_grad = Weight(fc2_weight.t(), rows), Weight(mlp.fc1_weight.t(), rows)
     for chunk in chunks:
         count = chunk.stop - chunk.start
-        g = grad[chunk] if mlp.keep is None else kept_grad[:count]
-        ops.residual_backward_into(g, fc2_bias, grad[chunk], mlp.keep, mlp.pixels, chunk.start)
-        n = _normalized(inputs[chunk], mlp.norm, normalized)
+        of_out = of_grad.read(grad[chunk])
+        g = of_out if mlp.keep is None else kept_grad[:count]
+        ops.residual_backward_into(g, fc2_bias, of_out, mlp.keep, mlp.pixels, chunk.start)
+        x = of_inputs.read(inputs[chunk])
+        n = _normalized(x, mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
         if to_hidden is not None:
             h = a = to_hidden.product(n, a)
         else:
             assert kept is not None
-            h = kept[chunk]
+            h = of_kept.read(kept[chunk])
         gh = to_grad_hidden.product(g, gh)
         ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
             fc2.add(g, a)
             fc1.add(gh, n)
+        target = grad_inputs[chunk]
+        result = of_grad_inputs.room(target)
         if mlp.norm is None:
-            _product_into(grad_inputs[chunk], gh, to_grad)
-            continue
-        gn = to_grad.product(gh, grad_normalized[:count])
-        ops.layer_norm_backward_into(
-            grad_inputs[chunk], *norm_sums, gn, inputs[chunk], mlp.norm.weight, mlp.norm.bias,
-            mlp.norm.eps, False,
-        )  # fmt: skip
+            result = to_grad.product(gh, result)
+        else:
+            gn = to_grad.product(gh, grad_normalized[:count])
+            ops.layer_norm_backward_into(
+                result, *norm_sums, gn, x, mlp.norm.weight, mlp.norm.bias, mlp.norm.eps, False
+            )
+        of_grad_inputs.write(result, target)
     if fc1 is None or fc2 is None:
         return None
     grad_fc2, grad_scale = fc2.result(), None

@@ -1,0 +1,342 @@
+"""Whatever depends on the machine: facts about it, and every size and crossover that follows.
+
+A policy holds for one kind of device. That of CPUs is chosen once, at import, by the instruction
+set of the kernels: sizes follow from the caches, crossovers are ratios of rates that were measured
+on one processor of the class, which ``measured`` names; nothing is timed at run time. Ops ask
+:func:`policy_of`; the compiled kernels are told their part of it (:class:`KernelSizes`).
+
+===============  ===================================================================================
+``portable``     as ``avx2``, which is its nearest relative
+``avx2``         measured on AMD EPYC, Zen 3
+``avx512``       as ``avx512_bf16``, but bfloat16 is multiplied in float32
+``avx512_bf16``  measured on AMD EPYC, Zen 4
+``cuda``         never measured: orders of magnitude
+===============  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastfuse import _extension
+
+__all__ = [
+    "CPU_CLASSES",
+    "KernelSizes",
+    "Machine",
+    "Policy",
+    "WinogradRule",
+    "cpu_policy",
+    "policy_of",
+    "use_isa",
+    "use_policy",
+]
+
+CPU_CLASSES = ("portable", "avx2", "avx512", "avx512_bf16")
+
+KIB, MIB = 1 << 10, 1 << 20
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about a CPU. Caches in bytes: a core's first and second level, the last level."""
+
+    isa: str = "portable"  # of the kernels: one of CPU_CLASSES
+    vendor: str = "unknown"
+    cores: int = 1
+    l1: int = 32 * KIB
+    l2: int = 512 * KIB
+    l3: int = 8 * MIB
+    # oneDNN multiplies bfloat16 by instructions made for it, or by others that emulate them
+    onednn_bfloat16: bool = False
+
+    @classmethod
+    def here(cls) -> Machine:
+        """This machine's; what the system does not tell is as in the class's defaults."""
+        caches = _cache_sizes(_CACHES)
+        fallback = cls()
+        has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        return cls(
+            isa=_extension.module.isa() if _extension.module else fallback.isa,
+            vendor=_vendor() or fallback.vendor,
+            cores=os.cpu_count() or fallback.cores,
+            l1=caches.get(1, fallback.l1),
+            l2=caches.get(2, fallback.l2),
+            # Some have no third level: then the second is the last.
+            l3=caches.get(3, max(caches.values(), default=fallback.l3)),
+            onednn_bfloat16=has_bfloat16 is not None and bool(has_bfloat16()),
+        )
+
+
+def _cache_sizes(folder: Path) -> dict[int, int]:
+    """Bytes of the data caches by level, as Linux tells; elsewhere none."""
+    sizes = {}
+    for index in sorted(folder.glob("index*")):
+        try:
+            kind, level, size = (
+                (index / name).read_text().strip() for name in ("type", "level", "size")
+            )
+        except OSError:
+            continue
+        match = re.fullmatch(r"(\d+)([KMG]?)", size)
+        if kind != "Instruction" and match:
+            sizes[int(level)] = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+    return sizes
+
+
+def _vendor() -> str | None:
+    try:
+        match = re.search(r"^vendor_id\s*:\s*(\S+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        match = None
+    return match[1] if match else platform.machine() or None
+
+
+@dataclass(frozen=True)
+class KernelSizes:
+    """What the compiled CPU kernels are told.
+
+    Results never depend on them but for sums over pixels, whose order is that of the tiles.
+    """
+
+    ring_bytes: int  # rows that a tile of a channels_last image works on
+    depthwise_ring_bytes: int  # the same for a depthwise convolution's
+    stream_bytes: int  # outputs from here on are written past the caches
+    grain: int  # values worth waking a thread for
+    depthwise_grain: int  # multiply-adds
+
+
+@dataclass(frozen=True)
+class WinogradRule:
+    """Where Winograd's algorithm is faster than the convolution of PyTorch, for one dtype."""
+
+    channels: int  # at least so many in and out
+    # What the fewer products save must pay for transforming the weights, which takes what so many
+    # pixels save,
+    pixels: int
+    # and for the rest: products of the pixels above that with the channels in and out.
+    work: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The crossovers, chunks and sizes of one kind of device.
+
+    MACs are multiply-adds of a large matrix product, the unit in which work of other kinds is
+    counted; bytes are of memory that should stay in a cache.
+    """
+
+    measured: str  # on which processor
+    machine: Machine | None  # None on GPUs
+
+    # ---- matrix products ----
+    # dtypes that the libraries multiply by instructions made for them. Narrower ones are multiplied
+    # in float32, a chunk converted at a time, and rounded once.
+    native: frozenset[torch.dtype]
+    onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
+    packing_rows: int  # rows from which packing a weight pays: about 0.1 ms and 1 ns a weight
+    product_bytes: int  # of a product's results at a time, where they are copied from a library's
+
+    # ---- blocks ----
+    hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
+    hidden_rows: int  # of a chunk, at least; shorter products are slow
+
+    # ---- fusion_conv2d: where a level is convolved ----
+    tap_macs: float  # as much as a tap's value written and read
+    sum_macs: float  # as a value of the result summed from the taps
+    upsample_macs: float  # as an upsampled value
+    winograd_macs: (
+        float  # of a pixel and pair of channels of a 3x3 convolution, transforms included
+    )
+    taps_bytes: int  # of a chunk of output channels
+    # Narrow dtypes: levels of so few of the target's pixels are multiplied in float32, which takes
+    # little there, and their taps kept in two parts, so that they add no rounding error.
+    exact_pixels: float
+    # Multiply-adds at the target's resolution below which a call is bound by its overhead: "auto"
+    # takes the reference. Not while compiling, where the question would be a condition on sizes.
+    little_macs: int
+
+    # ---- Winograd's algorithm ----
+    winograd: Mapping[torch.dtype, WinogradRule]
+    winograd_single_channels: int  # for an image alone, without other levels
+    winograd_bytes: int  # of transformed inputs and outputs of a block
+    winograd_tiles: int  # of a block, at least
+
+    # ---- depthwise_conv2d of dilation 1 without derivatives, by the library instead ----
+    # (kernel_size, channels_last, values of the image, dtype) -> whether oneDNN is faster
+    library_depthwise: Callable[[int, bool, int, torch.dtype], bool] = field(repr=False)
+
+    # ---- calibration ----
+    moments_values: int  # converted to float64 at a time
+
+    kernels: KernelSizes | None = None  # None on GPUs
+
+    def multiplies(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which products of ``dtype`` are computed."""
+        return dtype if dtype in self.native else torch.float32
+
+
+def _zen4_depthwise(kernel_size: int, channels_last: bool, values: int, dtype: torch.dtype) -> bool:
+    """oneDNN's forward is not to be beaten where little is computed for each value that is read
+    (small kernels on channels_last images), where a large image is read (in float32), and for
+    kernels above 7, for which ours is the general one."""
+    if kernel_size > 7 or not channels_last:
+        return kernel_size > 7
+    if dtype == torch.bfloat16:
+        return kernel_size <= 3
+    return kernel_size <= 5 or values >= 1 << 20
+
+
+def _cpu(machine: Machine) -> Policy:
+    avx512 = machine.isa in ("avx512", "avx512_bf16")
+    wide = frozenset({torch.float64, torch.float32})
+    bfloat16 = machine.isa == "avx512_bf16" and machine.onednn_bfloat16
+    native = wide | {torch.bfloat16} if bfloat16 else wide
+    float32_rule = WinogradRule(channels=64, pixels=1000, work=30_000_000)
+    narrow_rule = WinogradRule(channels=384, pixels=8000, work=0)
+    return Policy(
+        measured="AMD EPYC, Zen 4" if avx512 else "AMD EPYC, Zen 3",
+        machine=machine,
+        native=native,
+        onednn=native - {torch.float64},
+        packing_rows=4096,
+        product_bytes=3 * MIB,
+        hidden_bytes=3 * MIB,
+        hidden_rows=512,
+        tap_macs=20,
+        sum_macs=40,
+        upsample_macs=30,
+        winograd_macs=2.5,
+        taps_bytes=machine.l3 * 3 // 4,
+        exact_pixels=1 / 32,
+        little_macs=4_000_000,
+        winograd={
+            # PyTorch has no fast convolution for float64, nor for what is not native.
+            torch.float64: WinogradRule(channels=64, pixels=100, work=2_000_000),
+            torch.float32: float32_rule,
+            torch.bfloat16: narrow_rule if bfloat16 else float32_rule,
+            torch.float16: float32_rule,
+        },
+        winograd_single_channels=96,
+        winograd_bytes=machine.l3,
+        winograd_tiles=128,
+        library_depthwise=_zen4_depthwise,
+        moments_values=1 << 20,
+        kernels=KernelSizes(
+            ring_bytes=machine.l2 * 3 // 4,
+            depthwise_ring_bytes=machine.l1 * 3 // 4,
+            stream_bytes=machine.l3 // 2,
+            grain=16384,
+            depthwise_grain=1 << 18,
+        ),
+    )
+
+
+_CUDA = Policy(
+    measured="none: orders of magnitude",
+    machine=None,
+    native=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
+    onednn=frozenset(),
+    packing_rows=0,
+    product_bytes=256 * MIB,
+    hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
+    hidden_rows=512,
+    tap_macs=20,
+    sum_macs=40,
+    upsample_macs=30,
+    winograd_macs=2.5,
+    taps_bytes=256 * MIB,
+    exact_pixels=1 / 32,
+    little_macs=0,
+    winograd={},
+    winograd_single_channels=0,
+    winograd_bytes=0,
+    winograd_tiles=0,
+    library_depthwise=lambda kernel_size, channels_last, values, dtype: False,
+    moments_values=1 << 26,
+)
+
+_policies: dict[str, Policy] = {}
+
+
+def _install(policy: Policy) -> None:
+    """Makes it that of its kind of device, and tells the compiled kernels."""
+    _policies["cpu" if policy.machine else "cuda"] = policy
+    if policy.kernels and _extension.module is not None:
+        _extension.module.set_sizes(**dataclasses.asdict(policy.kernels))
+
+
+def policy_of(device_type: str) -> Policy:
+    """The policy of a kind of device; other accelerators have that of GPUs."""
+    return _policies["cpu" if device_type == "cpu" else "cuda"]
+
+
+def cpu_policy(machine: Machine | None = None) -> Policy:
+    """The policy that follows from a machine's facts (default: this machine's).
+
+    Raises:
+        ValueError: an unknown instruction set.
+
+    >>> cpu_policy(Machine(isa="avx2", l2=512 << 10)).kernels.ring_bytes
+    393216
+    """
+    machine = Machine.here() if machine is None else machine
+    if machine.isa not in CPU_CLASSES:
+        classes = ", ".join(CPU_CLASSES)
+        raise ValueError(
+            f"cpu_policy: machine.isa must be a class of processors ({classes}); "
+            f"got {machine.isa!r}"
+        )
+    return _cpu(machine)
+
+
+@contextmanager
+def use_policy(policy: Policy, **changes: Any) -> Iterator[Policy]:
+    """Another policy for its kind of device, with some fields changed, process-wide; for tests and
+    experiments.
+
+    >>> with use_policy(policy_of("cpu"), little_macs=0) as policy:
+    ...     policy.little_macs
+    0
+    """
+    policy = dataclasses.replace(policy, **changes)
+    before = policy_of("cpu" if policy.machine else "cuda")
+    _install(policy)
+    try:
+        yield policy
+    finally:
+        _install(before)
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[Policy]:
+    """The kernels of another instruction set of this processor, and the policy of its class.
+
+    Raises:
+        ValueError: one that this processor or build does not have.
+    """
+    module = _extension.module
+    assert module is not None
+    before = module.isa()
+    module.set_isa(isa)
+    try:
+        machine = dataclasses.replace(Machine.here(), isa=isa)
+        with use_policy(cpu_policy(machine)) as policy:
+            yield policy
+    finally:
+        module.set_isa(before)
+
+
+_install(_CUDA)
+_install(cpu_policy())
