@@ -59,5 +59,5 @@ def test_products_into_memory_that_is_there(rows: int) -> None:
 def test_a_pytorch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_LINEAR", None)
     made = product.Weight(torch.randn(4, 3), 10_000)
-    assert made.packed is None
+    assert made.takes_out
     assert made.product(torch.ones(2, 3)).shape == (2, 4)

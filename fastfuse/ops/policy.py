@@ -145,7 +145,8 @@ class Policy:
     # in float32, a chunk converted at a time, and rounded once.
     native: frozenset[torch.dtype]
     onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
-    packing_rows: int  # rows from which packing a weight pays: about 0.1 ms and 1 ns a weight
+    # rows from which laying out a weight anew pays: about 0.1 ms and 1 ns a weight; None: never
+    packing_rows: int | None
     product_bytes: int  # of a product's results at a time, where they are copied from a library's
 
     # ---- blocks ----
@@ -190,7 +191,9 @@ class Policy:
 def _zen4_depthwise(kernel_size: int, channels_last: bool, values: int, dtype: torch.dtype) -> bool:
     """oneDNN's forward is not to be beaten where little is computed for each value that is read
     (small kernels on channels_last images), where a large image is read (in float32), and for
-    kernels above 7, for which ours is the general one."""
+    kernels above 7, for which ours is the general one; it has no fast one for float64."""
+    if dtype == torch.float64:
+        return False
     if kernel_size > 7 or not channels_last:
         return kernel_size > 7
     if dtype == torch.bfloat16:
@@ -209,7 +212,8 @@ def _cpu(machine: Machine) -> Policy:
         measured="AMD EPYC, Zen 4" if avx512 else "AMD EPYC, Zen 3",
         machine=machine,
         native=native,
-        onednn=native - {torch.float64},
+        # With transposed weights torch.mm is a tenth faster on Zen 3, and takes memory for results.
+        onednn=native - {torch.float64} if avx512 else frozenset(),
         packing_rows=4096,
         product_bytes=3 * MIB,
         hidden_bytes=3 * MIB,
@@ -248,7 +252,7 @@ _CUDA = Policy(
     machine=None,
     native=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     onednn=frozenset(),
-    packing_rows=0,
+    packing_rows=None,
     product_bytes=256 * MIB,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,

@@ -22,27 +22,28 @@ class Choice:
     """How products with a weight are computed: their dtype, and by which library."""
 
     dtype: torch.dtype
-    library: str  # "torch.mm", "oneDNN" or "oneDNN, packed"
+    library: str  # torch.mm or oneDNN
+    packed: bool  # whether the weight is laid out anew for it, once
 
     @classmethod
     def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> Choice:
         """By the policy; ``rows``: of all products with one weight."""
         policy = policy_of(device_type)
         dtype = policy.multiplies(dtype)
-        if _LINEAR is None or dtype not in policy.onednn:
-            return cls(dtype, "torch.mm")
-        packs = _PACK is not None and rows >= policy.packing_rows
-        return cls(dtype, "oneDNN, packed" if packs else "oneDNN")
+        onednn = _LINEAR is not None and _PACK is not None and dtype in policy.onednn
+        packed = policy.packing_rows is not None and rows >= policy.packing_rows
+        return cls(dtype, "oneDNN" if onednn else "torch.mm", packed)
 
     def __str__(self) -> str:
-        return f"products in {str(self.dtype).removeprefix('torch.')} by {self.library}"
+        packed = ", packed" if self.packed else ""
+        return f"products in {str(self.dtype).removeprefix('torch.')} by {self.library}{packed}"
 
 
 class Weight:
     """A weight (C_out, C_in) for products of rows with it, in the dtype that the policy multiplies.
 
-    By oneDNN where the policy says so, with the weight packed once if there are rows enough; else
-    by torch.mm. docs/ced_block.md has the measurements.
+    By oneDNN or torch.mm, as the policy says, with the weight laid out anew if there are rows
+    enough: packed for oneDNN, transposed for torch.mm. docs/ced_block.md has the measurements.
 
     Args:
         weight: (C_out, C_in), any strides.
@@ -52,30 +53,31 @@ class Weight:
     def __init__(self, weight: Tensor, rows: int) -> None:
         choice = Choice.of(weight.device.type, weight.dtype, rows)
         weight = weight.to(choice.dtype)
-        self.dtype = weight.dtype
-        self.transposed = weight.t()
-        self.packed: Tensor | None = None
-        if choice.library == "torch.mm" or not weight.numel():
+        self.dtype, self.outputs = weight.dtype, weight.shape[0]
+        self.takes_out = choice.library == "torch.mm" or not weight.numel()
+        if self.takes_out:
+            transposed = weight.t()
+            self.weight = transposed.contiguous() if choice.packed else transposed
             return
-        # Transposed ones it takes as they are, slices take it 1000 times as long.
+        # Transposed ones oneDNN takes as they are, slices take it 1000 times as long.
         if weight.stride() != (1, weight.shape[0]):
             weight = weight.contiguous()
-        self.packed = weight
-        if choice.library == "oneDNN, packed":
-            assert _PACK is not None
-            self.packed = _PACK(weight, rows)
+        assert _PACK is not None
+        self.weight = _PACK(weight, rows) if choice.packed else weight
 
     def product(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """a weight^T, (rows, C_out); what is returned counts, for oneDNN brings memory of its own.
 
         Args:
             a: (rows, C_in) in this weight's dtype, rows without gaps.
-            out: memory for the result, where the library takes some.
+            out: memory for the result, where the library takes some (``takes_out``).
         """
-        if self.packed is not None and a.shape[0] > 0:
-            assert _LINEAR is not None
-            return _LINEAR(a, self.packed, None, "none", [], "")
-        return torch.mm(a, self.transposed, out=out)
+        if self.takes_out:
+            return torch.mm(a, self.weight, out=out)
+        if a.shape[0] == 0:
+            return a.new_empty(0, self.outputs)
+        assert _LINEAR is not None
+        return _LINEAR(a, self.weight, None, "none", [], "")
 
     def product_into(self, out: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
         """out = a weight^T + bias, for rows of any dtype, converted a chunk at a time.
@@ -85,7 +87,7 @@ class Weight:
             a: (rows, C_in), rows without gaps.
             bias: (C_out,) in this weight's dtype.
         """
-        whole = a.dtype == self.dtype and self.packed is None
+        whole = a.dtype == self.dtype and self.takes_out
         chunk_bytes = policy_of(a.device.type).product_bytes
         count = a.shape[0] if whole else max(chunk_bytes // (out.shape[1] * out.itemsize), 256)
         buffer = RowBuffer(min(count, a.shape[0]), a, self.dtype)

@@ -36,7 +36,7 @@ def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
         return False
     policy = policy_of("cpu")
     asked = weight.shape[2], is_channels_last([x]), x.shape.numel(), x.dtype
-    return x.dtype in policy.onednn and policy.library_depthwise(*asked)
+    return x.dtype in policy.native and policy.library_depthwise(*asked)
 
 
 def _backend(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> str:

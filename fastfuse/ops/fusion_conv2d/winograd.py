@@ -148,10 +148,17 @@ def convolve(
         return
     weights = [Weight(matrix, blocks[-1].stop) for matrix in weight]
     memory = _matrices(blocks[0].stop, channels, out)
+    results: Sequence[Tensor | None] = [None] * ELEMENTS
+    if weights[0].takes_out:
+        results = _matrices(blocks[0].stop, out_channels, out).unbind()
     for block in blocks:
-        transformed = memory[:, : block.stop - block.start]
+        count = block.stop - block.start
+        transformed = memory[:, :count]
         _transform_inputs(transformed, inputs, block.start, size, padding)
-        products = [w.product(x) for w, x in zip(weights, transformed, strict=True)]
+        products = [
+            w.product(x, None if result is None else result[:count])
+            for w, x, result in zip(weights, transformed, results, strict=True)
+        ]
         torch.ops.fastfuse.winograd_output(out, products, block.start, bias)
 
 
