@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, feature_list
@@ -58,7 +59,7 @@ class DecodeHead(nn.Module):
         self.level_channels = dict(level_channels)
         self.num_classes = num_classes
         self.align_corners = align_corners
-        self.conv_seg = nn.Conv2d(channels, num_classes, 1)
+        self.conv_seg = Conv2d(channels, num_classes, 1)
         self.dropout = nn.Dropout2d(dropout)
 
     def initialize(self) -> None:

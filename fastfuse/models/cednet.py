@@ -49,7 +49,7 @@ def norm_after(conv: nn.Conv2d) -> nn.Sequential:
 
 
 def _halved(in_channels: int, channels: int) -> nn.Sequential:
-    return norm_after(nn.Conv2d(in_channels, channels, 2, stride=2))
+    return norm_after(Conv2d(in_channels, channels, 2, stride=2))
 
 
 class _Blocks:
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
             nn.ModuleList(make.one(c) for c in joined) if config.style == "hourglass" else None
         )
         # Before the upsampling, where the pixels are a quarter as many.
-        self.reduce = nn.ModuleList((nn.Conv2d(c5, c4, 1), nn.Conv2d(c4, c3, 1)))
+        self.reduce = nn.ModuleList((Conv2d(c5, c4, 1), Conv2d(c4, c3, 1)))
         self.norm = nn.ModuleList(LayerNorm2d(c) for c in joined)
         self.blocks = nn.ModuleList(make(c, n) for c, n in zip(joined, depths, strict=True))
 

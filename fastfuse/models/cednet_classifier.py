@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
+from fastfuse.nn import Conv2d
 from fastfuse.nn.initialize import kaiming_linear
 from fastfuse.ops.checks import check_tensor
 
@@ -23,7 +24,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.expand = norm_after(nn.Conv2d(in_channels, _WIDTH, 1))
+        self.expand = norm_after(Conv2d(in_channels, _WIDTH, 1))
         self.norm = nn.LayerNorm(_WIDTH, eps=1e-6)
         self.linear = nn.Linear(_WIDTH, num_classes)
 

@@ -99,14 +99,14 @@ class DetectionFeatures(nn.Module):
         self.as_tuple = as_tuple
         c2, *coarser = channels
         with_p2 = levels == "p2-p6"
-        self.reduce = nn.ModuleList(norm_after(nn.Conv2d(c, out_channels, 1)) for c in coarser)
+        self.reduce = nn.ModuleList(norm_after(Conv2d(c, out_channels, 1)) for c in coarser)
         self.extra = nn.ModuleList(
-            norm_after(nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1))
+            norm_after(Conv2d(out_channels, out_channels, 3, stride=2, padding=1))
             for _ in range(1 if with_p2 else 2)
         )
         self.lateral = self.merge = None
         if with_p2:
-            self.lateral = norm_after(nn.Conv2d(c2, out_channels, 1))
+            self.lateral = norm_after(Conv2d(c2, out_channels, 1))
             self.merge = nn.Sequential()
             self.merge.add_module("norm", LayerNorm2d(out_channels))
             self.merge.add_module("conv", Conv2d(out_channels, out_channels, 3, padding=1))
