@@ -22,15 +22,37 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify"]) == 0
+    assert cli.main(["verify", "--op", "upsample_add"]) == 0
     output = capsys.readouterr().out
     assert "0 failed" in output
     assert "skipped" in output
     assert "expected CUDA tensors" in " ".join(output.split()) or torch.cuda.is_available()
 
 
-def test_self_test_catches_every_planted_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", "--self-test"]) == 0
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_references_equal_their_definitions(op: str) -> None:
+    """Kernels: test_equals_the_definition of every op."""
+    statuses = {check.status for check in verify.verify(ops=[op], backends=["reference"])}
+    assert "passed" in statuses
+    assert statuses <= {"passed", "coarse"}
+
+
+def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--self-test", "--op", "upsample_add"]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_planted_fault_is_caught(op: str) -> None:
+    checks = list(verify.self_test(ops=[op], backends=["cpu"]))
+    assert checks
+    assert {check.status for check in checks} == {"passed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--self-test"]], ids=["verify", "self-test"])
+def test_everything_passes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *arguments]) == 0
     assert "0 failed" in capsys.readouterr().out
 
 
