@@ -44,7 +44,7 @@ test-all: $(BUILT)
 	$(PYTEST)
 
 test-sanitize: $(BUILT)
-	$(BIN)/python tests/sanitizer.py
+	OMP_WAIT_POLICY=passive $(BIN)/python tests/sanitizer.py -n $(JOBS) --dist worksteal
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """Builds fastfuse._C with CMake and Ninja; everything else about the build is in CMakeLists.txt.
 
 Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
-FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`).
+FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`);
+FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone.
 """
 
 import os
@@ -32,7 +33,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         tag = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
         sanitize = os.environ.get("FASTFUSE_SANITIZE", "")
-        build = ROOT / "build" / (f"{tag}-sanitize" if sanitize else tag)
+        isas = os.environ.get("FASTFUSE_ISAS", "")
+        parts = [tag, *(["sanitize"] if sanitize else []), *filter(None, isas.split(";"))]
+        build = ROOT / "build" / "-".join(parts)
         configure = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "CMAKE_BUILD_TYPE": "Release",
@@ -42,7 +45,7 @@ class CMakeBuild(build_ext):
             "FASTFUSE_TORCH_LIB": Path(torch.__file__).parent / "lib",
             "FASTFUSE_TORCH_VERSION": torch.__version__,
             "FASTFUSE_SANITIZE": sanitize,
-            "FASTFUSE_SANITIZE_ISAS": os.environ.get("FASTFUSE_SANITIZE_ISAS", ""),
+            "FASTFUSE_ISAS": isas,
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }
         definitions = [f"-D{name}={value}" for name, value in configure.items()]

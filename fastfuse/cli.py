@@ -24,7 +24,7 @@ __all__ = ["main"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _WHOLE = ("heads", "models", "cednet")  # suites of more than one op
-_STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+_STYLES = {"passed": "green", "failed": "bold red", "coarse": "magenta", "skipped": "yellow"}
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -58,7 +58,7 @@ def _verify(args: argparse.Namespace) -> int:
     dtypes = [_DTYPES[name] for name in args.dtype] if args.dtype else None
     title = "verify --self-test" if args.self_test else "verify"
 
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    counts = dict.fromkeys(_STYLES, 0)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     for op in args.op or OPERATIONS:
         table = Table(title=f"{title}: {op}")

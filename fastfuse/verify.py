@@ -6,7 +6,8 @@ results of kernels that work and demands that the same checks catch every one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,13 +20,39 @@ from fastfuse.ops.layout import memory_format
 from fastfuse.ops.sample import Sample
 from fastfuse.tolerances import relative_error, tolerance
 
-__all__ = ["FAULTS", "Check", "Fault", "MismatchError", "check_sample", "self_test", "verify"]
+__all__ = [
+    "FAULTS",
+    "Check",
+    "Deviation",
+    "Fault",
+    "MismatchError",
+    "check_sample",
+    "self_test",
+    "verify",
+]
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 class MismatchError(AssertionError):
     """A result that is not what the definition says."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far a result is from the exact one, and how far it may be, relative to the latter."""
+
+    what: str
+    error: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        sign = "<=" if self.within else ">"
+        return f"{self.what}: relative error {self.error:.2e} {sign} {self.tolerance:.2e}"
 
 
 @dataclass(frozen=True)
@@ -38,7 +65,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: ``status`` is "passed", "failed" or "skipped"."""
+    """One line of the table.
+
+    ``status`` is "passed", "failed", "coarse" (PyTorch's own rounding is beyond the tolerance, see
+    :func:`check_sample`) or "skipped".
+    """
 
     op: str
     backend: str
@@ -49,7 +80,7 @@ class Check:
 
 
 def _one_value_off(x: Tensor, tol: float) -> Tensor:
-    y = x.double()
+    y = x.to(torch.float64, copy=True)
     y.view(-1)[y.numel() // 2] += 3 * tol * y.abs().max()  # the error left by rounding is below tol
     return y
 
@@ -92,29 +123,24 @@ FAULTS = (
 )
 
 
-def _compare(what: str, result: Tensor, expected: Tensor, tol: float, fault: Fault | None) -> float:
-    if fault is not None:
-        result = fault.damage(result.contiguous(), tol)
-    error = relative_error(result, expected)
-    if not error <= tol:
-        raise MismatchError(f"{what}: relative error {error:.2e} > {tol:.2e}")
-    return error
+@dataclass(frozen=True)
+class _Result:
+    """An output or a gradient beside the exact one."""
+
+    what: str
+    value: Tensor
+    exact: Tensor
+    tolerance: float
+
+    def deviation(self, fault: Fault | None = None) -> Deviation:
+        value = self.value
+        if fault is not None:
+            value = fault.damage(value.contiguous(), self.tolerance)
+        return Deviation(self.what, relative_error(value, self.exact), self.tolerance)
 
 
-def check_sample(
-    sample: Sample,
-    *,
-    roundings: int = 1,
-    output_fault: Fault | None = None,
-    gradient_fault: Fault | None = None,
-) -> float:
-    """Compares output and gradients with the exact ones; returns the largest relative error.
-
-    ``roundings``: how often a result is rounded to its dtype (fused kernels: once).
-
-    Raises:
-        MismatchError: with what differs and by how much.
-    """
+def _results(sample: Sample, roundings: int) -> list[_Result]:
+    """The output and the gradient of every input."""
     inputs = tuple(
         x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         for x in sample.inputs
@@ -122,19 +148,15 @@ def check_sample(
     doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
     dtype = inputs[0].dtype
 
-    roundings = max(roundings, sample.roundings)
-    output, expected = sample.call(*inputs), sample.exact(*doubles)
+    def result(what: str, value: Tensor, exact: Tensor, reduction: float) -> _Result:
+        limit = tolerance(dtype, reduction=reduction, roundings=max(roundings, sample.roundings))
+        return _Result(f"{sample.name}, {what}", value.detach(), exact.detach(), limit)
+
+    output, exact = sample.call(*inputs), sample.exact(*doubles)
     if not output.is_contiguous(memory_format=memory_format(sample.channels_last)):
         raise MismatchError(f"{sample.name}: output has the wrong memory format")
     if output.dtype != dtype:
         raise MismatchError(f"{sample.name}: output is {output.dtype}, expected {dtype}")
-    worst = _compare(
-        f"{sample.name}, output",
-        output.detach(),
-        expected.detach(),
-        tolerance(dtype, reduction=sample.output_reduction, roundings=roundings),
-        output_fault,
-    )
 
     generator = torch.Generator().manual_seed(1)
     cotangent = (
@@ -143,17 +165,44 @@ def check_sample(
         .contiguous(memory_format=memory_format(sample.channels_last))
     )
     gradients = torch.autograd.grad(output, inputs, cotangent)
-    exact_gradients = torch.autograd.grad(expected, doubles, cotangent.double())
-    for i, (gradient, exact) in enumerate(zip(gradients, exact_gradients, strict=True)):
-        error = _compare(
-            f"{sample.name}, gradient of input {i}",
-            gradient,
-            exact,
-            tolerance(dtype, reduction=sample.reduction_of(i), roundings=roundings),
-            gradient_fault,
-        )
-        worst = max(worst, error)
-    return worst
+    exact_gradients = torch.autograd.grad(exact, doubles, cotangent.double())
+    return [
+        result("output", output, exact, sample.output_reduction),
+        *(
+            result(f"gradient of input {i}", gradient, exact_gradient, sample.reduction_of(i))
+            for i, (gradient, exact_gradient) in enumerate(
+                zip(gradients, exact_gradients, strict=True)
+            )
+        ),
+    ]
+
+
+def check_sample(sample: Sample, *, roundings: int = 1) -> Deviation:
+    """Compares output and gradients with the exact ones; returns the largest deviation.
+
+    ``roundings``: how often a result is rounded to its dtype (fused kernels: once).
+
+    A deviation is beyond its tolerance only for the reference backend in bfloat16 and float16: some
+    of PyTorch's kernels accumulate in these dtypes on some processors. The same code is held to its
+    tolerance in float32 and float64.
+
+    Raises:
+        MismatchError: with what differs and by how much.
+    """
+    return _largest_deviation(_results(sample, roundings))
+
+
+def _largest_deviation(results: Sequence[_Result]) -> Deviation:
+    may_be_coarse = requested_backend() == "reference" and results[0].value.dtype.itemsize == 2
+    deviations = [result.deviation() for result in results]
+    for deviation in deviations:
+        if not (deviation.within or (may_be_coarse and math.isfinite(deviation.error))):
+            raise MismatchError(str(deviation))
+    return max(deviations, key=_severity)
+
+
+def _severity(deviation: Deviation) -> float:
+    return deviation.error / deviation.tolerance
 
 
 class _WrongGradient(torch.autograd.Function):
@@ -186,37 +235,40 @@ def _roundings() -> int:
     return 4 if requested_backend() == "reference" else 1
 
 
-def _run(operation: Operation, device: str, dtype: torch.dtype, channels_last: bool) -> str:
-    worst, count = 0.0, 0
+def _run(
+    operation: Operation, device: str, dtype: torch.dtype, channels_last: bool
+) -> tuple[str, str]:
+    deviations = []
     for small in (True, False):
         for sample in operation.samples(
             device=device, dtype=dtype, channels_last=channels_last, small=small
         ):
-            worst, count = max(worst, check_sample(sample, roundings=_roundings())), count + 1
+            deviations.append(check_sample(sample, roundings=_roundings()))
             if small and dtype == torch.float64:
                 gradcheck(sample, twice=operation.twice_differentiable)
-    detail = f"{count} samples, error {worst:.1e}"
+    worst = max(deviations, key=_severity)
+    if not worst.within:
+        return "coarse", f"PyTorch itself: {worst}"
+    detail = f"{len(deviations)} samples, error {worst.error:.1e}, tolerance {worst.tolerance:.1e}"
     if dtype == torch.float64:
         detail += ", gradcheck" + (", gradgradcheck" if operation.twice_differentiable else "")
-    return detail
+    return "passed", detail
 
 
 def _run_self_test(
     operation: Operation, device: str, dtype: torch.dtype, channels_last: bool
-) -> str:
-    caught = 0
+) -> tuple[str, str]:
     arguments = {"device": device, "dtype": dtype, "channels_last": channels_last}
-    sample = next(operation.samples(**arguments))
+    results = _results(next(operation.samples(**arguments)), _roundings())
+    healthy = _largest_deviation(results)
+    if not healthy.within:  # faults would be caught whether they are seen or not
+        return "coarse", f"PyTorch itself: {healthy}"
+    caught = 0
     for fault in FAULTS:
-        for place in ("output_fault", "gradient_fault"):
-            try:
-                check_sample(sample, roundings=_roundings(), **{place: fault})
-            except MismatchError:
-                caught += 1
-            else:
-                raise MismatchError(
-                    f"{fault.name} in {place.removesuffix('_fault')} was not caught"
-                )
+        for place, result in zip(("output", "gradient"), results, strict=False):
+            if result.deviation(fault).within:
+                raise MismatchError(f"{fault.name} in {place} was not caught")
+            caught += 1
     if dtype == torch.float64:
         try:
             gradcheck(next(operation.samples(**arguments, small=True)), faulty=True)
@@ -224,7 +276,7 @@ def _run_self_test(
             caught += 1
         else:
             raise MismatchError("a gradient 1 % off was not caught by gradcheck")
-    return f"{caught} planted faults caught"
+    return "passed", f"{caught} planted faults caught"
 
 
 @contextmanager
@@ -242,7 +294,7 @@ def _devices() -> list[str]:
 
 
 def _checks(
-    run: Callable[[Operation, str, torch.dtype, bool], str],
+    run: Callable[[Operation, str, torch.dtype, bool], tuple[str, str]],
     ops: Iterable[str] | None,
     backends: Iterable[str] | None,
     dtypes: Iterable[torch.dtype] | None,
@@ -267,8 +319,7 @@ def _checks(
                     for channels_last in (False, True):
                         try:
                             with backend(which), _plain_float32():
-                                detail = run(operation, device, dtype, channels_last)
-                            status = "passed"
+                                status, detail = run(operation, device, dtype, channels_last)
                         except MismatchError as mismatch:
                             status, detail = "failed", str(mismatch)
                         except Exception as error:
@@ -295,7 +346,8 @@ def verify(
 
     Every output and gradient is compared with the exact float64 one under the tolerances of
     ``fastfuse.tolerances``; in float64 first and second derivatives are held against finite
-    differences too. What cannot run is yielded as skipped, with its reason.
+    differences too. What cannot run is yielded as skipped, with its reason; where PyTorch's own
+    bfloat16 or float16 is beyond its tolerance, the reference backend is yielded as coarse.
     """
     yield from _checks(_run, ops, backends, dtypes)
 

@@ -4,12 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from inputs import ISAS
 
 from fastfuse import _extension
 from fastfuse.backends import backend
 from fastfuse.ops.policy import use_isa
-
-ISAS = _extension.module.supported_isas() if _extension.module else []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

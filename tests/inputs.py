@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastfuse import _extension
 from fastfuse.backends import DTYPES
 
+ISAS = _extension.module.supported_isas() if _extension.module else []
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def alternating(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+    """Parameters for all pairs, half of them slow; the others have every value of either."""
+    return [
+        pytest.param(a, b, marks=[pytest.mark.slow] if (i + j) % 2 else [])
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
 
 
 def images(

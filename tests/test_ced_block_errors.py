@@ -298,6 +298,7 @@ def changed(name: str, change: Callable[[Tensor], Any]) -> Change:
     return lambda a: {name: change(a[name])}
 
 
+@pytest.mark.walks_memory
 @both_blocks
 @pytest.mark.parametrize("keeping", ["", "_keeping"])
 @pytest.mark.parametrize(
@@ -330,6 +331,7 @@ def test_the_op_itself_guards_memory(change: Change, keeping: str, block: Block)
         op(*given.values(), keep, *block.option(), False)
 
 
+@pytest.mark.walks_memory
 @both_blocks
 @pytest.mark.parametrize(
     "change",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from blocks import BLOCKS, Block, both_blocks, with_gradients
-from inputs import both_layouts, images
+from inputs import alternating, both_layouts, images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -43,25 +43,24 @@ def _op_inputs(block: Block) -> list[tuple[Any, tuple[Any, ...]]]:
     ]
 
 
-@both_blocks
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize(("case", "block"), alternating(range(8), BLOCKS.values()))
 def test_opcheck(case: int, block: Block) -> None:
     op, args = _op_inputs(block)[case]
     torch.library.opcheck(op, args)
 
 
-@both_blocks
-@pytest.mark.parametrize(
-    ("name", "compiler", "dynamic", "recompute"),
-    [
-        ("cpu", "inductor", True, True),
-        ("cpu", "aot_eager", True, False),
-        ("cpu", "aot_eager", False, True),
-        ("reference", "aot_eager", False, True),
-    ],
-)
-def test_compile(name: str, compiler: str, dynamic: bool, recompute: bool, block: Block) -> None:
+COMPILED = [
+    ("cpu", "inductor", True, True),
+    ("cpu", "aot_eager", True, False),
+    ("cpu", "aot_eager", False, True),
+    ("reference", "aot_eager", False, True),
+]
+
+
+@pytest.mark.parametrize(("how", "block"), alternating(COMPILED, BLOCKS.values()))
+def test_compile(how: tuple[str, str, bool, bool], block: Block) -> None:
     """One graph, forward and backward, static and dynamic shapes."""
+    name, compiler, dynamic, recompute = how
     torch._dynamo.reset()
 
     def step(x: Tensor, *parameters: Tensor, keep: Tensor) -> Tensor:

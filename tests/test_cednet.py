@@ -304,7 +304,12 @@ def test_the_usual_mixer_as_another_one(style: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("style", "checkpoint"), [("fpn", False), ("unet", False), ("hourglass", True)]
+    ("style", "checkpoint"),
+    [
+        pytest.param("fpn", False, marks=pytest.mark.slow),
+        pytest.param("unet", False, marks=pytest.mark.slow),
+        ("hourglass", True),  # has what the others have, and more
+    ],
 )
 def test_compile(style: str, checkpoint: bool) -> None:
     """One graph in evaluation, one in training, and its backward."""

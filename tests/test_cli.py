@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from fastfuse import cli, verify
+from fastfuse.backends import Operation, requested_backend
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.sample import Sample
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -15,15 +22,37 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify"]) == 0
+    assert cli.main(["verify", "--op", "upsample_add"]) == 0
     output = capsys.readouterr().out
     assert "0 failed" in output
     assert "skipped" in output
     assert "expected CUDA tensors" in " ".join(output.split()) or torch.cuda.is_available()
 
 
-def test_self_test_catches_every_planted_fault(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", "--self-test"]) == 0
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_references_equal_their_definitions(op: str) -> None:
+    """Kernels: test_equals_the_definition of every op."""
+    statuses = {check.status for check in verify.verify(ops=[op], backends=["reference"])}
+    assert "passed" in statuses
+    assert statuses <= {"passed", "coarse"}
+
+
+def test_the_self_test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "--self-test", "--op", "upsample_add"]) == 0
+    assert "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_planted_fault_is_caught(op: str) -> None:
+    checks = list(verify.self_test(ops=[op], backends=["cpu"]))
+    assert checks
+    assert {check.status for check in checks} == {"passed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [[], ["--self-test"]], ids=["verify", "self-test"])
+def test_everything_passes(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", *arguments]) == 0
     assert "0 failed" in capsys.readouterr().out
 
 
@@ -46,6 +75,60 @@ def test_verify_fails_on_a_wrong_kernel(
     output = " ".join(capsys.readouterr().out.split())
     assert "0 passed, 2 failed" in output
     assert "relative error" in output
+
+
+def off_by(factor: float, backends: tuple[str, ...], *dtypes: torch.dtype) -> Operation:
+    """The identity, off by a factor on some backends in some dtypes."""
+
+    def call(x: Tensor) -> Tensor:
+        off = requested_backend() in backends and x.dtype in dtypes
+        return x * factor if off else x.clone()
+
+    def samples(*, dtype: torch.dtype, **options: Any) -> Iterator[Sample]:
+        x = torch.randn(2, 3, 4, 4, dtype=dtype)
+        yield Sample("identity", (x,), call, lambda x: x.clone(), channels_last=False)
+
+    return Operation("identity", {"cpu": lambda x: None}, samples)
+
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def test_pytorchs_own_coarseness_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference in bfloat16 and float16 is named, with its error; verify goes on."""
+    monkeypatch.setitem(OPERATIONS, "identity", off_by(1.1, ("reference",), *HALF))
+    assert cli.main(["verify", "--op", "identity"]) == 0
+    output = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "12 passed, 0 failed, 4 coarse" in output
+    assert "relative error 1.0" in output
+    checks = list(verify.self_test(ops=["identity"], backends=["reference"]))
+    assert [check.dtype for check in checks if check.status == "coarse"] == [
+        "bfloat16", "bfloat16", "float16", "float16"
+    ]  # fmt: skip
+    assert all(check.status in ("coarse", "passed") for check in checks)
+
+
+@pytest.mark.parametrize(
+    ("factor", "backends", "dtype"),
+    [
+        (1.1, ("cpu",), torch.bfloat16),
+        (1.1, ("cpu",), torch.float16),
+        (1.1, ("cpu",), torch.float32),
+        (1 + 1e-5, ("reference",), torch.float32),
+        (1 + 1e-12, ("reference",), torch.float64),
+        (math.nan, ("reference",), torch.bfloat16),
+    ],
+)
+def test_everything_else_off_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, factor: float, backends: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(OPERATIONS, "identity", off_by(factor, backends, dtype))
+    statuses = {(c.backend, c.dtype): c.status for c in verify.verify(ops=["identity"])}
+    failed = (*backends, str(dtype).removeprefix("torch."))
+    assert [where for where, status in statuses.items() if status != "passed"] == [failed]
+    assert statuses[failed] == "failed"
 
 
 def test_nothing_to_run_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

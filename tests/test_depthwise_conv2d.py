@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import both_layouts, every_dtype, images
+from inputs import ISAS, both_layouts, every_dtype, images
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +24,6 @@ from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
 OPS = torch.ops.fastfuse
-ISAS = _extension.module.supported_isas() if _extension.module else []
 
 
 def parameters(
@@ -45,6 +44,7 @@ def with_gradients(
 # ---- values -------------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 def test_equals_the_definition(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
@@ -101,6 +101,7 @@ SIZES = st.one_of(
 )
 
 
+@pytest.mark.walks_memory
 @settings(max_examples=80, deadline=None)
 @given(
     k=st.sampled_from([1, 3, 5, 7, 9]),
@@ -168,6 +169,7 @@ SHAPES = {
 every_shape = pytest.mark.parametrize("case", SHAPES)
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -230,6 +232,7 @@ def test_what_is_outside_the_window_is_not_read(
 # ---- inputs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 def test_any_strides(dtype: torch.dtype, channels_last: bool) -> None:
@@ -259,6 +262,7 @@ def test_any_strides(dtype: torch.dtype, channels_last: bool) -> None:
                 assert relative_error(result, dense) <= tolerance(dtype), name
 
 
+@pytest.mark.walks_memory
 @both_layouts
 def test_gradients_of_any_strides(channels_last: bool) -> None:
     """grad_output may be expanded, sliced or in the other layout."""
@@ -304,6 +308,7 @@ def test_output_is_new_memory(any_backend: str, channels_last: bool) -> None:
     assert result.data_ptr() != x.data_ptr()
 
 
+@pytest.mark.walks_memory
 @both_layouts
 def test_every_value_is_written(isa: str, channels_last: bool) -> None:
     """With new memory filled with NaN, none is left in output or gradients."""
@@ -326,6 +331,7 @@ def test_every_value_is_written(isa: str, channels_last: bool) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 0, 4, 4)], ids=["no images", "no channels"])
 def test_empty_inputs(shape: tuple[int, ...], channels_last: bool) -> None:
@@ -343,7 +349,8 @@ def test_empty_inputs(shape: tuple[int, ...], channels_last: bool) -> None:
 
 
 @both_layouts
-def test_gradcheck_and_gradgradcheck(any_backend: str, channels_last: bool) -> None:
+@backend("cpu")
+def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
     for sample in samples(
         device="cpu", dtype=torch.float64, channels_last=channels_last, small=True
     ):
@@ -448,6 +455,7 @@ def test_the_library_runs_where_it_is_faster(
 # ---- determinism --------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["many tiles of columns", "many groups of channels", "9x9, wide"])
@@ -476,6 +484,7 @@ def test_same_bits_for_any_number_of_threads(
 # ---- the op with all its options ----------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 @pytest.mark.parametrize("flip", [False, True])

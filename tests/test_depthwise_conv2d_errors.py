@@ -164,6 +164,7 @@ def test_a_backend_that_cannot_run() -> None:
 HOW = (None, 1, False, False)
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -194,6 +195,7 @@ def test_the_op_itself_guards_memory(args: Callable[..., Any], message: str) -> 
         torch.ops.fastfuse.depthwise_conv2d(*args(_x(), _weight(), torch.zeros(6)))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -14,6 +14,7 @@ SHAPES = [(2, 37, 9, 13), (1, 64, 8, 8), (3, 5, 1, 70), (1, 1, 4, 4), (2, 16, 1,
           (1, 130, 65, 3)]  # fmt: skip
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -38,6 +39,7 @@ def test_an_image_in_the_layout_is_itself() -> None:
     assert is_channels_last([in_layout(sliced, True)])
 
 
+@pytest.mark.walks_memory
 def test_other_strides_are_refused() -> None:
     with pytest.raises(RuntimeError, match="copy_layout: image must be dense"):
         torch.ops.fastfuse.copy_layout(torch.randn(2, 3, 4, 5)[:, ::2], True)

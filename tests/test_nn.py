@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from fastfuse import backend
 from fastfuse.nn import Conv2d, ConvUnit, MultiLevelFusion, ScaleEqualizer, SeparableFusion
-from fastfuse.tolerances import relative_error
+from fastfuse.tolerances import relative_error, tolerance
 
 
 def levels() -> list[Tensor]:
@@ -207,6 +208,50 @@ def test_conv2d_is_pytorchs(options: dict[str, Any]) -> None:
         results.append((y, gradient))
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+# N, channels in and out, height, width
+REAL_SIZES = {
+    torch.float64: (2, 128, 160, 37, 42),
+    torch.float32: (2, 256, 192, 45, 42),
+    torch.float16: (2, 192, 256, 45, 42),
+    torch.bfloat16: (1, 384, 400, 93, 98),
+}
+
+
+@pytest.mark.parametrize("dtype", REAL_SIZES, ids=str)
+def test_conv2d_by_winograd(dtype: torch.dtype) -> None:
+    """At sizes for which the rule chooses it; half precision is rounded once."""
+    batch, channels, outputs, height, width = REAL_SIZES[dtype]
+    conv = Conv2d(channels, outputs, 3, padding=1).to(dtype)
+    x = torch.randn(batch, channels, height, width).to(dtype).requires_grad_()
+    cotangent = torch.randn(batch, outputs, height, width).to(dtype)
+    leaves = [x, conv.weight, conv.bias]
+    with profile(activities=[ProfilerActivity.CPU]) as forward:
+        y = conv(x)
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        gradients = torch.autograd.grad(y, leaves, cotangent)
+    for run, kernels in (
+        (forward, {"winograd_input", "winograd_output"}),
+        (backward, {"winograd_input", "winograd_output", "winograd_output_adjoint"}),
+    ):
+        ran = {event.key.removeprefix("fastfuse::") for event in run.key_averages()}
+        assert kernels <= ran
+        assert not any("convolution" in name for name in ran)
+
+    doubles = [t.detach().double().requires_grad_() for t in leaves]
+    exact = F.conv2d(*doubles, padding=1)
+    exact_gradients = torch.autograd.grad(exact, doubles, cotangent.double())
+    pixels = batch * height * width
+    for result, expected, reduction in zip(
+        (y, *gradients),
+        (exact, *exact_gradients),
+        (9 * channels, 9 * outputs, pixels, pixels),
+        strict=True,
+    ):
+        assert result.dtype == dtype
+        limit = tolerance(dtype, reduction=reduction if dtype.itemsize > 2 else 1)
+        assert relative_error(result.detach(), expected.detach()) <= limit
 
 
 def test_conv2d_of_other_inputs() -> None:

@@ -60,6 +60,7 @@ def gelu(x: Tensor) -> Tensor:
 # ---- values by the definition -------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @every_dtype
 @pytest.mark.parametrize("with_skip", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
@@ -111,6 +112,7 @@ def test_layer_norm_of_a_large_mean(isa: str) -> None:
     assert relative_error(out, expected) <= 1e-4  # float32's spacing at 1000, not at 1000^2
 
 
+@pytest.mark.walks_memory
 @every_dtype
 def test_bias_and_gelu_by_the_definition(isa: str, dtype: torch.dtype) -> None:
     for size in SIZES:
@@ -138,6 +140,7 @@ def check_bias_and_gelu(size: tuple[int, int], dtype: torch.dtype) -> None:
     assert error <= tolerance(dtype, reduction=size[0], roundings=2)
 
 
+@pytest.mark.walks_memory
 @every_dtype
 def test_gelu_in_place(isa: str, dtype: torch.dtype) -> None:
     """Where the hidden tensor stands the same is written."""
@@ -155,6 +158,7 @@ def test_gelu_in_place(isa: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.walks_memory
 @every_dtype
 @pytest.mark.parametrize("with_keep", [False, True])
 @pytest.mark.parametrize("with_scale", [False, True])
@@ -254,6 +258,7 @@ def test_gelu_hides_nothing_that_is_not_finite(isa: str, dtype: torch.dtype) -> 
 # ---- determinism --------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(isa: str, dtype: torch.dtype) -> None:
     size = (1500, 70)
@@ -307,6 +312,7 @@ def vector_of_others(t: Tensor) -> list[Any]:
     return [t[:-1], t.double(), t.half(), t[None], t.repeat_interleave(2)[::2]]
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize("name", CALLS)
 def test_the_ops_guard_memory(name: str) -> None:
     good: dict[str, Any] = {key: torch.randn(20, 6) for key in ("out", "x", "skip")}

@@ -180,6 +180,7 @@ def test_a_backend_that_cannot_run() -> None:
 HOW = (8, 8, 3, 1, False, False)
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -202,6 +203,7 @@ def test_the_op_itself_guards_memory(args: Callable[..., Any], message: str) -> 
         torch.ops.fastfuse.tap_sum(*args(_taps()))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -216,6 +218,7 @@ def test_the_backward_op_itself_guards_memory(args: Callable[..., Any], message:
         torch.ops.fastfuse.tap_sum_backward(*args(torch.randn(2, 2, 8, 8)))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -247,6 +250,7 @@ def test_writing_guards_memory(args: Callable[..., Any], message: str) -> None:
         torch.ops.fastfuse.tap_sum_into(*args(torch.zeros(2, 2, 8, 8), _taps()))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [

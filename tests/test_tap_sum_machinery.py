@@ -175,6 +175,7 @@ def _expected_sum(
     return total if bias is None else total + bias.double()[:, None, None]
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 @pytest.mark.parametrize("levels", SOURCES)
@@ -199,6 +200,7 @@ def test_sum_into_written_slice(
         assert torch.equal(whole[:, untouched], before[:, untouched])
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("optional", ["nothing", "scales", "offsets", "bias"])
 @pytest.mark.parametrize("levels", SOURCES)
@@ -220,6 +222,7 @@ def test_sum_into_without_what_is_optional(levels: str, optional: str, channels_
     assert relative_error(out, expected) <= tolerance(torch.float32, roundings=2)
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 @pytest.mark.parametrize("scaled", [False, True])

@@ -85,6 +85,7 @@ def test_bad_input(any_backend: str, case: str) -> None:
     assert str(raised.value).startswith(f"{OP}: ")
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("x", "skip", "message"),
     [

@@ -24,6 +24,7 @@ from fastfuse.verify import check_sample
 # ---- values -------------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 def test_equals_the_definition(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
@@ -80,6 +81,7 @@ def test_large_values_do_not_overflow(isa: str, dtype: torch.dtype) -> None:
     assert output.abs().max() <= x.abs().max()
 
 
+@pytest.mark.walks_memory
 @settings(max_examples=60, deadline=None)
 @given(
     levels=st.lists(
@@ -120,6 +122,7 @@ def test_any_levels(
         assert relative_error(gradient, exact_gradient) <= tolerance(dtype, reduction=1600)
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("width", [16, 128, 144])
 def test_streaming_stores_write_the_same_bits(channels_last: bool, width: int) -> None:
@@ -132,6 +135,7 @@ def test_streaming_stores_write_the_same_bits(channels_last: bool, width: int) -
         assert torch.equal(whole[i : i + 1], part)
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ratio", [(1, 1), (2, 2), (1, 2), (3, 2)])
@@ -182,6 +186,7 @@ def test_equal_sizes_are_the_identity_however_large() -> None:
 # ---- inputs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @every_dtype
 def test_any_strides(dtype: torch.dtype, channels_last: bool) -> None:
@@ -201,6 +206,7 @@ def test_any_strides(dtype: torch.dtype, channels_last: bool) -> None:
         assert relative_error(result, dense) <= tolerance(dtype), name
 
 
+@pytest.mark.walks_memory
 @both_layouts
 def test_gradients_of_any_strides(channels_last: bool) -> None:
     """grad_output may be expanded, sliced or in the other layout."""
@@ -244,6 +250,7 @@ def test_memory_format_is_the_first_telling_inputs() -> None:
             assert output.is_contiguous(memory_format=memory_format), name
 
 
+@pytest.mark.walks_memory
 @both_layouts
 def test_every_value_is_written(channels_last: bool) -> None:
     """With new memory filled with NaN, none is left in output or gradients."""
@@ -263,6 +270,7 @@ def test_every_value_is_written(channels_last: bool) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     "shapes",
     [((0, 3, 4, 4), (0, 2, 2, 2)), ((2, 0, 4, 4),), ((2, 0, 4, 4), (2, 3, 2, 2))],
@@ -296,7 +304,8 @@ def test_constants_as_tensors_and_floats() -> None:
 
 
 @both_layouts
-def test_gradcheck_and_gradgradcheck(any_backend: str, channels_last: bool) -> None:
+@backend("cpu")
+def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
     for sample in samples(
         device="cpu", dtype=torch.float64, channels_last=channels_last, small=True
     ):
@@ -350,6 +359,7 @@ def test_backward_runs_on_forwards_backend() -> None:
 # ---- determinism --------------------------------------------------------------------------------
 
 
+@pytest.mark.walks_memory
 @both_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_number_of_threads(

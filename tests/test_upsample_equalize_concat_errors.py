@@ -186,6 +186,7 @@ def test_bad_input(any_backend: str, case: str) -> None:
     assert str(raised.value).startswith(f"{OP}: ")
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -206,6 +207,7 @@ def test_the_op_itself_guards_memory(args: Callable[..., Any], message: str) -> 
         torch.ops.fastfuse.upsample_equalize_concat(*args(_one(), torch.ones(2)))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

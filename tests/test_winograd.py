@@ -35,6 +35,7 @@ def small_blocks(isa: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.dtype) -> None:
@@ -68,6 +69,7 @@ def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.d
     assert relative_error(result, expected) <= limit
 
 
+@pytest.mark.walks_memory
 def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
     (x,) = images((2, 40, 31, 29), channels_last=True)
     (gradient,) = images((2, 40, 31, 29), channels_last=True)
@@ -99,6 +101,7 @@ def test_the_rule(argument: str, value: object) -> None:
     assert not winograd.applies(**{**usual, argument: value})
 
 
+@pytest.mark.walks_memory
 def test_what_does_not_fit_is_refused() -> None:
     (x,) = images((1, 4, 6, 6), channels_last=True)
     op = torch.ops.fastfuse.winograd_input

@@ -9,9 +9,7 @@ namespace {
 
 // As many outputs as fit the registers beside a row of weights and an input. At least 6: blocks are
 // even parts of a row, and none may be narrower than the kernel's reach, 3.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr int kMaxBlock = 6;  // sanitized code of larger ones takes minutes to compile
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
 constexpr int kMaxBlock = 16;
 #else
 constexpr int kMaxBlock = 8;

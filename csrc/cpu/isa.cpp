@@ -7,24 +7,20 @@
 namespace fastfuse {
 namespace {
 
-bool processor_has(Isa isa) {
+namespace processor_has {
+[[maybe_unused]] bool portable() { return true; }
 #ifdef FASTFUSE_X86
-  switch (isa) {
-    case Isa::portable:
-      return true;
-    case Isa::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c");
-    case Isa::avx512:
-      return processor_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-             __builtin_cpu_supports("avx512dq");
-    case Isa::avx512_bf16:
-      return processor_has(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
-  }
-#endif
-  return isa == Isa::portable;
+[[maybe_unused]] bool avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
+[[maybe_unused]] bool avx512() {
+  return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+[[maybe_unused]] bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+}  // namespace processor_has
 
 Isa parse(const std::string& name, const char* who) {
   std::string names;
@@ -39,7 +35,10 @@ Isa parse(const std::string& name, const char* who) {
 
 Isa initial_isa() {
   const char* forced = std::getenv("FASTFUSE_ISA");
-  return forced && *forced ? parse(forced, "FASTFUSE_ISA") : supported_isas().back();
+  if (forced && *forced) return parse(forced, "FASTFUSE_ISA");
+  const std::vector<Isa> isas = supported_isas();
+  if (isas.empty()) throw std::runtime_error("built for none of this processor's instruction sets");
+  return isas.back();
 }
 
 std::atomic<Isa>& chosen_isa() {
@@ -63,7 +62,7 @@ const char* isa_name(Isa isa) {
 std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
 #define FASTFUSE_ADD_SUPPORTED(isa) \
-  if (processor_has(Isa::isa)) isas.push_back(Isa::isa);
+  if (processor_has::isa()) isas.push_back(Isa::isa);
   FASTFUSE_FOR_EACH_ISA(FASTFUSE_ADD_SUPPORTED)
 #undef FASTFUSE_ADD_SUPPORTED
   return isas;

@@ -6,14 +6,9 @@
 // AVX-512 copy of a shared inline function for every processor.
 #pragma once
 
-namespace fastfuse {
+#include "fastfuse_isas.h"  // FASTFUSE_FOR_EACH_ISA(DO), slowest first; CMakeLists.txt writes it
 
-// Slowest first. Other processors than x86-64 have one build, the portable one.
-#ifdef FASTFUSE_X86
-#define FASTFUSE_FOR_EACH_ISA(DO) DO(portable) DO(avx2) DO(avx512) DO(avx512_bf16)
-#else
-#define FASTFUSE_FOR_EACH_ISA(DO) DO(portable)
-#endif
+namespace fastfuse {
 
 #define FASTFUSE_ISA_NAME(isa) isa,
 enum class Isa { FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME) };
