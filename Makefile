@@ -1,7 +1,7 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
 #   make bench         build, run the quick benchmarks, write bench-results/
 #   make test          build, run the fast tests
-# and: bench-full, test-all, test-sanitize, lint, format, wheel, clean
+# and: bench-full, test-all, test-sanitize, test-torch, lint, format, wheel, clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,9 +13,12 @@ JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
+# test-torch: the torch that runs what TORCH has built, in an environment of its own.
+WITH ?=
+WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: bench bench-full test test-all test-sanitize lint format wheel clean setup
+.PHONY: bench bench-full test test-all test-sanitize test-torch lint format wheel clean setup
 
 setup: $(BUILT)
 
@@ -45,6 +48,22 @@ test-all: $(BUILT)
 
 test-sanitize: $(BUILT)
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/sanitizer.py -n $(JOBS) --dist worksteal
+
+$(WITH_VENV)/.ready: pyproject.toml
+	@case "$(WITH)" in torch==?*) ;; *) \
+	    echo "make test-torch: expected WITH=torch==VERSION; got WITH=$(WITH)" >&2; exit 1;; esac
+	$(PYTHON) -m venv $(WITH_VENV)
+	$(WITH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    "$(WITH)" torchvision "setuptools>=77" wheel || { rm -rf $(WITH_VENV); \
+	    echo "make test-torch: pip cannot install $(WITH) and its torchvision" >&2; exit 1; }
+	FASTFUSE_SKIP_NATIVE=1 $(WITH_VENV)/bin/python -m pip install --quiet \
+	    --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	touch $@
+
+test-torch: $(WITH_VENV)/.ready $(BUILT)
+	$(WITH_VENV)/bin/python -m fastfuse info
+	$(subst $(BIN),$(WITH_VENV)/bin,$(PYTEST)) -m "not slow" \
+	    --ignore-glob "tests/test_triton_*" --ignore tests/test_sanitizer.py
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

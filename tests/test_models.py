@@ -132,12 +132,21 @@ def segmentor(wrap: Callable[[list[Tensor]], Any] = list, **options: Any) -> Seg
     return Segmentor(Backbone(wrap), decode, auxiliary, **options)
 
 
+class Output(OrderedDict[str, Any]):
+    """A mapping of more than feature maps, as transformers' outputs are."""
+
+    def __init__(self, maps: list[Tensor]) -> None:
+        super().__init__(feature_maps=tuple(maps), hidden_states=None)
+        self.feature_maps = self["feature_maps"]
+
+
 WRAPS: dict[str, Callable[[list[Tensor]], Any]] = {
     "list": list,
     "tuple": tuple,
     "dict": lambda maps: {str(i): m for i, m in enumerate(maps)},
     "OrderedDict": lambda maps: OrderedDict(zip("ab", maps, strict=True)),
     "feature_maps": lambda maps: SimpleNamespace(feature_maps=tuple(maps)),
+    "mapping with feature_maps": Output,
 }
 
 

@@ -33,17 +33,21 @@ def feature_maps(output: Any, name: str = "Segmentor") -> list[Tensor]:
     >>> len(feature_maps({"0": torch.zeros(1, 2, 4, 4), "1": torch.zeros(1, 4, 2, 2)}))
     2
     """
-    maps = getattr(output, "feature_maps", output)
-    if isinstance(maps, Tensor):
-        return [maps]
-    if isinstance(maps, Mapping):
-        maps = list(maps.values())
-    if isinstance(maps, Sequence) and maps and all(isinstance(m, Tensor) for m in maps):
+    if isinstance(output, Tensor):
+        return [output]
+    maps = list(output.values()) if isinstance(output, Mapping) else output
+    if not _are_maps(maps):
+        maps = getattr(output, "feature_maps", None)
+    if _are_maps(maps):
         return list(maps)
     raise TypeError(
         f"{name}: expected a sequence or mapping of tensors from the backbone, finest first, or an "
         f"object with feature_maps; got {type(output).__name__}"
     )
+
+
+def _are_maps(maps: Any) -> bool:
+    return isinstance(maps, Sequence) and bool(maps) and all(isinstance(m, Tensor) for m in maps)
 
 
 class Segmentor(nn.Module):
