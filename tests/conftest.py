@@ -4,11 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import triton_interpreter
 
 from fastfuse import _extension
 from fastfuse.backends import backend
 
 ISAS = _extension.module.supported_isas() if _extension.module else []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selection = (("-m", config.option.markexpr), ("-k", config.option.keyword))
+    triton_interpreter.SELECTION[:] = [word for pair in selection if pair[1] for word in pair]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
