@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -12,6 +13,19 @@ from fastfuse.backends import DTYPES
 
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def fast_and_slow(
+    names: str,
+    fast: Iterable[tuple[Any, ...]],
+    slow: Iterable[tuple[Any, ...]],
+    ids: Callable[[Any], str] | None = None,
+) -> pytest.MarkDecorator:
+    """Parametrizes with both; those of ``slow`` that are not among ``fast`` are slow tests."""
+    fast = dict.fromkeys(fast)
+    rest = (values for values in dict.fromkeys(slow) if values not in fast)
+    marked = [pytest.param(*values, marks=pytest.mark.slow) for values in rest]
+    return pytest.mark.parametrize(names.split(), [*fast, *marked], ids=ids)
 
 
 def images(
