@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -34,6 +34,8 @@ from fastfuse.ops.upsample_equalize_concat import triton as concat_kernels
 SIZE = (128, 128)
 # A level of the target's size, and the ratios that give the backward 4, 8 and 16 taps.
 RATIOS = (1, 2, 4, 8)
+# Ratios of the levels and kernel size.
+TAP_SUM_CASES = ("2 3", "4 3", "8 3", "2,4,8 3", "2 1")
 # Stores of upsample_equalize_concat's backward are 128 bits wide up to this ratio: beyond, a tile
 # of source pixels is smaller than the threads are wide, and stores are a fraction 1 / ratio**2 of
 # the loads.
@@ -43,19 +45,32 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 
 
 def _id(value: object) -> str:
-    named = {True: "channels_last", False: "contiguous", 80: "sm_80", 90: "sm_90", 100: "sm_100"}
-    return named.get(value, str(value).removeprefix("torch."))
+    if isinstance(value, bool):
+        return "channels_last" if value else "contiguous"
+    return str(value).removeprefix("torch.").replace(" ", "_")
 
 
-every_build = fast_and_slow(
-    "arch dtype channels_last",
-    [(90, F32, True), (90, BF16, False), (80, F32, False), (80, BF16, True)],
-    product((80, 90, 100), (F32, BF16), (True, False)),
-    ids=_id,
-)
-other_dtypes = pytest.mark.parametrize(
-    ("dtype", "channels_last"), [(F64, False), (F16, True)], ids=_id
-)
+# Channels that no power of two divides well have no wide accesses.
+BUILDS = [
+    *product((90, 80, 100), (F32, BF16), (True, False), (512,)),
+    (90, F64, False, 150),
+    (90, F16, True, 150),
+]
+
+
+def every_build_and_case(
+    cases: Sequence[Any], nearest: Iterable[tuple[Any, ...]]
+) -> pytest.MarkDecorator:
+    """All of ``BUILDS`` with all cases. Fast are two for sm_90 of every case, in turn, and nearest:
+    those that came nearest to spilling."""
+    builds = [build for build in BUILDS if build[0] == 90]
+    fast = [
+        (*builds[(2 * i + j) % len(builds)], cases[i]) for i in range(len(cases)) for j in (0, 1)
+    ]
+    slow = [(*build, case) for build, case in product(BUILDS, cases)]
+    return fast_and_slow("arch dtype channels_last channels case", [*fast, *nearest], slow, ids=_id)
+
+
 SIZES_OF_ONE = {
     "identity": ((1, 1), (1, 1)),
     "from one": ((1, 1), (32, 32)),
@@ -119,36 +134,23 @@ def _concat_launches(
     return recorded(concat_kernels, call)[1:]
 
 
-def _concat_results(
-    dtype: torch.dtype, channels_last: bool, arch: int, channels: int
-) -> dict[str, dict[str, Any]]:
+@every_build_and_case(RATIOS, nearest=[(80, F32, False, 512, 4), (100, F32, True, 512, 2)])
+def test_no_spills_and_wide_accesses(
+    arch: int, dtype: torch.dtype, channels_last: bool, channels: int, case: int
+) -> None:
     def launches() -> Iterator[tuple[str, Launch]]:
-        for ratio in RATIOS:
-            source = (SIZE[0] // ratio, SIZE[1] // ratio)
-            for launch in _concat_launches(dtype, channels_last, channels, source):
-                yield f"{launch[0].__name__.strip('_')} {ratio}", launch
+        source = (SIZE[0] // case, SIZE[1] // case)
+        for launch in _concat_launches(dtype, channels_last, channels, source):
+            yield launch[0].__name__.strip("_"), launch
 
-    return inspected(concat_kernels, f"{dtype} {channels_last} {channels}", arch, launches)
-
-
-@every_build
-def test_no_spills_and_wide_accesses(arch: int, dtype: torch.dtype, channels_last: bool) -> None:
-    results = _concat_results(dtype, channels_last, arch, 512)
-    print_table(f"upsample_equalize_concat sm_{arch} {dtype} {channels_last=}", results)
+    name = f"{dtype} {channels_last} {channels} {case}"
+    results = inspected(concat_kernels, name, arch, launches)
+    print_table(f"upsample_equalize_concat sm_{arch} {name}", results)
     _assert_no_spills(results)
-    for name, row in results.items() if channels_last else ():
-        kernel, ratio = name.split()
-        _assert_wide_loads(name, row, scalars=2 if "forward" in name else 1)  # mean and std
-        if kernel == "forward_kernel" or int(ratio) <= WIDE_STORES:
-            assert set(row["st"]) == {"128"}, f"{name}: {row}"
-
-
-@other_dtypes
-def test_other_dtypes_do_not_spill(dtype: torch.dtype, channels_last: bool) -> None:
-    """Channels that no power of two divides well, whose accesses cannot be wide."""
-    results = _concat_results(dtype, channels_last, 90, 150)
-    print_table(f"upsample_equalize_concat sm_90 {dtype} {channels_last=} 150 channels", results)
-    _assert_no_spills(results)
+    for kernel, row in results.items() if channels_last and channels == 512 else ():
+        _assert_wide_loads(kernel, row, scalars=2 if "forward" in kernel else 1)  # mean and std
+        if kernel == "forward_kernel" or case <= WIDE_STORES:
+            assert set(row["st"]) == {"128"}, f"{kernel}: {row}"
 
 
 @pytest.mark.parametrize("name", SIZES_OF_ONE)
@@ -234,42 +236,25 @@ def _tap_sum_launches(
     return recorded(tap_sum_kernels, call)
 
 
-def _tap_sum_results(
-    dtype: torch.dtype, channels_last: bool, arch: int, channels: int
-) -> dict[str, dict[str, Any]]:
-    """By "kernel ratios kernel size"."""
+@every_build_and_case(TAP_SUM_CASES, nearest=[(80, BF16, True, 512, "2,4,8 3")])
+def test_tap_sum_has_no_spills_and_wide_accesses(
+    arch: int, dtype: torch.dtype, channels_last: bool, channels: int, case: str
+) -> None:
+    ratios, kernel_size = case.split()
+    sources = [(SIZE[0] // int(ratio), SIZE[1] // int(ratio)) for ratio in ratios.split(",")]
 
     def launches() -> Iterator[tuple[str, Launch]]:
-        for ratios, kernel_size in (((2,), 3), ((4,), 3), ((8,), 3), ((2, 4, 8), 3), ((2,), 1)):
-            sources = [(SIZE[0] // ratio, SIZE[1] // ratio) for ratio in ratios]
-            for kernel, arguments in _tap_sum_launches(
-                dtype, channels_last, channels, sources, kernel_size
-            ):
-                name = kernel.__name__.strip("_")
-                yield f"{name} {','.join(map(str, ratios))} {kernel_size}", (kernel, arguments)
+        for launch in _tap_sum_launches(dtype, channels_last, channels, sources, int(kernel_size)):
+            yield launch[0].__name__.strip("_"), launch
 
-    return inspected(tap_sum_kernels, f"{dtype} {channels_last} {channels}", arch, launches)
-
-
-@every_build
-def test_tap_sum_has_no_spills_and_wide_accesses(
-    arch: int, dtype: torch.dtype, channels_last: bool
-) -> None:
-    results = _tap_sum_results(dtype, channels_last, arch, 512)
-    print_table(f"tap_sum sm_{arch} {dtype} {channels_last=}", results)
+    name = f"{dtype} {channels_last} {channels} {case}"
+    results = inspected(tap_sum_kernels, name, arch, launches)
+    print_table(f"tap_sum sm_{arch} {name}", results)
     _assert_no_spills(results)
-    for name, row in results.items() if channels_last else ():
-        kernel, ratios, _ = name.split()
-        levels = len(ratios.split(","))
-        _assert_wide_loads(name, row, scalars=1 + levels if kernel == "forward_kernel" else 1)
-        assert set(row["st"]) == {"128"}, f"{name}: {row}"
-
-
-@other_dtypes
-def test_tap_sum_in_other_dtypes_does_not_spill(dtype: torch.dtype, channels_last: bool) -> None:
-    results = _tap_sum_results(dtype, channels_last, 90, 150)
-    print_table(f"tap_sum sm_90 {dtype} {channels_last=} 150 channels", results)
-    _assert_no_spills(results)
+    for kernel, row in results.items() if channels_last and channels == 512 else ():
+        scalars = 1 + len(sources) if kernel == "forward_kernel" else 1
+        _assert_wide_loads(kernel, row, scalars)
+        assert set(row["st"]) == {"128"}, f"{kernel}: {row}"
 
 
 @fast_and_slow(
@@ -310,39 +295,32 @@ def _depthwise_launches(
     return recorded(depthwise_kernels, call)
 
 
-def _depthwise_results(
-    dtype: torch.dtype, channels_last: bool, arch: int
-) -> dict[str, dict[str, Any]]:
+@fast_and_slow(
+    "arch dtype channels_last",
+    [(90, F32, True), (90, F32, False), (100, BF16, True)],
+    product((80, 90, 100), (F32, BF16), (True, False)),
+    ids=_id,
+)
+def test_depthwise_conv2d_has_no_spills_and_wide_accesses(
+    arch: int, dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Four channels of a thread: 128 bits in float32, 64 in bfloat16 (weights are float32).
+
+    In contiguous neighbouring threads have neighbouring columns: what a tap shifts cannot be wide.
+    """
+
     def launches() -> Iterator[tuple[str, Launch]]:
         names = ("forward", "grad_input", "grad_weight", "reduce")
         yield from zip(names, _depthwise_launches(dtype, channels_last), strict=True)
 
-    return inspected(depthwise_kernels, f"{dtype} {channels_last}", arch, launches)
-
-
-@fast_and_slow(
-    "arch dtype",
-    [(90, F32), (80, BF16)],
-    product((80, 90, 100), (F32, BF16)),
-    ids=_id,
-)
-def test_depthwise_conv2d_has_no_spills_and_wide_accesses(arch: int, dtype: torch.dtype) -> None:
-    """Four channels of a thread: 128 bits in float32, 64 in bfloat16 (weights are float32)."""
-    results = _depthwise_results(dtype, True, arch)
-    print_table(f"depthwise_conv2d sm_{arch} {dtype} channels_last", results)
+    results = inspected(depthwise_kernels, f"{dtype} {channels_last}", arch, launches)
+    print_table(f"depthwise_conv2d sm_{arch} {dtype} {channels_last=}", results)
     _assert_no_spills(results)
     width = "128" if dtype == F32 else "64"
-    for name in ("forward", "grad_input", "grad_weight"):
+    for name in ("forward", "grad_input", "grad_weight") if channels_last else ():
         assert set(results[name]["ld"]) <= {"128", width}, f"{name}: {results[name]}"
-    for name in ("forward", "grad_input"):
+    for name in ("forward", "grad_input") if channels_last else ():
         assert set(results[name]["st"]) == {width}, f"{name}: {results[name]}"
-
-
-def test_depthwise_conv2d_in_contiguous_does_not_spill() -> None:
-    """Neighbouring threads have neighbouring columns; what a tap shifts cannot be wide."""
-    results = _depthwise_results(F32, False, 90)
-    print_table("depthwise_conv2d sm_90 F32 contiguous", results)
-    _assert_no_spills(results)
 
 
 @pytest.mark.parametrize(("size", "kernel_size"), [((1, 1), 1), ((1, 1), 3), ((3, 1), 3)])
