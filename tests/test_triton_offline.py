@@ -105,6 +105,7 @@ def test_the_sampling_rule_rounds_as_written(dtype: torch.dtype, align_corners: 
     arguments = {
         **{"lower_out": position, "upper_out": position, "weight_out": position.to(dtype)},
         **{"in_size": size, "out_size": size, "ALIGN_CORNERS": align_corners, "BLOCK": 128},
+        "enable_fp_fusion": True,
     }
     ptx = compiled(sampling_kernel, arguments, 90).asm["ptx"]
     bits = torch.finfo(dtype).bits
