@@ -101,12 +101,12 @@ def _assert_wide_loads(name: str, row: dict[str, Any], scalars: int) -> None:
 @pytest.mark.parametrize("dtype", [F32, F64], ids=_id)
 def test_the_sampling_rule_rounds_as_written(dtype: torch.dtype, align_corners: bool) -> None:
     """``scale * (target + 0.5) - 0.5`` is one fma, as nvcc contracts PyTorch's; no other is."""
-    position, size = torch.empty(1, dtype=torch.int32), 1000
+    position = torch.empty(1, dtype=torch.int32)
     arguments = {
-        **{"lower_out": position, "upper_out": position, "weight_out": position.to(dtype)},
-        **{"in_size": size, "out_size": size, "ALIGN_CORNERS": align_corners, "BLOCK": 128},
+        "lower_out": position, "upper_out": position, "weight_out": position.to(dtype),
+        "in_size": 1000, "out_size": 1000, "ALIGN_CORNERS": align_corners, "BLOCK": 128,
         "enable_fp_fusion": True,
-    }
+    }  # fmt: skip
     ptx = compiled(sampling_kernel, arguments, 90).asm["ptx"]
     bits = torch.finfo(dtype).bits
     arithmetic = re.findall(rf"\b(add|sub|mul|fma|div)((?:\.\w+)*)\.f{bits}\b", ptx)
