@@ -1,13 +1,24 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
 #   make bench         build, run the quick benchmarks, write bench-results/
 #   make test          build, run the fast tests
-# and: bench-full, test-all, test-sanitize, test-torch, lint, format, wheel, clean
+# and: bench-full, test-all, test-triton, test-sanitize, test-torch, lint, format, wheel, clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # One torch for development; fastfuse itself runs on every torch from 2.10 on.
 TORCH ?= torch==2.13.0
+# The triton that its CUDA build brings, by torch. A CPU build brings none.
+TRITON_OF := torch==2.10%:3.6.0 torch==2.11%:3.6.0 torch==2.12%:3.7.0 torch==2.13%:3.7.1 \
+    torch==2.14%:3.8.0
+TORCH_TRITON := $(strip $(foreach pair,$(TRITON_OF),\
+    $(if $(filter $(firstword $(subst :, ,$(pair))),$(TORCH)),$(lastword $(subst :, ,$(pair))))))
+# Those that `make test-triton` tests, or one of them.
+TRITONS := 3.6.0 3.7.1 3.9.0
+TRITON ?= $(TRITONS)
+ifneq ($(filter-out $(TRITONS),$(TRITON)),)
+$(error TRITON: expected one of $(TRITONS); got $(TRITON))
+endif
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -18,15 +29,18 @@ WITH ?=
 WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: bench bench-full test test-all test-sanitize test-torch lint format wheel clean setup
+.PHONY: bench bench-full test test-all test-triton test-sanitize test-torch lint format wheel clean setup
 
 setup: $(BUILT)
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(if $(TORCH_TRITON),,@echo "TORCH: the triton of a CUDA build is known for" \
+	    "$(foreach pair,$(TRITON_OF),$(firstword $(subst %, ,$(pair)))); got $(TORCH), taking any triton")
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" numpy
+	    "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" \
+	    "triton$(TORCH_TRITON:%===%); sys_platform == 'linux'" "numpy<2.4" # triton 3.6's interpreter
 	touch $@
 
 $(BUILT): $(READY) $(NATIVE)
@@ -45,6 +59,18 @@ test: $(BUILT)
 
 test-all: $(BUILT)
 	$(PYTEST)
+
+test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
+	@for version in $(TRITON); do \
+	    echo "triton $$version"; PYTHONPATH=$(CURDIR)/.venv-triton/$$version \
+	    $(PYTEST) tests/test_triton_*.py || exit; \
+	done
+
+# Only the package, put before the one of the environment.
+.venv-triton/%/.ready: | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
 
 test-sanitize: $(BUILT)
 	OMP_WAIT_POLICY=passive $(BIN)/python tests/sanitizer.py -n $(JOBS) --dist worksteal

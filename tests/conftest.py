@@ -5,10 +5,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from inputs import ISAS
+import triton_interpreter
 
 from fastfuse import _extension
 from fastfuse.backends import backend
 from fastfuse.ops.policy import use_isa
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    selection = (("-m", config.option.markexpr), ("-k", config.option.keyword))
+    triton_interpreter.SELECTION[:] = [word for pair in selection if pair[1] for word in pair]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

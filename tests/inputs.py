@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,19 @@ def alternating(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
         for i, a in enumerate(first)
         for j, b in enumerate(second)
     ]
+
+
+def fast_and_slow(
+    names: str,
+    fast: Iterable[tuple[Any, ...]],
+    slow: Iterable[tuple[Any, ...]],
+    ids: Callable[[Any], str] | None = None,
+) -> pytest.MarkDecorator:
+    """Parametrizes with both; those of ``slow`` that are not among ``fast`` are slow tests."""
+    fast = dict.fromkeys(fast)
+    rest = (values for values in dict.fromkeys(slow) if values not in fast)
+    marked = [pytest.param(*values, marks=pytest.mark.slow) for values in rest]
+    return pytest.mark.parametrize(names.split(), [*fast, *marked], ids=ids)
 
 
 def images(

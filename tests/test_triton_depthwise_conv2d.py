@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from inputs import fast_and_slow
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -42,14 +43,16 @@ def _id(value: object) -> str:
     return str(value).removeprefix("torch.").replace(" ", "_")
 
 
-every_case = pytest.mark.parametrize(
-    ("case", "dtype", "layout"),
-    [(case, torch.float32, LAYOUTS[i % 3]) for i, case in enumerate(CASES)]
-    + [("3x3 dilated", dtype, layout) for dtype in DTYPES[1:] for layout in LAYOUTS]
-    + [("7x7", torch.bfloat16, layout) for layout in LAYOUTS[:2]]
-    + [("7x7", torch.float32, LAYOUTS[1]), ("smaller than the reach", torch.float32, LAYOUTS[0])],
-    ids=_id,
-)
+FAST = [(case, torch.float32, LAYOUTS[i % 3]) for i, case in enumerate(CASES)] + [
+    ("3x3 dilated", dtype, LAYOUTS[i]) for i, dtype in enumerate(DTYPES[1:])
+]
+ALL = [
+    *(("3x3 dilated", dtype, layout) for dtype in DTYPES[1:] for layout in LAYOUTS),
+    *(("7x7", torch.bfloat16, layout) for layout in LAYOUTS[:2]),
+    ("7x7", torch.float32, LAYOUTS[1]),
+    ("smaller than the reach", torch.float32, LAYOUTS[0]),
+]
+every_case = fast_and_slow("case dtype layout", FAST, ALL, ids=_id)
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import fast_and_slow
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -29,16 +31,27 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def _id(value: object) -> str:
-    return str(value).removeprefix("torch.").replace(" ", "_")
+    named = {False: "without", True: "with"}.get(value, str(value))
+    return named.removeprefix("torch.").replace(" ", "_")
 
 
-every_case = pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(size, torch.float32) for size in SIZES] + [("odd", dtype) for dtype in DTYPES[1:]],
-    ids=_id,
-)
-with_or_without = pytest.mark.parametrize("optional", [False, True], ids=["without", "with"])
+CASES = [(size, torch.float32) for size in SIZES] + [("odd", dtype) for dtype in DTYPES[1:]]
 few_programs = pytest.mark.parametrize("programs", [1, 3])
+
+
+def with_or_without(*options: str) -> pytest.MarkDecorator:
+    """Every case with some of the options on, in turn; all that is possible in slow tests."""
+    some = [[bool(i >> bit & 1) for bit in range(len(options))] for i in range(len(CASES))]
+    return fast_and_slow(
+        " ".join(("size", "dtype", *options)),
+        [(*case, *flags) for case, flags in zip(CASES, some, strict=True)],
+        [
+            (*case, *flags)
+            for case in CASES
+            for flags in product((False, True), repeat=len(options))
+        ],
+        ids=_id,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +100,7 @@ def _assert_added(sums: Tensor, before: Tensor, expected: Tensor, rows: int) -> 
 
 
 @interpreted
-@with_or_without
-@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
-@every_case
+@with_or_without("gelu", "optional")
 def test_layer_norm(size: str, dtype: torch.dtype, gelu: bool, optional: bool) -> None:
     x = _matrix(size, dtype)
     skip = _matrix(size, dtype) if optional else None
@@ -102,8 +113,7 @@ def test_layer_norm(size: str, dtype: torch.dtype, gelu: bool, optional: bool) -
 
 
 @interpreted
-@pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
-@every_case
+@with_or_without("gelu")
 def test_layer_norm_backward(size: str, dtype: torch.dtype, gelu: bool) -> None:
     x, grad = _matrix(size, dtype), _matrix(size, dtype)
     weight, bias, *sums = _vectors(x.shape[1], dtype, 4)
@@ -129,8 +139,7 @@ def test_layer_norm_of_a_large_mean() -> None:
 
 
 @interpreted
-@with_or_without
-@every_case
+@with_or_without("optional")
 def test_bias_gelu(size: str, dtype: torch.dtype, optional: bool) -> None:
     """Into other memory, or in place."""
     hidden = 2 * _matrix(size, dtype)
@@ -141,8 +150,7 @@ def test_bias_gelu(size: str, dtype: torch.dtype, optional: bool) -> None:
 
 
 @interpreted
-@with_or_without
-@every_case
+@with_or_without("optional")
 def test_bias_gelu_backward(size: str, dtype: torch.dtype, optional: bool) -> None:
     hidden, incoming = 2 * _matrix(size, dtype), _matrix(size, dtype)
     bias, sums = _vectors(hidden.shape[1], dtype, 2)
@@ -165,8 +173,7 @@ def _images(rows: int, keep: Tensor, pixels: int, first: int) -> Tensor:
 
 
 @interpreted
-@with_or_without
-@every_case
+@with_or_without("optional")
 def test_residual(size: str, dtype: torch.dtype, optional: bool) -> None:
     """With and without a scale of the channels and a factor of the images."""
     x, product = _matrix(size, dtype), _matrix(size, dtype)
@@ -184,8 +191,7 @@ def test_residual(size: str, dtype: torch.dtype, optional: bool) -> None:
 
 
 @interpreted
-@with_or_without
-@every_case
+@with_or_without("optional")
 def test_residual_backward(size: str, dtype: torch.dtype, optional: bool) -> None:
     """Without a factor of the images, nothing but the sums is written."""
     grad = _matrix(size, dtype)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from inputs import fast_and_slow
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -44,17 +45,23 @@ LAYOUTS = ["contiguous", "channels_last", "sliced"]
 
 
 def _id(value: object) -> str:
-    return str(value).removeprefix("torch.").replace(" ", "_")
+    named = {False: "half", True: "corners"}.get(value, str(value))
+    return named.removeprefix("torch.").replace(" ", "_")
 
 
-every_case = pytest.mark.parametrize(
-    ("case", "dtype", "layout"),
-    [(case, torch.float32, LAYOUTS[i % 3]) for i, case in enumerate(CASES)]
+# Layouts and corners in turn: every pair of them in some case.
+FAST = [(case, torch.float32, LAYOUTS[i % 3], i % 2 == 1) for i, case in enumerate(CASES)] + [
+    ("ratio 2", dtype, LAYOUTS[1 + i % 2], i > 0) for i, dtype in enumerate(DTYPES[1:])
+]
+ALL = [
+    (*values, align_corners)
+    for values in [(case, torch.float32, LAYOUTS[i % 3]) for i, case in enumerate(CASES)]
     + [("ratio 2", dtype, layout) for dtype in DTYPES[1:] for layout in LAYOUTS[1:]]
-    + [(case, torch.bfloat16, "contiguous") for case in ("odd sizes", "down", "wide")],
-    ids=_id,
-)
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
+    + [(case, torch.bfloat16, "contiguous") for case in ("odd sizes", "down", "wide")]
+    for align_corners in (False, True)
+]
+every_case = fast_and_slow("case dtype layout align_corners", FAST, ALL, ids=_id)
+both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=_id)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +109,6 @@ def _exact_gradient(
 
 
 @interpreted
-@both_corners
 @every_case
 def test_forward(case: str, dtype: torch.dtype, layout: str, align_corners: bool) -> None:
     (channels, h, w), size, k, padding = CASES[case]
@@ -115,7 +121,6 @@ def test_forward(case: str, dtype: torch.dtype, layout: str, align_corners: bool
 
 
 @interpreted
-@both_corners
 @every_case
 def test_backward(case: str, dtype: torch.dtype, layout: str, align_corners: bool) -> None:
     (channels, h, w), size, k, padding = CASES[case]

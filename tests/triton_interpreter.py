@@ -2,7 +2,8 @@
 
 The interpreter is chosen when triton is imported and would then replace the compiler everywhere, so
 the main test process never turns it on. Tests marked by :func:`interpreted` run in a child, all of
-a file in one; in the main process each reports what became of it there.
+a file in one; in the main process each reports what became of it there. ``-m`` and ``-k`` select
+tests of the child too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+SELECTION: list[str] = []  # pytest's options that select tests, as conftest.py finds them
 
 requires_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -52,7 +54,7 @@ def _run_interpreted(path: str) -> tuple[dict[str, str | None], str]:
         results = Path(folder, "results.xml")
         pytest_options = ["-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
         child = subprocess.run(
-            [sys.executable, "-m", "pytest", *pytest_options, path],
+            [sys.executable, "-m", "pytest", *pytest_options, *SELECTION, path],
             cwd=ROOT,
             env={**os.environ, "TRITON_INTERPRET": "1"},
             stdout=subprocess.PIPE,
@@ -123,5 +125,50 @@ def patch_bfloat16() -> None:
     InterpreterBuilder.create_dot = patched_dot
 
 
+# fma. The interpreter of triton before 3.9 rounds its product too; compiled code has `fma.rn`.
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``a + b``, and what its rounding lost (Knuth)."""
+    total = a + b
+    rest = total - a
+    return total, (a - (total - rest)) + (b - rest)
+
+
+def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``a * b``, and what its rounding lost (Dekker)."""
+    half = a.dtype.type(2 ** (np.finfo(a.dtype).nmant // 2 + 1) + 1)
+    high_a, high_b = (half * x - (half * x - x) for x in (a, b))
+    low_a, low_b = a - high_a, b - high_b
+    product = a * b
+    return product, low_a * low_b - (
+        ((product - high_a * high_b) - low_a * high_b) - high_a * low_b
+    )
+
+
+def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """``x * y + z`` of finite numbers, rounded once (Boldo and Melquiond, 2008)."""
+    product, product_rest = _two_product(x, y)
+    addend, addend_rest = _two_sum(z, product_rest)
+    total, total_rest = _two_sum(product, addend)
+    rest, lost = _two_sum(addend_rest, total_rest)
+    # Rounded to odd, the rest remembers on which side of a tie it was.
+    even = rest.view(f"i{rest.itemsize}") % 2 == 0
+    towards = np.copysign(rest.dtype.type(np.inf), lost)
+    return total + np.where(even & (lost != 0), np.nextafter(rest, towards), rest)
+
+
+def patch_fma() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def patched(
+        self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle
+    ) -> TensorHandle:
+        return TensorHandle(fma(*np.broadcast_arrays(x.data, y.data, z.data)), x.dtype.scalar)
+
+    InterpreterBuilder.create_fma = patched
+
+
 if INTERPRETING:
     patch_bfloat16()
+    patch_fma()

@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,8 +34,9 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
 }
-WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 
 Launch = tuple[Any, dict[str, Any]]  # a kernel and the arguments it is launched with
 
@@ -96,30 +96,23 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _inspect(cubin: bytes) -> dict[str, Any]:
-    """Registers, bytes of local memory, and how many global accesses have which width."""
+def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
+    """Registers, bytes of local memory, and how many global accesses have which width.
+
+    What is spilled is on the stack. Widths are those of PTX, which the assembler keeps.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(assembly["cubin"])
         file.flush()
-
-        def dump(option: str) -> str:
-            command = [str(CUOBJDUMP), option, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump("--dump-resource-usage")))
-        assembly = dump("-sass")
-    widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
-    local = 0
-    for operation, modifiers in re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)\s", assembly):
-        if operation in ("LDL", "STL"):
-            local += 1
-            continue
-        width = next((WIDTHS[m] for m in modifiers.split(".") if m in WIDTHS), 32)
-        widths[operation][width] += 1
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump))
+    widths: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+    for operation, values, bits in ACCESS.findall(assembly["ptx"]):
+        widths[operation][int(values or 1) * int(bits)] += 1
     return {
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "local": local,
         "shared": int(usage["SHARED"]),
         **{name: {str(w): n for w, n in sorted(counts.items())} for name, counts in widths.items()},
     }
@@ -140,15 +133,10 @@ def inspected(
     cached = CACHE / f"{key}.json"
     if cached.exists():
         return json.loads(cached.read_text())
-    with ThreadPoolExecutor(1) as pool:  # looks into one kernel while the next compiles
-        results: dict[bytes, Future[dict[str, Any]]] = {}
-        names = {}
-        for name, (kernel, arguments) in launches():
-            cubin = compiled(kernel, arguments, arch).asm["cubin"]
-            names[name] = cubin
-            if cubin not in results:
-                results[cubin] = pool.submit(_inspect, cubin)
-        rows = {name: results[cubin].result() for name, cubin in names.items()}
+    rows = {
+        name: _inspect(compiled(kernel, arguments, arch).asm)
+        for name, (kernel, arguments) in launches()
+    }
     CACHE.mkdir(parents=True, exist_ok=True)
     scratch = CACHE / f"{key}.{os.getpid()}"
     scratch.write_text(json.dumps(rows))
@@ -157,9 +145,9 @@ def inspected(
 
 
 def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:
-    print(f"\n{title}\n{'kernel':24} registers  stack  local  shared  loads, stores by bits")
+    print(f"\n{title}\n{'kernel':24} registers  stack  shared  loads, stores by bits")
     for name, row in results.items():
         print(
-            f"{name:24} {row['registers']:9}  {row['stack']:5}  {row['local']:5}  "
-            f"{row['shared']:6}  {row['LDG']} {row['STG']}"
+            f"{name:24} {row['registers']:9}  {row['stack']:5}  {row['shared']:6}  "
+            f"{row['ld']} {row['st']}"
         )

@@ -38,7 +38,7 @@ MIN_BLOCK_CHANNELS = 16
 MAX_BLOCK_COLUMNS = 32
 # Registers of a run's sums. Beside them are the weights of at most MAX_TAPS taps (larger kernels
 # are cut) and the rows in flight: with more sums the assembler spills.
-MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 48, 32, 7
+MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 44, 32, 7
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64

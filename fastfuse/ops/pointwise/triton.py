@@ -146,7 +146,8 @@ def _layer_norm_backward_kernel(
             grad *= slope
         weight_sum += grad * value
         bias_sum += grad
-        grad *= scale
+        # Not a product, which could be fused: of one channel, grad - mean is exactly zero.
+        grad = tl.fma(grad, scale, 0.0)
         mean = tl.sum(grad, axis=1)[:, None] / channels
         mean_product = tl.sum(grad * value, axis=1)[:, None] / channels
         grad = (grad - mean - value * mean_product) * inverse

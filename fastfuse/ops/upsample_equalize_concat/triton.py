@@ -35,6 +35,9 @@ NAME = "upsample_equalize_concat"
 
 # Taps summed at once along x: all readers of a source pixel up to a ratio of 8.
 MAX_BLOCK_TAPS = 16
+# Of the backward: four programs per multiprocessor. Without a limit the assembler may spill to
+# reach one it likes.
+MAX_REGISTERS = 128
 
 
 @triton.jit(do_not_specialize=["level"])
@@ -278,6 +281,7 @@ def backward(
                 BLOCK_TAPS=block_taps,
                 BLOCK_C=blocks[1],
                 num_warps=NUM_WARPS,
+                maxnreg=MAX_REGISTERS,
                 enable_fp_fusion=True,
             )
     return gradients
