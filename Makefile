@@ -8,6 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One torch for development; fastfuse itself runs on every torch from 2.10 on.
 TORCH ?= torch==2.13.0
+# Python compiles what it imports; pip would compile all of torch.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -21,14 +23,11 @@ setup: $(BUILT)
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" numpy
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" numpy
 	touch $@
 
 $(BUILT): $(READY) $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint]"
+	$(PIP) --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
 bench: $(BUILT)
