@@ -19,6 +19,8 @@ TRITON ?= $(TRITONS)
 ifneq ($(filter-out $(TRITONS),$(TRITON)),)
 $(error TRITON: expected one of $(TRITONS); got $(TRITON))
 endif
+# Python compiles what it imports; pip would compile all of torch.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -35,17 +37,14 @@ setup: $(BUILT)
 
 $(READY): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(if $(TORCH_TRITON),,@echo "TORCH: the triton of a CUDA build is known for" \
 	    "$(foreach pair,$(TRITON_OF),$(firstword $(subst %, ,$(pair)))); got $(TORCH), taking any triton")
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" \
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel "cmake>=3.22" ninja "pybind11>=2.12" \
 	    "triton$(TORCH_TRITON:%===%); sys_platform == 'linux'" "numpy<2.4" # triton 3.6's interpreter
 	touch $@
 
 $(BUILT): $(READY) $(NATIVE)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --no-build-isolation --editable ".[test,lint]"
+	$(PIP) --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
 bench: $(BUILT)

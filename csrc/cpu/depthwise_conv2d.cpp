@@ -29,6 +29,7 @@ int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Depends on shapes alone, and never on the number of threads: so do the sums' orders.
 DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, int64_t lanes,
                         Dtype dtype, bool channels_last) {
+  constexpr int64_t kCacheLine = 64;
   constexpr int64_t kUnits = 64;   // enough to be even for many threads
   constexpr int64_t kMinRows = 8;  // of a tile, against reading borders twice
   DepthwiseTiles t{};
@@ -38,9 +39,11 @@ DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, 
   t.width = x.size(3);
   t.kernel_size = kernel_size;
   t.dilation = dilation;
-  // Two vectors of a narrow type are a cache line of channels_last memory.
+  // Two vectors where they are within a cache line of channels_last memory.
   const bool narrow = dtype == kBFloat16 || dtype == kFloat16;
-  t.group_channels = narrow && channels_last && t.channels > lanes ? 2 * lanes : lanes;
+  const int64_t pair_bytes = 2 * lanes * (narrow ? 2 : compute_size(dtype));
+  const bool pair = channels_last && pair_bytes <= kCacheLine && t.channels > lanes;
+  t.group_channels = pair ? 2 * lanes : lanes;
   t.groups = divided(t.channels, t.group_channels);
   t.phases = std::min(dilation, t.height);
 

@@ -1,5 +1,5 @@
-// Blocks of depthwise_conv2d: up to kMaxBlock outputs of one x-phase in registers, of a row and one
-// vector of channels.
+// Blocks of depthwise_conv2d: outputs of one x-phase in registers, of a row and one vector of
+// channels.
 #pragma once
 
 #include "cpu/vec.h"
@@ -8,12 +8,10 @@ namespace fastfuse {
 namespace {
 
 // As many outputs as fit the registers beside a row of weights and an input. At least 6: blocks are
-// even parts of a row, and none may be narrower than the kernel's reach, 3.
-#if defined(__AVX512F__)
-constexpr int kMaxBlock = 16;
-#else
-constexpr int kMaxBlock = 8;
-#endif
+// even parts of a row, and none may be narrower than the kernel's reach, 3. float64 has fewer, for
+// they take a while to compile.
+template <class A>
+constexpr int kMaxBlock = kVectorBytes == 64 && sizeof(A) == 4 ? 16 : 8;
 
 // A block's outputs are `step` apart, the first at `offset` of every row. Rows are those inside the
 // image, `rows` of them. At the image's left or right edge there is nothing beyond the block.
@@ -59,36 +57,27 @@ struct OfLowerHalves {
 };
 #endif
 
-// For each input in reach of a block of P outputs: use(Count<its place, from -r on>, address).
-template <int K, int P, class A, class Use>
-FASTFUSE_INLINE void for_inputs(const A* first, const Block<A>& b, Use use) {
-  constexpr int r = K / 2;
-  const A* p = first - r * b.step;
-  const auto next = [&](auto place) __attribute__((always_inline)) {
-    use(place, p);
-    p += b.step;
-  };
-  if (!b.left) unrolled<-r, 0>(next);
-  p = first;
-  unrolled<0, P>(next);
-  if (!b.right) unrolled<P, P + r>(next);
+// sum[p] += in[p + kx - r] * w[kx] for the inputs [Begin, End), the first of them at `in`.
+template <class Product, int Begin, int End, int K, int P, class A>
+FASTFUSE_INLINE void add_inputs(const A* in, int64_t step, const Vec<A> (&w)[K], Vec<A> (&sum)[P]) {
+  FASTFUSE_UNROLL for (int i = Begin; i < End; ++i, in += step) {
+    const Vec<A> value = load(in);
+    FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) {
+      const int p = i + K / 2 - kx;
+      if (0 <= p && p < P) sum[p] = Product::add_product(sum[p], value, w[kx]);
+    }
+  }
 }
 
 template <class Product, int K, int P, class A>
 FASTFUSE_INLINE void add_row(const Block<A>& b, const A* row, const A* weight, Vec<A> (&sum)[P]) {
+  constexpr int r = K / 2;
   Vec<A> w[K];
-  unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-    w[kx.value] = load(weight + kx.value * kLanes<A>);
-  });
-  for_inputs<K, P>(row + b.offset, b,
-                   [&](auto place, const A* input) __attribute__((always_inline)) {
-                     const Vec<A> in = load(input);
-                     unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-                       constexpr int p = decltype(place)::value + K / 2 - decltype(kx)::value;
-                       if constexpr (0 <= p && p < P)
-                         sum[p] = Product::add_product(sum[p], in, w[kx.value]);
-                     });
-                   });
+  FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) w[kx] = load(weight + kx * kLanes<A>);
+  const A* first = row + b.offset;
+  if (!b.left) add_inputs<Product, -r, 0>(first - r * b.step, b.step, w, sum);
+  add_inputs<Product, 0, P>(first, b.step, w, sum);
+  if (!b.right) add_inputs<Product, P, P + r>(first + P * b.step, b.step, w, sum);
 }
 
 template <class A>
@@ -99,7 +88,7 @@ void convolve_block(const Block<A>& b, const Taps<A>& taps, const A* bias, A* ou
   constexpr int64_t row_of_taps = K * kLanes<A>;
   Vec<A> sum[P];
   const Vec<A> start = load(bias);
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) { sum[p.value] = start; });
+  FASTFUSE_UNROLL for (int p = 0; p < P; ++p) sum[p] = start;
 #if defined(__AVX512BF16__)
   if constexpr (Product::kPairs) {
     int64_t y = 0;
@@ -110,10 +99,19 @@ void convolve_block(const Block<A>& b, const Taps<A>& taps, const A* bias, A* ou
 #endif
     for (int64_t y = 0; y < b.rows; ++y)
       add_row<Product, K, P>(b, b.row[y], taps.single + y * row_of_taps, sum);
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) {
-    store(out, sum[p.value]);
-    out += b.step;
-  });
+  FASTFUSE_UNROLL for (int p = 0; p < P; ++p, out += b.step) store(out, sum[p]);
+}
+
+// sum[kx] += in[p + kx - r] * g[p] for the inputs [Begin, End), the first of them at `in`.
+template <class Product, int Begin, int End, int K, int P, class A>
+FASTFUSE_INLINE void sum_inputs(const A* in, int64_t step, const Vec<A> (&g)[P], Vec<A> (&sum)[K]) {
+  FASTFUSE_UNROLL for (int i = Begin; i < End; ++i, in += step) {
+    const Vec<A> value = load(in);
+    FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) {
+      const int p = i + K / 2 - kx;
+      if (0 <= p && p < P) sum[kx] = Product::add_product(sum[kx], value, g[p]);
+    }
+  }
 }
 
 template <class A>
@@ -123,40 +121,30 @@ using SumBlock = void (*)(const Block<A>&, const A* grad, A* sums);
 template <class Product, class A, int K, int P>
 void sum_block(const Block<A>& b, const A* grad, A* sums) {
   constexpr int64_t lanes = kLanes<A>;
+  constexpr int r = K / 2;
   Vec<A> g[P];
-  unrolled<0, P>([&](auto p) __attribute__((always_inline)) {
-    g[p.value] = load(grad);
-    grad += b.step;
-  });
+  FASTFUSE_UNROLL for (int p = 0; p < P; ++p, grad += b.step) g[p] = load(grad);
   for (int64_t y = 0; y < b.rows; ++y, sums += K * lanes) {
     Vec<A> sum[K];
-    unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-      sum[kx.value] = load(sums + kx.value * lanes);
-    });
-    for_inputs<K, P>(b.row[y] + b.offset, b,
-                     [&](auto place, const A* input) __attribute__((always_inline)) {
-                       const Vec<A> in = load(input);
-                       unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-                         constexpr int p = decltype(place)::value + K / 2 - decltype(kx)::value;
-                         if constexpr (0 <= p && p < P)
-                           sum[kx.value] = Product::add_product(sum[kx.value], in, g[p]);
-                       });
-                     });
-    unrolled<0, K>([&](auto kx) __attribute__((always_inline)) {
-      store(sums + kx.value * lanes, sum[kx.value]);
-    });
+    FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) sum[kx] = load(sums + kx * lanes);
+    const A* first = b.row[y] + b.offset;
+    if (!b.left) sum_inputs<Product, -r, 0>(first - r * b.step, b.step, g, sum);
+    sum_inputs<Product, 0, P>(first, b.step, g, sum);
+    if (!b.right) sum_inputs<Product, P, P + r>(first + P * b.step, b.step, g, sum);
+    FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) store(sums + kx * lanes, sum[kx]);
   }
 }
 
 // Functions for blocks of 1, 2, ... outputs.
 template <class A>
 struct Blocks {
-  ConvolveBlock<A> convolve[kMaxBlock];
-  SumBlock<A> sum[kMaxBlock];
+  ConvolveBlock<A> convolve[kMaxBlock<A>];
+  SumBlock<A> sum[kMaxBlock<A>];
 };
 
 template <class Product, class A, int K, int... P>
-struct MakeBlocks : MakeBlocks<Product, A, K, kMaxBlock - static_cast<int>(sizeof...(P)), P...> {};
+struct MakeBlocks : MakeBlocks<Product, A, K, kMaxBlock<A> - static_cast<int>(sizeof...(P)), P...> {
+};
 template <class Product, class A, int K, int... P>
 struct MakeBlocks<Product, A, K, 1, P...> {
   static constexpr Blocks<A> value = {

@@ -93,6 +93,14 @@ FASTFUSE_INLINE void read_row(const Source& values, const Image& image, int64_t 
                               int64_t distance) {
   using S = typename Source::Storage;
   constexpr int64_t lanes = kLanes<A>;
+  if (ChannelsLast && channels == 2 * lanes) {  // at once, for they share cache lines
+    const S* from = at<const S>(image, n, c, y, x0);
+    for (int64_t x = x0; x < x1; ++x, from += image.stride_w, buffer += lanes) {
+      store(buffer, values(from));
+      store(buffer + distance, values(from + lanes));
+    }
+    return;
+  }
   for (int64_t v = 0; v * lanes < channels; ++v) {
     const int64_t count = smaller(channels - v * lanes, lanes);
     const S* from = at<const S>(image, n, c + v * lanes, y, x0);
@@ -152,8 +160,9 @@ FASTFUSE_INLINE void prefetch_row(const Image& image, int64_t n, int64_t c, int6
 
 // The way back for one vector of channels, with an addend where there is one.
 template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t n, int64_t c,
-                               int64_t count, int64_t y, int64_t x0, int64_t x1, const A* buffer) {
+FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int64_t n, int64_t c,
+                                   int64_t count, int64_t y, int64_t x0, int64_t x1,
+                                   const A* buffer) {
   constexpr int64_t lanes = kLanes<A>;
   S* to = at<S>(image, n, c, y, x0);
   const S* plus = addend.data ? at<const S>(addend, n, c, y, x0) : nullptr;
@@ -201,6 +210,26 @@ FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t 
       }
     }
   }
+}
+
+// The way back, with an addend where there is one.
+template <class S, bool ChannelsLast, class A>
+FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t n, int64_t c,
+                               int64_t channels, int64_t y, int64_t x0, int64_t x1, const A* buffer,
+                               int64_t distance) {
+  constexpr int64_t lanes = kLanes<A>;
+  if (ChannelsLast && channels == 2 * lanes && !addend.data) {
+    S* to = at<S>(image, n, c, y, x0);
+    for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w) {
+      store(to, load(buffer));
+      store(to + lanes, load(buffer + distance));
+    }
+    return;
+  }
+  for (int64_t v = 0; v * lanes < channels; ++v)
+    write_vectors<S, ChannelsLast>(image, addend, n, c + v * lanes,
+                                   smaller(lanes, channels - v * lanes), y, x0, x1,
+                                   buffer + v * distance);
 }
 
 // `count` dense rows (taps) for the channels of a vector, to or from [tap][lane].

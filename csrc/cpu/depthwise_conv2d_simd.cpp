@@ -8,23 +8,26 @@ namespace fastfuse {
 namespace FASTFUSE_ISA {
 namespace {
 
-// Calls block(outputs - 1, its first column, left, right) for the blocks of a row of a tile, and
-// before each `between` of the columns [begin, end) that are its share of the row: what is wanted
-// next is asked for little by little.
-template <class Do, class Between>
+// Calls block(outputs - 1, its first column, left, right) for the blocks of a row of a tile, as
+// even as they can be, and before each `between` of the columns [begin, end) that are its share of
+// the row: what is wanted next is asked for little by little.
+template <class A, class Do, class Between>
 FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const DepthwiseTile& tile, Do block,
                                 Between between) {
   const int64_t width = tile.x1 - tile.x0;
-  int64_t done = 0;
+  const int64_t whole = width / t.dilation, rest = width % t.dilation;
+  int64_t done = tile.x0;
   for (int64_t phase = 0; phase < smaller(t.dilation, width); ++phase) {
-    const int64_t outputs = (width - phase + t.dilation - 1) / t.dilation;
-    const int64_t blocks = (outputs + kMaxBlock - 1) / kMaxBlock;
+    const int64_t outputs = whole + (phase < rest);
+    const int64_t blocks = (outputs + kMaxBlock<A> - 1) / kMaxBlock<A>;
+    const int64_t size = outputs / blocks, longer = outputs % blocks;
+    int64_t x = phase;
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t begin = outputs * i / blocks, end = outputs * (i + 1) / blocks;
-      between(tile.x0 + done, tile.x0 + done + (end - begin));
-      done += end - begin;
-      block(end - begin - 1, phase + begin * t.dilation, i == 0 && tile.x0 == 0,
-            i == blocks - 1 && tile.x1 == t.width);
+      const int64_t count = size + (i < longer);
+      between(done, done + count);
+      done += count;
+      block(count - 1, x, i == 0 && tile.x0 == 0, i == blocks - 1 && tile.x1 == t.width);
+      x += count * t.dilation;
     }
   }
 }
@@ -56,7 +59,7 @@ FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const DepthwiseTile& 
   if constexpr (Product::kPairs) taps.pairs += rows.first * t.kernel_size * lanes;
   if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
-    for_blocks(
+    for_blocks<A>(
         t, tile,
         [&](int64_t size, int64_t x, bool left, bool right) {
           const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
@@ -82,7 +85,7 @@ FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
   sums += rows.first * t.kernel_size * lanes;
   if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
-    for_blocks(
+    for_blocks<A>(
         t, tile,
         [&](int64_t size, int64_t x, bool left, bool right) {
           const Block<A> block{rows.row, rows.count, (start + x) * lanes, step, left, right};
@@ -157,7 +160,7 @@ class Ring {
     const int64_t end = smaller(i + t_.kernel_size / 2 + 1, tile_.rows);
     for (; next_ < end; ++next_)
       rows_.template read<ChannelsLast>(tile_, next_, tile_.rows, tile_.in0, tile_.in1,
-                                        place(next_, 0), distance_);
+                                        place((next_ - top_) % t_.kernel_size, 0), distance_);
   }
 
   // Columns of the row that output row i + 1 will read, or, at the end, of a first row of the next
@@ -177,14 +180,18 @@ class Ring {
   FASTFUSE_INLINE InputRows<A> rows(int64_t i, int64_t vector, const A** pointers) {
     const int64_t r = t_.kernel_size / 2;
     const int64_t begin = larger(i - r, top_), end = smaller(i + r + 1, tile_.rows);
-    for (int64_t y = begin; y < end; ++y) pointers[y - begin] = place(y, vector);
+    int64_t slot = (begin - top_) % t_.kernel_size;
+    for (int64_t y = begin; y < end; ++y) {
+      pointers[y - begin] = place(slot, vector);
+      if (++slot == t_.kernel_size) slot = 0;
+    }
     return {pointers, begin - (i - r), end - begin};
   }
 
  private:
-  FASTFUSE_INLINE A* place(int64_t row, int64_t vector) {
+  FASTFUSE_INLINE A* place(int64_t slot, int64_t vector) {
     const int64_t vectors = (channels_ + kLanes<A> - 1) / kLanes<A>;
-    return memory_ + ((row - top_) % t_.kernel_size * vectors + vector) * distance_;
+    return memory_ + (slot * vectors + vector) * distance_;
   }
 
   const DepthwiseTiles& t_;
@@ -281,24 +288,25 @@ void forward_tiles(const DepthwiseForward& op, int64_t begin, int64_t end, void*
     }
     const int64_t following = unit + 1 < end ? unit + 1 : unit;
     const DepthwiseTile next = tile_of(t, following / t.tiles(), following % t.tiles());
+    const int64_t distance = (tile.x1 - tile.x0) * lanes;
     Ring<S, ChannelsLast, Paired> ring(t, op.x, tile, channels, buffers.ring);
     for (int64_t i = tile.row0; i < tile.row1; ++i) {
       ring.advance(i);
       for (int64_t v = 0; v < vectors; ++v) {
         const Taps<A> taps{buffers.taps + v * k2 * lanes, buffers.pairs + v * k2 * lanes};
         convolve_row<Product, A>(
-            t, tile, ring.rows(i, v, buffers.pointers), taps, buffers.bias + v * lanes, buffers.row,
-            [&](int64_t x0, int64_t x1) {
+            t, tile, ring.rows(i, v, buffers.pointers), taps, buffers.bias + v * lanes,
+            buffers.row + v * distance, [&](int64_t x0, int64_t x1) {
               if (v > 0) return;
               ring.prefetch(i, next, x0, x1);
               if (i + 1 < tile.row1)
                 prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
                                                  tile.phase + (i + 1) * t.dilation, x0, x1);
             });
-        write_row<S, ChannelsLast>(op.out, op.addend, tile.n, c0 + v * lanes,
-                                   smaller(lanes, channels - v * lanes),
-                                   tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row);
       }
+      write_row<S, ChannelsLast>(op.out, op.addend, tile.n, c0, channels,
+                                 tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row,
+                                 distance);
     }
   }
 }

@@ -549,8 +549,8 @@ void choose_stores(const TapSum& op, int64_t begin, int64_t end, void* scratch) 
   finish_streaming();
 }
 
-#define FASTFUSE_KERNEL(S, body)                                                \
-  {choose_stores<S, body<S, false>, body<S, true>>, body##_units<compute_t<S>>, \
+#define FASTFUSE_KERNEL(S, body)                                                      \
+  {choose_stores<S, body<S, false>, body<S, kCanStream>>, body##_units<compute_t<S>>, \
    body##_scratch<compute_t<S>>}
 #define FASTFUSE_FOR_DTYPES(body)                                                                \
   {FASTFUSE_KERNEL(double, body), FASTFUSE_KERNEL(float, body), FASTFUSE_KERNEL(bfloat16, body), \

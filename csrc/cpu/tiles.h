@@ -59,7 +59,7 @@ FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_
 }
 
 // Calls part(Count<vectors>, first channel, load, store) over n channels, each of them once:
-// outputs may be added to.
+// outputs may be added to. With Stream, stores bypass the caches: then n must be whole vectors.
 template <class A, bool Stream = false, class Part>
 FASTFUSE_INLINE void for_channels(int64_t n, Part part) {
   constexpr int kVectors = 4;
@@ -75,10 +75,10 @@ FASTFUSE_INLINE void for_channels(int64_t n, Part part) {
   for (; c + kVectors * lanes <= n; c += kVectors * lanes)
     part(Count<kVectors>{}, c, whole_load, whole_store);
   for (; c + lanes <= n; c += lanes) part(Count<1>{}, c, whole_load, whole_store);
-  if (c < n)
-    part(
-        Count<1>{}, c, [m = n - c](const auto* p) { return load_partial(p, m); },
-        [m = n - c](auto* p, auto v) { store_partial(p, v, m); });
+  if (Stream || c == n) return;
+  part(
+      Count<1>{}, c, [m = n - c](const auto* p) { return load_partial(p, m); },
+      [m = n - c](auto* p, auto v) { store_partial(p, v, m); });
 }
 
 // Hardware prefetchers stop at page ends, and a pixel of all taps is more than a page: the pixels

@@ -221,7 +221,7 @@ void choose_stores(const Work& work, int64_t begin, int64_t end, void* scratch) 
 }
 
 #define FASTFUSE_UNITS_KERNEL(S, body, units, scratch) \
-  {choose_stores<body<S, false>, body<S, true>>, units, scratch}
+  {choose_stores<body<S, false>, body<S, kCanStream>>, units, scratch}
 #define FASTFUSE_UNITS_KERNELS(body, units, scratch)         \
   {                                                          \
       FASTFUSE_UNITS_KERNEL(double, body, units, scratch),   \

@@ -164,7 +164,8 @@ FASTFUSE_INLINE void store(S* p, Vec<float> v) {
 
 // Stores that bypass the caches, for outputs too large to be read from them again: without them
 // every line is first fetched from memory. They need vectors aligned to their size, and
-// finish_streaming before another thread reads.
+// finish_streaming before another thread reads. The portable build has none.
+constexpr bool kCanStream = kVectorBytes > 16;
 #if defined(__AVX512F__)
 FASTFUSE_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
 FASTFUSE_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
@@ -277,6 +278,11 @@ FASTFUSE_INLINE void unrolled(Do f) {
     unrolled<Begin + 1, End>(f);
   }
 }
+
+// Before a loop over constants: it is unrolled whole, so that arrays of vectors become registers.
+// It compiles in less than half the time of `unrolled`, for steps that need no constant
+// expressions.
+#define FASTFUSE_UNROLL _Pragma("GCC unroll 32")
 
 #if !defined(__clang__)
 // The lanes of two vectors that make the first or the second result of exchanging blocks.
