@@ -1,29 +1,47 @@
-"""Options, cells and a progress bar for the benchmark suites.
+"""Options, cells, the plan and a progress bar for the benchmark suites.
 
 A suite is a file bench_<op>.py with ``cells(quick, regime, device)``, which lists what there is to
-measure (in a regime perhaps nothing), and one test that measures its argument ``cell``:
+measure (in a regime perhaps nothing), most important first; ``work(name, cell, device)``, FLOPs and
+bytes of a variant; and one test that measures its argument ``cell`` within its ``allowance``:
 
-    pytest benchmarks -o python_files='bench_*.py' [--quick] [--device cpu|cuda]
+    pytest benchmarks -o python_files='bench_*.py' [--quick] [--device cpu|cuda] [--budget SECONDS]
+
+With ``--budget`` the machine is measured first, and ``plan`` tells what of the cells is measured,
+and how long. ``--cells FILE`` gets a line of JSON for every cell, as soon as it is done or dropped.
 
 The bar is drawn on stderr and needs ``-s``; without a terminal it is one line per cell.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import measure
+import plan
 import pytest
 import torch
+from measure import Allowance
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+LOG_WIDTH = 150
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastfuse benchmarks")
     group.addoption("--quick", action="store_true", help="the main shapes only, in minutes")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu")
+    group.addoption("--budget", type=float, help="seconds that everything may take")
+    group.addoption("--began", type=float, help="when they began, in seconds since 1970")
+    group.addoption("--rates", type=json.loads, help="FLOPs per second of products, by dtype")
+    group.addoption("--cells", type=Path, help="file that gets the cells")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -34,18 +52,100 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             regime=measure.current_regime(),
             device=config.getoption("device"),
         )
-        metafunc.parametrize("cell", cells, ids=str)
+        metafunc.parametrize("cell", cells, ids=str, indirect=True)
 
 
-class Bar:
-    """A progress bar over the cells; ``say`` tells what is being done to the current one."""
+def _estimate(item: pytest.Item, machine: plan.Machine, memory: bool) -> plan.Cell:
+    """The cell of a test, as ``plan`` sees it."""
+    suite, cell = item.module, item.callspec.params["cell"]
+    device = item.config.getoption("device")
 
-    def __init__(self) -> None:
+    def seconds(name: str) -> float:
+        return plan.call_s(*suite.work(name, cell, device), cell.dtype, machine)
+
+    by_name = {name: seconds(name) for name in dict.fromkeys(n for n, _ in cell.rivals)}
+    ours = [plan.Way("fastfuse", min(seconds("fastfuse"), *by_name.values()), rival=False)] * 2
+    rivals = [
+        plan.Way(
+            measure.Variant(name, print, layout).title,
+            by_name[name],
+            compiles=name.startswith("compiled"),
+        )
+        for name, layout in cell.rivals
+    ]
+    nbytes = suite.work("fastfuse", cell, device)[1]
+    return plan.Cell(item.nodeid, suite.OP, (*ours, *rivals), nbytes=nbytes, memory=memory)
+
+
+class Run:
+    """Measures the cells in the plan's order, draws the bar, and writes what was measured."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.began = config, config.getoption("began") or time.time()
+        self.plan: plan.Plan | None = None
         self.console = Console(file=sys.stderr)
+        if not self.console.is_terminal:
+            self.console = Console(file=sys.stderr, width=LOG_WIDTH)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self.task = self.progress.add_task(measure.current_regime(), total=None)
-        self.cell = ""
+        self.cell, self.current, self.started = "", None, 0.0
+
+    @property
+    def now(self) -> float:
+        return time.time() - self.began
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        budget, device = self.config.getoption("budget"), self.config.getoption("device")
+        if budget is None or self.config.getoption("collectonly"):
+            return
+        self.say("measures the machine")
+        rates = self.config.getoption("rates") or {}
+        dtypes = dict.fromkeys(item.callspec.params["cell"].dtype for item in items)
+        compile_s = measure.compile_seconds(device)
+        machine = plan.Machine(
+            copy_rate=measure.CopyRoof(device).rate,
+            gemm_rates={
+                d: rates.get(d) or measure.gemm_rate(device, getattr(torch, d)) for d in dtypes
+            },
+            compile_s=compile_s,
+        )
+        seen: set[str] = set()
+        cells = []
+        for item in items:
+            self.say(f"estimates {item.name}")
+            cells.append(_estimate(item, machine, memory=item.module.OP not in seen))
+            seen.add(item.module.OP)
+        self.plan = plan.Plan(cells, machine, budget, self.now)
+        by_key = {item.nodeid: item for item in items}
+        items[:] = [by_key[cell.key] for cell in self.plan.cells]
+        self.console.print(self.table())
+
+    def table(self) -> Table:
+        assert self.plan is not None
+        machine, cells = self.plan.machine, list(self.plan.planned.values())
+        kept = [cell for cell in cells if not cell.dropped]
+        rates = ", ".join(f"{r / 1e9:.0f} GFLOP/s {d}" for d, r in machine.gemm_rates.items())
+        table = Table(
+            title=f"plan for {self.plan.budget_s:.0f} s: copy {machine.copy_rate / 1e9:.0f} GB/s, "
+            f"{rates}, a compilation {machine.compile_s:.0f} s",
+            title_justify="left",
+        )
+        for column in ("cell", "rivals", "rounds", "seconds"):
+            table.add_column(column, justify="right" if column in ("rounds", "seconds") else "left")
+        for cell in cells:
+            rivals = ", ".join(w.title for w in cell.ways if w.rival)
+            seconds = f"{cell.seconds(machine):.0f}"
+            name = _name(cell.key)
+            if cell.dropped:
+                table.add_row(name, f"dropped: {cell.dropped}", "", "", style="dim")
+            else:
+                table.add_row(name, rivals, f"{cell.rounds}", seconds)
+        total = sum(cell.seconds(machine) for cell in kept)
+        table.add_section()
+        table.add_row(f"{len(kept)} of {len(cells)} cells", "", "", f"{total:.0f}")
+        return table
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         self.progress.update(self.task, total=len(session.items))
@@ -53,36 +153,86 @@ class Bar:
             self.progress.start()
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.cell = nodeid.partition("[")[2].rstrip("]") or nodeid
+        self.cell = _name(nodeid)
         self.say("starts")
 
     def pytest_runtest_logfinish(self) -> None:
         self.progress.advance(self.task)
         if not self.console.is_terminal:
-            self.console.print(f"{measure.current_regime()}: {self.cell} done", highlight=False)
+            self.console.print(f"{self._left()}: {self.cell} done", highlight=False)
 
     def pytest_sessionfinish(self) -> None:
         self.progress.update(self.task, description=measure.current_regime())
         if self.console.is_terminal:
             self.progress.stop()
 
+    def _left(self) -> str:
+        if self.plan is None:
+            return measure.current_regime()
+        return f"{max(0, self.plan.budget_s - self.now):.0f} s left"
+
     def say(self, text: str) -> None:
-        description = f"{measure.current_regime()}: {self.cell}: {text}"
-        self.progress.update(self.task, description=description)
+        self.progress.update(self.task, description=f"{self._left()}: {self.cell}: {text}")
+
+    def admit(self, item: pytest.Item, cell: Any) -> Any:
+        """The cell as it is measured; skips the test of one that is dropped."""
+        self.started = self.now
+        if self.plan is None:
+            return cell
+        self.current = self.plan.start(item.nodeid, self.now)
+        if self.current.dropped:
+            self._write(
+                op=item.module.OP, shape=cell.shape, dtype=cell.dtype, mode=cell.mode,
+                dropped=self.current.dropped,
+            )  # fmt: skip
+            pytest.skip(self.current.dropped)
+        titles = {way.title for way in self.current.ways}
+        kept = tuple(r for r in cell.rivals if measure.Variant(r[0], print, r[1]).title in titles)
+        return dataclasses.replace(cell, rivals=kept)
+
+    def allowance(self) -> Allowance:
+        if self.plan is None:
+            return Allowance(say=self.say)
+        cell = self.current
+        return Allowance(cell.rounds_s(), self.plan.rival_s, cell.left_out, cell.memory, self.say)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> None:
+        if self.plan is not None and self.current is not None and not self.current.dropped:
+            self.plan.finish(self.current, self.now - self.started)
+        found = item.funcargs.get("benchmark")
+        if found is not None and "variants" in found.extra_info:
+            self._write(**found.extra_info, seconds=self.now - self.started)
+
+    def _write(self, **line: Any) -> None:
+        if file := self.config.getoption("cells"):
+            with file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
 
 
-BAR = pytest.StashKey[Bar]()
+def _name(nodeid: str) -> str:
+    suite, _, cell = nodeid.partition("[")
+    op = suite.rpartition("::test_")[2]
+    return f"{op}: {cell.rstrip(']')}"
+
+
+RUN = pytest.StashKey[Run]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     measure.plain_float32()
-    config.stash[BAR] = Bar()
-    config.pluginmanager.register(config.stash[BAR])
+    config.stash[RUN] = Run(config)
+    config.pluginmanager.register(config.stash[RUN])
 
 
 @pytest.fixture
-def progress(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    return request.config.stash[BAR].say
+def cell(request: pytest.FixtureRequest) -> Any:
+    return request.config.stash[RUN].admit(request.node, request.param)
+
+
+@pytest.fixture
+def allowance(cell: Any, request: pytest.FixtureRequest) -> Allowance:
+    return request.config.stash[RUN].allowance()
 
 
 @pytest.fixture
