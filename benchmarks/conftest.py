@@ -89,7 +89,8 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
         self.task = self.progress.add_task(measure.current_regime(), total=None)
-        self.cell, self.current, self.started = "", None, 0.0
+        self.cell, self.started = "", 0.0
+        self.current: plan.Cell | None = None
 
     @property
     def now(self) -> float:
@@ -135,13 +136,14 @@ class Run:
         for column in ("cell", "rivals", "rounds", "seconds"):
             table.add_column(column, justify="right" if column in ("rounds", "seconds") else "left")
         for cell in cells:
-            rivals = ", ".join(w.title for w in cell.ways if w.rival)
-            seconds = f"{cell.seconds(machine):.0f}"
-            name = _name(cell.key)
+            titles = (w.title.removesuffix(", channels_last") for w in cell.ways if w.rival)
+            names = dict.fromkeys(title.removesuffix(", contiguous") for title in titles)
+            rivals = "; ".join(names)
             if cell.dropped:
-                table.add_row(name, f"dropped: {cell.dropped}", "", "", style="dim")
+                table.add_row(_name(cell.key), f"dropped: {cell.dropped}", "", "", style="dim")
             else:
-                table.add_row(name, rivals, f"{cell.rounds}", seconds)
+                seconds = f"{cell.seconds(machine):.0f}"
+                table.add_row(_name(cell.key), rivals, f"{cell.rounds}", seconds)
         total = sum(cell.seconds(machine) for cell in kept)
         table.add_section()
         table.add_row(f"{len(kept)} of {len(cells)} cells", "", "", f"{total:.0f}")
@@ -159,7 +161,15 @@ class Run:
     def pytest_runtest_logfinish(self) -> None:
         self.progress.advance(self.task)
         if not self.console.is_terminal:
-            self.console.print(f"{self._left()}: {self.cell} done", highlight=False)
+            self.console.print(f"{self._left()}: {self.cell}: {self._outcome()}", highlight=False)
+
+    def _outcome(self) -> str:
+        taken = f"{self.now - self.started:.0f} s"
+        if self.plan is None or self.current is None:
+            return taken
+        if self.current.dropped:
+            return f"dropped, {self.current.dropped}"
+        return f"{taken}, {self.current.seconds(self.plan.machine):.0f} s estimated"
 
     def pytest_sessionfinish(self) -> None:
         self.progress.update(self.task, description=measure.current_regime())
@@ -191,9 +201,9 @@ class Run:
         return dataclasses.replace(cell, rivals=kept)
 
     def allowance(self) -> Allowance:
-        if self.plan is None:
-            return Allowance(say=self.say)
         cell = self.current
+        if self.plan is None or cell is None:
+            return Allowance(say=self.say)
         return Allowance(cell.rounds_s(), self.plan.rival_s, cell.left_out, cell.memory, self.say)
 
     @pytest.hookimpl(tryfirst=True)

@@ -93,17 +93,17 @@ def test_wrong_results_are_refused(change: Callable[[Tensor], Tensor], message: 
         measure.check_agreement([ours, _variant(change)], {"output": 1e-6, "gradient": 1e-6})
 
 
-def _check_against_float64(rival: float, ours: float, **options: object) -> measure.Agreement:
+def _check_against_float64(rival: float, ours: float) -> measure.Agreement:
     """Of two tensors; the second one's values are that many times the truth."""
 
-    def variant(name: str, factor: float, **more: object) -> measure.Variant:
+    def variant(name: str, factor: float) -> measure.Variant:
         call = lambda: (_ours(), factor * _ours())  # noqa: E731
-        return measure.Variant(name, call, rival=name != "fastfuse", **more)
+        return measure.Variant(name, call, rival=name != "fastfuse")
 
     def exact() -> tuple[Tensor, Tensor]:
         return _ours().double(), _ours().double()
 
-    variants = [variant("fastfuse", ours), variant("rival", rival, **options)]
+    variants = [variant("fastfuse", ours), variant("rival", rival)]
     return measure.check_agreement(variants, {"output": 1e-4, "gradient": 1e-4}, exact)
 
 
@@ -116,7 +116,6 @@ def test_float64_decides_who_is_wrong() -> None:
         _check_against_float64(rival=1, ours=1.1)
     # Each within the tolerance of the truth, on either side of it.
     assert not _check_against_float64(rival=1 + 9e-5, ours=1 - 9e-5).wrong
-    assert not _check_against_float64(rival=2, ours=1, differs="by definition").wrong
 
 
 def test_float64_does_not_excuse_fastfuse() -> None:
@@ -243,7 +242,7 @@ def test_whole_heads_and_models_agree(
 def test_quick_cells_of_whole_heads_and_models() -> None:
     for suite in (bench_heads, bench_models, bench_cednet):
         every, quick = suite.cells(False, "fresh", "cpu"), suite.cells(True, "fresh", "cpu")
-        assert set(quick) < set(every)
+        assert set(map(str, quick)) < set(map(str, every))
         assert len(set(map(str, every))) == len(every)
         assert suite.cells(False, "warm", "cpu") == []
 
@@ -308,7 +307,7 @@ def _cell(op: str, series: str, work: float | None) -> dict[str, Any]:
             "title": name, "name": name, "layout": "", "rival": name != "fastfuse",
             "median_ms": milliseconds, "iqr_ms": 0.1, "speedup": milliseconds / 2, "gbs": 1.0,
             "share": 0.25, "gflops": None if work is None else work / milliseconds / 1e6,
-            "peak_bytes": None, "kept_bytes": None, "wrong": "",
+            "peak_bytes": None, "kept_bytes": None, "wrong": "", "differs": "",
         }  # fmt: skip
 
     return {
@@ -448,7 +447,7 @@ def test_rate_of_products_takes_no_longer_where_they_are_slow(
 
 
 def test_compact_reports_can_be_loaded(tmp_path: Path) -> None:
-    cell = _cell("op", "main", 1e8)
+    cell = _cell("op", "main", 3e8)
     cell["variants"][0]["median_ms"] = 2.000049
     text = compact.compact({"environment": {"copy": 1 / 3}, "failures": [], "cells": [cell]})
     assert len(text.splitlines()) == 1 + len(cell["variants"]) + 1
