@@ -7,8 +7,8 @@ fastfuse nothing and eager a pass.
 - eager: upsample -> concat -> ``F.conv2d``.
 - compiled: ``torch.compile`` of eager, compiled before the clock starts.
 
-Quick runs measure UPerNet's fusion and PSPNet's, the latter forward only, and UPerNet's pooling in
-bfloat16, for processors without its instructions. On CPUs compiled is measured forward in float32
+Quick runs measure UPerNet's fusion, its pooling, which a slow processor has time for, and PSPNet's
+forward. On CPUs compiled is measured forward in float32
 alone, in its faster layout. What bounds the op is the GEMM: there is only fresh memory.
 """
 
@@ -106,7 +106,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if quick:
         modes = (FORWARD, BOTH)
         found = [_quick(DETAILED, dtype, mode, device) for dtype in DTYPES for mode in modes]
-        found += [_quick("UPer pooling", "bfloat16", mode, device) for mode in modes]
+        found += [_quick("UPer pooling", dtype, mode, device) for dtype in DTYPES for mode in modes]
         found += [_quick("PSP fusion", dtype, FORWARD, device) for dtype in DTYPES]
     else:
         found = [

@@ -9,7 +9,7 @@ for each channel, and a pooled branch has one per image). Dropout is off, so tha
 Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
 format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.
 
-Quick runs measure float32 at 512 x 512, every head forward, without compiled ones.
+Quick runs measure UPerHead and PSPHead at 512 x 512, float32 forward, without compiled ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ HEADS = {
     "SepASPPHead": RESNET,
     "FCNHead": RESNET,
 }
+QUICK = ("UPerHead 512x512", "PSPHead 512x512")
 CELLS = [
     Cell(f"{head} {size}", dtype, mode, rivals(PLAIN, compiled=True))
     for head in HEADS
@@ -56,7 +57,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     return [
         replace(cell, rivals=rivals(PLAIN, compiled=False))
         for cell in CELLS
-        if cell.shape.endswith(" 512x512") and (cell.dtype, cell.mode) == ("float32", FORWARD)
+        if cell.shape in QUICK and (cell.dtype, cell.mode) == ("float32", FORWARD)
     ]
 
 

@@ -55,26 +55,49 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("cell", cells, ids=str, indirect=True)
 
 
-def _estimate(item: pytest.Item, machine: plan.Machine, memory: bool) -> plan.Cell:
-    """The cell of a test, as ``plan`` sees it."""
-    suite, cell = item.module, item.callspec.params["cell"]
-    device = item.config.getoption("device")
+class Estimates:
+    """Cells as ``plan`` sees them. Work is counted once for all dtypes, in bytes of an element."""
 
-    def seconds(name: str) -> float:
-        return plan.call_s(*suite.work(name, cell, device), cell.dtype, machine)
+    def __init__(self, device: str, machine: plan.Machine) -> None:
+        self.device, self.machine = device, machine
+        self.work: dict[tuple[str, ...], tuple[int, float]] = {}
+        self.suites: set[str] = set()
 
-    by_name = {name: seconds(name) for name in dict.fromkeys(n for n, _ in cell.rivals)}
-    ours = [plan.Way("fastfuse", min(seconds("fastfuse"), *by_name.values()), rival=False)] * 2
-    rivals = [
-        plan.Way(
-            measure.Variant(name, print, layout).title,
-            by_name[name],
-            compiles=name.startswith("compiled"),
+    def _work(self, suite: Any, name: str, cell: Any) -> tuple[int, float]:
+        key, itemsize = (suite.OP, name, cell.shape, cell.mode), getattr(torch, cell.dtype).itemsize
+        if key not in self.work:
+            flops, nbytes = suite.work(name, cell, self.device)
+            self.work[key] = flops, nbytes / itemsize
+        flops, elements = self.work[key]
+        return flops, elements * itemsize
+
+    def of(self, item: pytest.Item) -> plan.Cell:
+        suite, cell = item.module, item.callspec.params["cell"]
+
+        def seconds(name: str) -> float:
+            return plan.call_s(*self._work(suite, name, cell), cell.dtype, self.machine)
+
+        rivals = tuple(
+            plan.Way(
+                measure.Variant(name, print, layout).title,
+                seconds(name),
+                compiles=name.startswith("compiled"),
+            )
+            for name, layout in cell.rivals
         )
-        for name, layout in cell.rivals
-    ]
-    nbytes = suite.work("fastfuse", cell, device)[1]
-    return plan.Cell(item.nodeid, suite.OP, (*ours, *rivals), nbytes=nbytes, memory=memory)
+        fastest = min(rival.seconds for rival in rivals)
+        ours = plan.Way("fastfuse", min(seconds("fastfuse"), fastest), rival=False)
+        first = suite.OP not in self.suites
+        self.suites.add(suite.OP)
+        nbytes = self._work(suite, "fastfuse", cell)[1]
+        return plan.Cell(
+            item.nodeid,
+            suite.OP,
+            (ours, ours, *rivals),
+            nbytes,
+            memory=first,
+            first_turn=getattr(suite, "FIRST_TURN", 0),
+        )
 
 
 class Run:
@@ -112,12 +135,10 @@ class Run:
             },
             compile_s=compile_s,
         )
-        seen: set[str] = set()
-        cells = []
+        estimates, cells = Estimates(device, machine), []
         for item in items:
             self.say(f"estimates {item.name}")
-            cells.append(_estimate(item, machine, memory=item.module.OP not in seen))
-            seen.add(item.module.OP)
+            cells.append(estimates.of(item))
         self.plan = plan.Plan(cells, machine, budget, self.now)
         by_key = {item.nodeid: item for item in items}
         items[:] = [by_key[cell.key] for cell in self.plan.cells]

@@ -5,10 +5,11 @@
    without any rival is dropped, for nothing would check it, and does not use up a turn.
 3. Cells are taken while all of them fit with MIN_ROUNDS rounds and without compiled rivals. One
    that does not fit is dropped, and the next one tried.
-4. Compiled rivals are added to the cells taken, in the same order, while they fit.
+4. Compiled rivals are added to the cells taken, in the same order, while they fit; then, in each
+   suite's first cell, peak memory.
 5. What is left goes to more rounds, as many for every cell.
 
-Peak memory is measured in the first cell of a suite alone. Times are estimates: of a call, its
+Times are estimates: of a call, its
 FLOPs over the rate of matrix products and its bytes over the copy rate; of a cell, the calls and
 what lies around them. What is left of the time is what the clock says, and estimates of cells to
 come grow or shrink with what those before them took (``Plan.pace``).
@@ -20,15 +21,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from measure import MIN_ROUNDS, settled_call_s
+from measure import LONG_CALL_S, MIN_ROUNDS, settled_call_s
 
 __all__ = ["Cell", "Machine", "Plan", "Way", "call_s", "in_turns"]
 
-RIVAL_SHARE = 1 / 12
+RIVAL_SHARE = 1 / 16
 MAX_ROUNDS = 20
-CHECK_CALLS = 2  # one that is checked and one that warms up
 CELL_S = 1.5  # of the buffers of the copy rate, garbage and tables
-PREPARED_RATE = 0.05  # of the copy rate: random inputs, and results compared
+PREPARED_RATE = 0.05  # of the copy rate: random inputs, and results compared,
+PREPARED_MOST_S = 1.5  # and most that this takes, for a model's traffic is no input
 PEAK_S = 1.5  # of a process that measures the peak of one call
 LEAST_ROUNDS_S = 0.5  # tiny calls get so many seconds of rounds
 
@@ -42,7 +43,7 @@ class Machine:
     compile_s: float
 
 
-def call_s(flops: int, nbytes: int, dtype: str, machine: Machine) -> float:
+def call_s(flops: float, nbytes: float, dtype: str, machine: Machine) -> float:
     return flops / machine.gemm_rates[dtype] + nbytes / machine.copy_rate
 
 
@@ -55,10 +56,14 @@ class Way:
     rival: bool = True
     compiles: bool = False
 
+    def check_s(self, machine: Machine) -> float:
+        """Until the rounds: the call that is checked, and of short ones another that warms up."""
+        calls = 1 if self.seconds > LONG_CALL_S else 2
+        return calls * self.seconds + machine.compile_s * self.compiles
+
     def least_s(self, machine: Machine) -> float:
         """With as few rounds as there may be."""
-        calls = CHECK_CALLS * self.seconds + MIN_ROUNDS * settled_call_s(self.seconds)
-        return calls + machine.compile_s * self.compiles
+        return self.check_s(machine) + MIN_ROUNDS * settled_call_s(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,9 @@ class Cell:
 
     Args:
         key: names it among all.
-        nbytes: of a way's inputs and results.
+        nbytes: that a call of fastfuse reads and writes.
+        memory: whether peak memory is measured.
+        first_turn: of its suite.
         left_out: rivals that are not measured, by title, with the reasons.
         dropped: why it is not measured at all, or nothing.
     """
@@ -75,8 +82,9 @@ class Cell:
     key: str
     suite: str
     ways: tuple[Way, ...]
-    nbytes: int
+    nbytes: float
     memory: bool = False
+    first_turn: int = 0
     left_out: Mapping[str, str] = field(default_factory=dict)
     dropped: str = ""
     rounds: int = MIN_ROUNDS
@@ -85,11 +93,10 @@ class Cell:
         return max(LEAST_ROUNDS_S, self.rounds * sum(settled_call_s(w.seconds) for w in self.ways))
 
     def seconds(self, machine: Machine) -> float:
-        prepared = len(self.ways) * self.nbytes / (PREPARED_RATE * machine.copy_rate)
-        checked = sum(CHECK_CALLS * way.seconds for way in self.ways)
-        compiled = machine.compile_s * sum(way.compiles for way in self.ways)
+        prepared = min(PREPARED_MOST_S, self.nbytes / (PREPARED_RATE * machine.copy_rate))
+        checked = sum(way.check_s(machine) for way in self.ways)
         peaks = sum(PEAK_S + w.seconds for w in self.ways if not w.compiles) * self.memory
-        return CELL_S + prepared + checked + compiled + self.rounds_s() + peaks
+        return CELL_S + prepared * len(self.ways) + checked + self.rounds_s() + peaks
 
     def without(self, titles: Iterable[str], reason: str) -> Cell:
         gone = dict.fromkeys(titles, reason)
@@ -99,12 +106,12 @@ class Cell:
 
 def in_turns(cells: Sequence[Cell]) -> list[Cell]:
     """One of every suite, and again; what is dropped comes last."""
-    taken: dict[str, int] = {}
+    next_turn: dict[str, int] = {}
     turns = []
     for cell in cells:
-        turn = math.inf if cell.dropped else taken.get(cell.suite, 0)
-        taken[cell.suite] = taken.get(cell.suite, 0) + (not cell.dropped)
-        turns.append(turn)
+        turn = next_turn.setdefault(cell.suite, cell.first_turn)
+        next_turn[cell.suite] += not cell.dropped
+        turns.append(math.inf if cell.dropped else turn)
     order = sorted(range(len(cells)), key=lambda i: turns[i])
     return [cells[i] for i in order]
 
@@ -155,7 +162,7 @@ class Plan:
         found: list[Cell] = []
         for cell in self.cells:
             if not cell.dropped:
-                plain = self._uncompiled(cell)
+                plain = self._least(cell)
                 needed = pace * plain.seconds(machine)
                 if needed <= left:
                     left, cell = left - needed, plain
@@ -163,15 +170,23 @@ class Plan:
                     reason = f"would take {needed:.0f} s of the {max(left, 0):.0f} s left"
                     cell = replace(cell, dropped=reason)
             found.append(cell)
-        for i, (cell, whole) in enumerate(zip(found, self.cells, strict=True)):
-            more = pace * (whole.seconds(machine) - cell.seconds(machine))
-            if not cell.dropped and more <= left:
-                found[i], left = whole, left - more
+        for added in (self._compiled, self._with_peaks):
+            for i, (cell, asked) in enumerate(zip(found, self.cells, strict=True)):
+                more = added(cell, asked)
+                needed = pace * (more.seconds(machine) - cell.seconds(machine))
+                if not cell.dropped and needed <= left:
+                    found[i], left = more, left - needed
         return self._with_rounds(found, left)
 
-    def _uncompiled(self, cell: Cell) -> Cell:
+    def _least(self, cell: Cell) -> Cell:
         titles = [way.title for way in cell.ways if way.compiles]
-        return cell.without(titles, "there is no time left to compile it") if titles else cell
+        return replace(cell.without(titles, "no time was left to compile it"), memory=False)
+
+    def _compiled(self, cell: Cell, asked: Cell) -> Cell:
+        return replace(cell, ways=asked.ways, left_out=asked.left_out)
+
+    def _with_peaks(self, cell: Cell, asked: Cell) -> Cell:
+        return replace(cell, memory=asked.memory)
 
     def _with_rounds(self, cells: list[Cell], left: float) -> list[Cell]:
         """All with the most rounds that fit (5)."""

@@ -348,11 +348,11 @@ def test_cells_are_planned_in_turns() -> None:
 def test_a_rival_that_takes_more_than_its_share_is_left_out() -> None:
     slow, fast = _planned("a0", "a", 5.0), _planned("a1", "a", 0.01)
     mixed = plan.Cell("b0", "b", (*slow.ways, plan.Way("quick", 0.01)), nbytes=1)
-    planned = plan.Plan([slow, fast, mixed], MACHINE, 120).fit(0)
+    planned = plan.Plan([slow, fast, mixed], MACHINE, 160).fit(0)
     assert _keys(planned) == ["a1", "b0"]  # what is dropped does not use up a turn
     assert [way.title for way in planned[1].ways] == ["fastfuse", "quick"]
-    assert planned[1].left_out == {"eager 0": "would take 25 s, more than its share, 10 s"}
-    assert planned[2].dropped == "every rival would take 25 s or more, over its share, 10 s"
+    assert planned[1].left_out == {"eager 0": "would take 20 s, more than its share, 10 s"}
+    assert planned[2].dropped == "every rival would take 20 s or more, over its share, 10 s"
 
 
 def test_rounds_are_reduced_before_cells_are_dropped_and_compiled_rivals_before_cells() -> None:
@@ -369,7 +369,7 @@ def test_rounds_are_reduced_before_cells_are_dropped_and_compiled_rivals_before_
     assert {cell.rounds for cell in everything} == {plan.MAX_ROUNDS}
     some = fit(sum(least) + 2.5 * compiling)
     assert [len(cell.ways) for cell in some] == [3, 3, 2, 2, 2]
-    assert some[2].left_out == {"compiled": "there is no time left to compile it"}
+    assert some[2].left_out == {"compiled": "no time was left to compile it"}
     assert {cell.rounds for cell in some} == {measure.MIN_ROUNDS}
     few = fit(sum(least) - 1)
     assert _keys(few) == ["a0", "a1", "a2", "a3"]
