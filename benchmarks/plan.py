@@ -1,18 +1,9 @@
-"""What a run of limited time measures: one rule, for the plan and again before every cell.
+"""What a run of limited time measures: RULE, for the plan and again before every cell.
 
-1. Cells are taken in turns, one of every suite; a suite lists its own most important first.
-2. A rival that alone would take more than RIVAL_SHARE of the time is left out of its cell. A cell
-   without any rival is dropped, for nothing would check it, and does not use up a turn.
-3. Cells are taken while all of them fit with MIN_ROUNDS rounds and without compiled rivals. One
-   that does not fit is dropped, and the next one tried.
-4. Compiled rivals are added to the cells taken, in the same order, while they fit; then, in each
-   suite's first cell, peak memory.
-5. What is left goes to more rounds, as many for every cell.
-
-Times are estimates: of a call, its
-FLOPs over the rate of matrix products and its bytes over the copy rate; of a cell, the calls and
-what lies around them. What is left of the time is what the clock says, and estimates of cells to
-come grow or shrink with what those before them took (``Plan.pace``).
+Times are estimates: of a call, its FLOPs over the rate of matrix products and its bytes over the
+copy rate; of a cell, the calls and what lies around them. What is left of the time is what the
+clock says, and estimates of cells to come grow or shrink with what those before them took
+(``Plan.pace``).
 """
 
 from __future__ import annotations
@@ -23,8 +14,17 @@ from dataclasses import dataclass, field, replace
 
 from measure import LONG_CALL_S, MIN_ROUNDS, settled_call_s
 
-__all__ = ["Cell", "Machine", "Plan", "Way", "call_s", "in_turns"]
+__all__ = ["RULE", "Cell", "Machine", "Plan", "Way", "call_s", "in_turns"]
 
+RULE = """\
+1. Cells are taken in turns, one of every suite; a suite lists its own most important first.
+2. A rival that alone would take more than a sixteenth of the time is left out of its cell. A cell
+   without any rival is dropped, for nothing would check it, and does not use up a turn.
+3. Cells are taken while all of them fit with 3 rounds and without compiled rivals. One that does
+   not fit is dropped, and the next one tried.
+4. Compiled rivals are added to the cells taken, in the same order, while they fit; then, in each
+   suite's first cell, peak memory.
+5. What is left goes to more rounds, as many for every cell."""
 RIVAL_SHARE = 1 / 16
 MAX_ROUNDS = 20
 CELL_S = 1.5  # of the buffers of the copy rate, garbage and tables
@@ -117,7 +117,7 @@ def in_turns(cells: Sequence[Cell]) -> list[Cell]:
 
 
 class Plan:
-    """The rule (see above) applied to cells; ``cells`` are those to come, in order.
+    """RULE applied to cells; ``cells`` are those to come, in order.
 
     Args:
         budget_s: the whole time.

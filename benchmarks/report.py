@@ -297,15 +297,16 @@ def tables(cells: Sequence[dict[str, Any]], rates: Rates) -> list[Table]:
 _READING = """\
 Medians of interleaved rounds in one process: every round times each variant once, and one copy.
 Every rival's result was compared with fastfuse's before it was timed; naive (BatchNorm) computes
-something else by definition, so only its shapes were. Where PyTorch computes something wrong, the
-variant says what. A speedup is the variant's median over that of the fastest fastfuse. GB/s are the
-bytes that must move (each input read once, each result written once) over the median; their share
-is that of the copy rate measured in the same cell. GFLOP/s are the products and sums that a variant
-itself does (by the counter of PyTorch and the formulas of the ops) over its median; for
-depthwise_conv2d and the blocks those of the definition, the same for every variant, without what is
-computed a second time. Their share is that of a large matrix product of the same dtype, measured in
-the same run. Peak extra memory is that of one call in a process of its own, its result included.
-Kept for backward is what lies between the passes, x included and parameters not."""
+something else by definition, so only its shapes were. Where a rival differs, both are held against
+a composition in float64; the variant says what PyTorch gets wrong, and by how much. A speedup is
+the variant's median over that of the fastest fastfuse. GB/s are the bytes that must move (each
+input read once, each result written once) over the median; their share is that of the copy rate
+measured in the same cell. GFLOP/s are the products and sums that a variant itself does (by the
+counter of PyTorch and the formulas of the ops) over its median; for depthwise_conv2d and the blocks
+those of the definition, the same for every variant, without what is computed a second time. Their
+share is that of a large matrix product of the same dtype, measured in the same run. Peak extra
+memory is that of one call in a process of its own, its result included. Kept for backward is what
+lies between the passes, x included and parameters not."""
 
 
 def _run(
@@ -461,7 +462,7 @@ def _rule(dropped: Sequence[dict[str, Any]]) -> str:
         return ""
     rows = [[cell["op"], cell_name(cell), cell["dropped"]] for cell in dropped]
     table = Table("Not measured for want of time", ["op", "cell", "why"], 3, rows=rows)
-    return f"{table.markdown()}\n\n{(plan.__doc__ or '').partition('Peak memory')[0].strip()}"
+    return f"{table.markdown()}\n\n{plan.RULE}"
 
 
 def _draw(report: dict[str, Any], folder: Path) -> bool:
