@@ -1,7 +1,8 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
-#   make bench         build, run the quick benchmarks, write bench-results/
+#   make bench         build, run the quick benchmarks in six minutes, write bench-results/
 #   make test          build, run the fast tests
 # and: bench-full, test-all, test-triton, test-sanitize, test-torch, lint, format, wheel, clean
+# CPU=avx2, avx512 or portable: as on a processor of that class, for bench and test.
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +25,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# What makes fastfuse, oneDNN, PyTorch and MKL take a class of instructions.
+ON_avx512 := FASTFUSE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 \
+    MKL_ENABLE_INSTRUCTIONS=AVX512
+ON_avx2 := FASTFUSE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+    MKL_ENABLE_INSTRUCTIONS=AVX2
+ON_portable := FASTFUSE_ISA=portable ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default \
+    MKL_ENABLE_INSTRUCTIONS=SSE4_2
+ifneq ($(CPU),)
+ifeq ($(ON_$(CPU)),)
+$(error CPU must be one of avx2, avx512, portable; got $(CPU))
+endif
+endif
+ON := $(ON_$(CPU))
+
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 # test-torch: the torch that runs what TORCH has built, in an environment of its own.
@@ -48,16 +63,16 @@ $(BUILT): $(READY) $(NATIVE)
 	touch $@
 
 bench: $(BUILT)
-	$(BIN)/python -m fastfuse bench --quick --out bench-results
+	$(ON) $(BIN)/python -m fastfuse bench --quick --out bench-results
 
 bench-full: $(BUILT)
-	$(BIN)/python -m fastfuse bench --out bench-results
+	$(ON) $(BIN)/python -m fastfuse bench --out bench-results
 
 test: $(BUILT)
-	$(PYTEST) -m "not slow"
+	$(ON) $(PYTEST) -m "not slow"
 
 test-all: $(BUILT)
-	$(PYTEST)
+	$(ON) $(PYTEST)
 
 test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 	@for version in $(TRITON); do \

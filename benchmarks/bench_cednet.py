@@ -14,31 +14,33 @@ Rivals, with shared weights, in both memory formats, weights included:
 
 The comparison with ConvNeXt-T + FPN is in ``paper_tables.py``.
 
-Quick runs leave out UPerNet and compiled rivals.
+Quick runs measure forward alone, without compiled rivals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import plain_cednet
 import torch
 import whole
-from measure import Variant
-from peak_memory import peak_extra_memory
+from measure import Allowance
+from peak_memory import of_variants
 from torch import Tensor, nn
-from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, Cell
+from whole import BOTH, DTYPES, FORWARD, OURS, Cell, rivals
 
 from fastfuse import models
 
-__all__ = ["CELLS", "Cell", "build", "cells"]
+__all__ = ["CELLS", "Cell", "build", "cells", "work"]
 
 OP = "cednet"
+FIRST_TURN = 4  # after the main shape of every op, both dtypes, with and without backward
 RIVALS = ("eager, linear", "eager, 1x1 conv")
 SIZES = {"800x1280": (800, 1280), "512x512": (512, 512), "64x64": (64, 64)}
 CELLS = [
-    Cell(f"{model} {size}", dtype, mode)
+    Cell(f"{model} {size}", dtype, mode, rivals(*RIVALS, compiled=True))
     for model, size, mode in (
         ("backbone", "800x1280", FORWARD),
         ("RetinaNet", "800x1280", FORWARD),
@@ -82,7 +84,9 @@ class Loss(nn.Module):
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if regime != "fresh":
         return []
-    return [cell for cell in CELLS if not quick or not cell.shape.startswith("UPerNet")]
+    if not quick:
+        return CELLS
+    return [replace(c, rivals=rivals(*RIVALS, compiled=False)) for c in CELLS if c.mode == FORWARD]
 
 
 def _model(name: str, kind: str) -> nn.Module:
@@ -122,23 +126,13 @@ def build(
     return whole.call(wrapped, name, shapes, layout, dtype, mode, device, sequence=False)
 
 
-def test_cednet(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    names = (OURS, *RIVALS) if request.config.getoption("quick") else (OURS, *RIVALS, COMPILED)
+work = partial(whole.work, build)
 
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        progress("measures peak memory")
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != COMPILED]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        tiny = {"shape": f"{cell.shape.split()[0]} 64x64"}
-        peaks = peak_extra_memory(f"{__name__}:build", cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
 
+def test_cednet(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    tiny = {"shape": f"{cell.shape.split()[0]} 64x64"}
+    memory = of_variants(f"{__name__}:build", cell, tiny, device)
     info = whole.measure(
-        OP, build, cell, names, benchmark, device, progress,
-        memory=memory if cell.mode == BOTH else None,
-    )  # fmt: skip
+        OP, build, cell, benchmark, device, allowance, memory=memory if cell.mode == BOTH else None
+    )
     assert info["variants"]

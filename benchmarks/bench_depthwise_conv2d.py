@@ -13,28 +13,34 @@ float32 and one shape alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import Variant, compare, current_regime
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor
 
 import fastfuse
-from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 OP = "depthwise_conv2d"
 FORWARD, BOTH = "forward", "forward + backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 DTYPES = ("float32", "bfloat16")
-# PyTorch 2.13's (oneDNN 3.12's) on CPUs with bfloat16 instructions, of dilated kernels on wide
-# channels_last images: other numbers from call to call, as large as 1e33.
-UNRELIABLE = {2: "gradient of weight"}
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ SHAPES: dict[str, Depthwise] = {
     "96x128x128, 7x7": Depthwise(96, 128, 128),
 }
 MAIN = tuple(SHAPES)
-QUICK = ("512x25x40, 7x7 dilated 3", "192x64x64, 7x7")
-DETAILED = "192x64x64, 7x7"  # in quick runs its compiled rival, in full ones its memory
+DETAILED = "192x64x64, 7x7"  # its memory is measured, and in quick runs its compiled rival
+QUICK = (DETAILED, "512x25x40, 7x7 dilated 3")
 KERNELS = {
     **{f"192x64x64, {k}x{k}": Depthwise(192, 64, 64, kernel_size=k) for k in (3, 5, 9)},
     "512x64x64, 3x3 dilated 12": Depthwise(512, 64, 64, kernel_size=3, dilation=12),
@@ -116,15 +122,9 @@ def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> Callable[[], Any]:
     """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
-    generator = torch.Generator().manual_seed(0)
-    format_ = memory_format(layout == CHANNELS_LAST)
-    what = SHAPES[shape]
+    random, what = random_tensors(name, layout, dtype, device), SHAPES[shape]
     channels, d = what.channels, what.dilation
     padding = d * (what.kernel_size // 2)
-
-    def random(size: Sequence[int], scale: float = 1.0) -> Tensor:
-        x = torch.randn(size, generator=generator) * scale
-        return x.to(device, getattr(torch, dtype))
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return fastfuse.depthwise_conv2d(x, weight, bias, dilation=d)
@@ -135,8 +135,8 @@ def build(
     function = ours if name == "fastfuse" else eager
     if name == "compiled":
         function = torch.compile(eager, dynamic=False, fullgraph=True)
-    x = random(what.image).contiguous(memory_format=format_)
-    parameters = random(what.weight, scale=1 / what.kernel_size), random((channels,))
+    x = random(*what.image)
+    parameters = random(*what.weight, scale=1 / what.kernel_size), random(channels)
 
     if mode == FORWARD:
 
@@ -146,7 +146,7 @@ def build(
 
         return forward
 
-    grad_output = random(what.image).contiguous(memory_format=format_)
+    grad_output = random(*what.image)
     leaves = [tensor.requires_grad_() for tensor in (x, *parameters)]
 
     def both() -> tuple[Tensor, ...]:
@@ -154,6 +154,9 @@ def build(
         return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
     return both
+
+
+work = partial(measure.work, build)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -172,18 +175,20 @@ def conventional_flops(shape: str, mode: str) -> int:
     return of_pass * (1 if mode == FORWARD else 3)
 
 
-def _tolerances(cell: Cell, device: str) -> list[float]:
+def _tolerances(cell: Cell) -> dict[str, float]:
     """Of the output and the gradients of x, weight and bias.
 
     Roundings of the long sums over pixels partly cancel: they grow with the fourth root of the
     products. bfloat16 is summed in float32 and rounded once, by either way.
     """
     what, dtype = SHAPES[cell.shape], getattr(torch, cell.dtype)
-    found = [tolerance(dtype, roundings=2)] * (1 if cell.mode == FORWARD else 2)
+    found = {"output": tolerance(dtype, roundings=2)}
     if cell.mode == BOTH:
         pixels = what.batch * what.height * what.width
         reduction = pixels**0.5 if cell.dtype == "float32" else 1.0
-        found += [tolerance(dtype, roundings=2, reduction=reduction)] * 2
+        summed = tolerance(dtype, roundings=2, reduction=reduction)
+        found |= {"gradient of x": found["output"]}
+        found |= {"gradient of weight": summed, "gradient of bias": summed}
     return found
 
 
@@ -194,33 +199,19 @@ def _variants(cell: Cell, device: str) -> list[Variant]:
 
     layouts = (CONTIGUOUS,) if cell.shape == "tiny" else LAYOUTS
     variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
-    unreliable = UNRELIABLE if (cell.dtype, device) == ("bfloat16", "cpu") else {}
     for name, layout in cell.rivals:
-        optional = name == "compiled"
-        variants.append(variant(name, layout, optional=optional, unreliable=unreliable))
+        variants.append(variant(name, layout, optional=name == "compiled"))
     if not cell.rivals:
         variants.append(variant("eager", CHANNELS_LAST, timed=False))
     return variants
 
 
-def test_depthwise_conv2d(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
-    variants = _variants(cell, device)
-
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != "compiled"]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target, tiny = f"{__name__}:build", {"shape": "tiny"}
-        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
+def test_depthwise_conv2d(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    variants, tiny = _variants(cell, device), cell.shape == "tiny"
     what = SHAPES[cell.shape]
+    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
     work = conventional_flops(cell.shape, cell.mode)
-    measures_memory = cell.shape == DETAILED and current_regime() == "fresh" and not quick
+    measures_memory = cell.shape == DETAILED and current_regime() == "fresh"
     info = compare(
         benchmark,
         variants,
@@ -234,14 +225,15 @@ def test_depthwise_conv2d(
             "mode": cell.mode,
             "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
         },
-        tolerances=_tolerances(cell, device),
-        budget_s=1 if tiny else 2 if quick else 6,
+        tolerances=_tolerances(cell),
+        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
+        budget_s=1 if tiny else 6,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
         flops=None if tiny else {variant.name: work for variant in variants},
         host=tiny,
         memory=memory if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

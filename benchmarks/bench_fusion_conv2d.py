@@ -7,31 +7,39 @@ fastfuse nothing and eager a pass.
 - eager: upsample -> concat -> ``F.conv2d``.
 - compiled: ``torch.compile`` of eager, compiled before the clock starts.
 
-Quick runs measure UPerNet's fusion and PSPNet's, the latter forward only. On CPUs they leave out
-what takes longest: both layouts and compiled (in its faster layout) are measured forward in float32
-alone, memory forward alone; everything else in the faster layout. What bounds the op is the GEMM:
-there is only fresh memory.
+Quick runs measure UPerNet's fusion, its pooling, which a slow processor has time for, and PSPNet's
+forward. On CPUs compiled is measured forward in float32
+alone, in its faster layout. What bounds the op is the GEMM: there is only fresh memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import Variant, compare, count_flops, current_regime
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor
 
 import fastfuse
-from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 OP = "fusion_conv2d"
 FORWARD, BOTH = "forward", "forward + backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 
 Shape = tuple[int, int, int]  # (C, H, W) of one level
@@ -96,7 +104,9 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if regime != "fresh":
         return []
     if quick:
-        found = [_quick(DETAILED, d, m, device) for m in (FORWARD, BOTH) for d in DTYPES]
+        modes = (FORWARD, BOTH)
+        found = [_quick(DETAILED, dtype, mode, device) for dtype in DTYPES for mode in modes]
+        found += [_quick("UPer pooling", dtype, mode, device) for dtype in DTYPES for mode in modes]
         found += [_quick("PSP fusion", dtype, FORWARD, device) for dtype in DTYPES]
     else:
         found = [
@@ -115,14 +125,10 @@ def _rivals(shape: str, mode: str) -> tuple[tuple[str, str], ...]:
 
 
 def _quick(shape: str, dtype: str, mode: str, device: str) -> Cell:
-    faster = CHANNELS_LAST if dtype == "float32" or device == "cuda" else CONTIGUOUS
-    both = tuple(("eager", layout) for layout in LAYOUTS)
-    detailed = shape == DETAILED and mode == FORWARD
-    if detailed and (dtype == "float32" or device == "cuda"):
-        return Cell(shape, dtype, mode, (*both, ("compiled", faster)))
-    if device == "cuda":
-        return Cell(shape, dtype, mode, both)
-    return Cell(shape, dtype, mode, (("eager", faster),), (CHANNELS_LAST,))
+    rivals = tuple(("eager", layout) for layout in LAYOUTS)
+    if (shape, mode) == (DETAILED, FORWARD) and (dtype == "float32" or device == "cuda"):
+        rivals += (("compiled", CHANNELS_LAST),)
+    return Cell(shape, dtype, mode, rivals)
 
 
 def _fastfuse(features: Sequence[Tensor], weight: Tensor) -> Tensor:
@@ -145,14 +151,7 @@ def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> Callable[[], Any]:
     """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
-    generator = torch.Generator().manual_seed(0)
-    format_ = memory_format(layout == CHANNELS_LAST)
-
-    def random(*size: int, scale: float = 1.0) -> Tensor:
-        x = torch.randn(size, generator=generator) * scale
-        return x.to(device, getattr(torch, dtype)).contiguous(memory_format=format_)
-
-    fusion = SHAPES[shape]
+    random, fusion = random_tensors(name, layout, dtype, device), SHAPES[shape]
     k, channels = fusion.kernel_size, sum(c for c, _, _ in fusion.levels)
     features = [random(fusion.batch, *level) for level in fusion.levels]
     weight = random(fusion.out_channels, channels, k, k, scale=fusion.products**-0.5)
@@ -178,6 +177,9 @@ def build(
     return both
 
 
+work = partial(measure.work, build)
+
+
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
     """Levels and weight read once and the output written once; backward the same the other way."""
     fusion = SHAPES[shape]
@@ -188,7 +190,7 @@ def moved_bytes(shape: str, dtype: str, mode: str) -> int:
     return values * getattr(torch, dtype).itemsize * (1 if mode == FORWARD else 2)
 
 
-def _tolerances(cell: Cell, device: str) -> list[float]:
+def _tolerances(cell: Cell, device: str) -> dict[str, float]:
     """Of the output and the gradients of the levels and of the weight.
 
     In float32 the roundings of long sums partly cancel: they grow with the fourth root of the
@@ -205,7 +207,9 @@ def _tolerances(cell: Cell, device: str) -> list[float]:
     else:
         rounded = [1.0, *(r if device == "cuda" else 1.0 for r in ratios), 1.0]
         found = [tolerance(dtype, roundings=4, reduction=r) for r in rounded]
-    return found[:1] if cell.mode == FORWARD else found
+    levels = [f"gradient of level {i}" for i in range(len(ratios))]
+    every = dict(zip(["output", *levels, "gradient of weight"], found, strict=True))
+    return {"output": every["output"]} if cell.mode == FORWARD else every
 
 
 def _variants(cell: Cell, device: str) -> list[Variant]:
@@ -222,30 +226,13 @@ def _variants(cell: Cell, device: str) -> list[Variant]:
 
 
 def _flops(cell: Cell, device: str) -> dict[str, int]:
-    def count(name: str) -> int:
-        arguments = (name, CHANNELS_LAST, cell.shape, cell.dtype, cell.mode, device)
-        return count_flops(lambda: build(*arguments))
-
-    eager = count("eager")
-    return {"fastfuse": count("fastfuse"), "eager": eager, "compiled": eager}
+    return {name: work(name, cell, device)[0] for name in ("fastfuse", "eager", "compiled")}
 
 
-def test_fusion_conv2d(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
-
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != "compiled"]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target, tiny = f"{__name__}:build", {"shape": "tiny"}
-        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
+def test_fusion_conv2d(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    tiny = cell.shape == "tiny"
+    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
     measures_memory = cell.shape == DETAILED and current_regime() == "fresh"
-    measures_memory = measures_memory and (not quick or cell.mode == FORWARD)
     info = compare(
         benchmark,
         _variants(cell, device),
@@ -258,14 +245,14 @@ def test_fusion_conv2d(
             "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
         },
         tolerances=_tolerances(cell, device),
-        budget_s=1 if tiny else 4 if quick else 15,
-        min_rounds=3,
+        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
+        budget_s=1 if tiny else 15,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
         flops=None if tiny else _flops(cell, device),
         host=tiny,
         memory=memory if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

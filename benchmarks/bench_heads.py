@@ -9,21 +9,23 @@ for each channel, and a pooled branch has one per image). Dropout is off, so tha
 Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
 format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.
 
-Quick runs measure float32 at 512 x 512: every head forward, and the training step of UPerHead.
+Quick runs measure UPerHead and PSPHead at 512 x 512, float32 forward, without compiled ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import plain_heads
 import whole
-from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, PLAIN, Cell
+from measure import Allowance
+from whole import BOTH, DTYPES, FORWARD, OURS, PLAIN, Cell, rivals
 
 from fastfuse import heads
 
-__all__ = ["CELLS", "Cell", "build", "cells"]
+__all__ = ["CELLS", "Cell", "build", "cells", "work"]
 
 OP = "heads"
 SIZES = {"512x512": (512, 512), "512x1024": (512, 1024)}
@@ -37,8 +39,9 @@ HEADS = {
     "SepASPPHead": RESNET,
     "FCNHead": RESNET,
 }
+QUICK = ("UPerHead 512x512", "PSPHead 512x512")
 CELLS = [
-    Cell(f"{head} {size}", dtype, mode)
+    Cell(f"{head} {size}", dtype, mode, rivals(PLAIN, compiled=True))
     for head in HEADS
     for size in SIZES
     for dtype in DTYPES
@@ -51,13 +54,10 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
         return []
     if not quick:
         return CELLS
-    kept = {(head, FORWARD) for head in HEADS} | {("UPerHead", BOTH)}
     return [
-        cell
+        replace(cell, rivals=rivals(PLAIN, compiled=False))
         for cell in CELLS
-        if cell.dtype == "float32"
-        and cell.shape.endswith(" 512x512")
-        and (cell.shape.split()[0], cell.mode) in kept
+        if cell.shape in QUICK and (cell.dtype, cell.mode) == ("float32", FORWARD)
     ]
 
 
@@ -78,9 +78,9 @@ def build(
     return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=True)
 
 
-def test_heads(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    names = (OURS, PLAIN) if request.config.getoption("quick") else (OURS, PLAIN, COMPILED)
-    info = whole.measure(OP, build, cell, names, benchmark, device, progress)
+work = partial(whole.work, build)
+
+
+def test_heads(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    info = whole.measure(OP, build, cell, benchmark, device, allowance)
     assert info["variants"]

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ced_blocks
-from ced_blocks import CHANNELS_LAST, CONTIGUOUS, DTYPES, LAYOUTS, Block, Call, Cell
+import measure
+from ced_blocks import DTYPES, LAYOUTS, Block, Call, Cell
+from measure import Allowance
 
-__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells"]
+__all__ = ["DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "lr_ced_block"
 SHAPES = {  # at 1/32 of an image of 512x512, and of 800x1280
@@ -31,18 +33,17 @@ def build(name: str, layout: str, shape: str, dtype: str, mode: str, device: str
     return ced_blocks.build(SHAPES[shape], name, layout, dtype, mode, device)
 
 
-def test_lr_ced_block(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
+work = partial(measure.work, build)
+
+
+def test_lr_ced_block(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
     info = ced_blocks.measure(
         OP,
         SHAPES,
-        DETAILED,
         cell,
         benchmark=benchmark,
         device=device,
-        quick=request.config.getoption("quick"),
         target=f"{__name__}:build",
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

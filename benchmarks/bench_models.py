@@ -4,33 +4,35 @@ PSPNet with ResNet-50 at output stride 8 and UPerNet with ResNet-50 at 32, 150 c
 512 x 512. The plain model has plain heads (``plain_heads``) and a backbone of ``nn.Conv2d`` only;
 weights are shared. Modes, rivals and counts are those of ``bench_heads``.
 
-Quick runs measure float32 forward.
+Quick runs measure UPerNet, float32 forward, without compiled ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import plain_heads
 import whole
+from measure import Allowance
 from torch import nn
-from whole import BOTH, COMPILED, DTYPES, FORWARD, OURS, PLAIN, Cell
+from whole import BOTH, DTYPES, FORWARD, OURS, PLAIN, Cell, rivals
 
 import fastfuse
 from fastfuse import heads
 from fastfuse.models import ResNetV1c, Segmentor
 
-__all__ = ["CELLS", "Cell", "build", "cells"]
+__all__ = ["CELLS", "Cell", "build", "cells", "work"]
 
 OP = "models"
 IMAGE = (512, 512)
 MODELS = {  # output stride, head, its in_channels
-    "PSPNet": (8, "PSPHead", 2048),
     "UPerNet": (32, "UPerHead", [256, 512, 1024, 2048]),
+    "PSPNet": (8, "PSPHead", 2048),
 }
 CELLS = [
-    Cell(f"{model} ResNet-50 512x512", dtype, mode)
+    Cell(f"{model} ResNet-50 512x512", dtype, mode, rivals(PLAIN, compiled=True))
     for model in MODELS
     for dtype in DTYPES
     for mode in (FORWARD, BOTH)
@@ -40,7 +42,13 @@ CELLS = [
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if regime != "fresh":
         return []
-    return [c for c in CELLS if not quick or (c.dtype, c.mode) == ("float32", FORWARD)]
+    if not quick:
+        return CELLS
+    return [
+        replace(cell, rivals=rivals(PLAIN, compiled=False))
+        for cell in CELLS
+        if cell.shape.startswith("UPerNet") and (cell.dtype, cell.mode) == ("float32", FORWARD)
+    ]
 
 
 def build(
@@ -62,9 +70,9 @@ def build(
     return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=False)
 
 
-def test_models(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    names = (OURS, PLAIN) if request.config.getoption("quick") else (OURS, PLAIN, COMPILED)
-    info = whole.measure(OP, build, cell, names, benchmark, device, progress)
+work = partial(whole.work, build)
+
+
+def test_models(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    info = whole.measure(OP, build, cell, benchmark, device, allowance)
     assert info["variants"]

@@ -6,29 +6,38 @@ Rivals, with random inputs and fresh results:
 - eager: upsample every tap, shift it and add it up; in bfloat16 this is done in float32.
 - compiled: ``torch.compile`` of eager, compiled before the clock starts.
 
-Backward is the adjoint alone, of a gradient of the output. Quick runs measure the ratio 2 alone, on
-CPUs against eager in its faster layout, and compiled forward in float32 in fresh memory only.
+Backward is the adjoint alone, of a gradient of the output. Quick runs measure the ratio 2 alone,
+and on CPUs compiled forward in float32 in fresh memory only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import measure
 import torch
-from measure import Variant, compare, current_regime
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor
 
 import fastfuse
-from fastfuse.ops.layout import memory_format
 from fastfuse.ops.tap_sum.reference import reference
 from fastfuse.tolerances import tolerance
 
 OP = "tap_sum"
 FORWARD, BACKWARD = "forward", "backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 DTYPES = ("float32", "bfloat16")
 
@@ -90,7 +99,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
 
 
 def _quick_rivals(dtype: str, mode: str, regime: str) -> list[tuple[str, str]]:
-    rivals = [("eager", CHANNELS_LAST if mode == FORWARD else CONTIGUOUS)]
+    rivals = [("eager", layout) for layout in LAYOUTS]
     if (dtype, mode, regime) == ("float32", FORWARD, "fresh"):
         rivals.append(("compiled", CHANNELS_LAST))
     return rivals
@@ -100,17 +109,10 @@ def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> Callable[[], Tensor]:
     """A call of a variant: inputs are the same for every one."""
-    generator = torch.Generator().manual_seed(0)
-    format_ = memory_format(layout == CHANNELS_LAST)
-
-    def random(size: Sequence[int]) -> Tensor:
-        x = torch.randn(size, generator=generator).to(device, getattr(torch, dtype))
-        return x.contiguous(memory_format=format_)
-
-    what = SHAPES[shape]
+    random, what = random_tensors(name, layout, dtype, device), SHAPES[shape]
     k, size = what.kernel_size, what.output_shape[2:]
     if name == "fastfuse" and mode == BACKWARD:
-        gradient = random(what.output_shape)
+        gradient = random(*what.output_shape)
         geometry = (*what.taps_shape[2:], *size, k, k // 2, False, layout == CHANNELS_LAST)
         return lambda: torch.ops.fastfuse.tap_sum_backward(gradient, *geometry)
 
@@ -121,7 +123,7 @@ def build(
     if name == "compiled":
         function = torch.compile(composed, dynamic=False)
     if mode == FORWARD:
-        taps = random(what.taps_shape)
+        taps = random(*what.taps_shape)
 
         def forward() -> Tensor:
             with torch.no_grad():
@@ -131,9 +133,8 @@ def build(
 
         return forward
 
-    gradient = random(what.output_shape)
-    taps = torch.zeros(what.taps_shape, dtype=gradient.dtype, device=device)
-    taps = taps.contiguous(memory_format=format_).requires_grad_()
+    gradient = random(*what.output_shape)
+    taps = random(*what.taps_shape).zero_().requires_grad_()
     graph: list[Tensor] = []
 
     def backward() -> Tensor:
@@ -144,6 +145,9 @@ def build(
     return backward
 
 
+work = partial(measure.work, build)
+
+
 def moved_bytes(shape: str, dtype: str) -> int:
     """The taps and the output once each, in either direction."""
     what = SHAPES[shape]
@@ -151,13 +155,14 @@ def moved_bytes(shape: str, dtype: str) -> int:
     return values * getattr(torch, dtype).itemsize
 
 
-def _tolerance(cell: Cell) -> float:
+def _tolerances(cell: Cell) -> dict[str, float]:
     """In float32 a gradient sums as many values as read a tap; in bfloat16 both ways sum so too."""
     what = SHAPES[cell.shape]
     values = 4.0 * (what.target / what.side) ** 2
     sums = cell.mode == BACKWARD and cell.dtype == "float32"
     reduction = values**0.5 if sums else 1.0
-    return tolerance(getattr(torch, cell.dtype), roundings=2, reduction=reduction)
+    name = "output" if cell.mode == FORWARD else "gradient of taps"
+    return {name: tolerance(getattr(torch, cell.dtype), roundings=2, reduction=reduction)}
 
 
 def _variants(cell: Cell, device: str) -> list[Variant]:
@@ -171,18 +176,8 @@ def _variants(cell: Cell, device: str) -> list[Variant]:
     return variants
 
 
-def test_tap_sum(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != "compiled"]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target, tiny = f"{__name__}:build", {"shape": "tiny"}
-        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
+def test_tap_sum(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
     measures_memory = cell.dtype == "float32" and current_regime() == "fresh"
     info = compare(
         benchmark,
@@ -195,13 +190,12 @@ def test_tap_sum(
             "mode": cell.mode,
             "series": "main",
         },
-        tolerances=[_tolerance(cell)],
-        budget_s=3 if request.config.getoption("quick") else 8,
-        min_rounds=3,
-        max_rounds=20,
+        tolerances=_tolerances(cell),
+        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
+        budget_s=8,
         device=device,
         nbytes=moved_bytes(cell.shape, cell.dtype),
         memory=memory if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

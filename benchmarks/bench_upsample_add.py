@@ -12,23 +12,32 @@ layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import Variant, compare, current_regime
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor
 
 import fastfuse
-from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 OP = "upsample_add"
 FORWARD, BOTH = "forward", "forward + backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 DTYPES = ("float32", "bfloat16")
 
@@ -93,18 +102,12 @@ def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> Callable[[], Any]:
     """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
-    generator = torch.Generator().manual_seed(0)
-    format_ = memory_format(layout == CHANNELS_LAST)
+    random = random_tensors(name, layout, dtype, device)
     channels, source, target = SHAPES[shape]
-
-    def random(size: Size) -> Tensor:
-        x = torch.randn(1, channels, *size, generator=generator)
-        return x.to(device, getattr(torch, dtype)).contiguous(memory_format=format_)
-
     function = fastfuse.upsample_add if name == "fastfuse" else _eager
     if name == "compiled":
         function = torch.compile(_eager, dynamic=False, fullgraph=True)
-    x, skip = random(source), random(target)
+    x, skip = (random(1, channels, *size) for size in (source, target))
 
     if mode == FORWARD:
 
@@ -114,7 +117,7 @@ def build(
 
         return forward
 
-    grad_output = random(target)
+    grad_output = random(1, channels, *target)
     leaves = [x.requires_grad_(), skip.requires_grad_()]
 
     def both() -> tuple[Tensor, ...]:
@@ -122,6 +125,9 @@ def build(
         return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
     return both
+
+
+work = partial(measure.work, build)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -133,14 +139,15 @@ def moved_bytes(shape: str, dtype: str, mode: str) -> int:
     return values * getattr(torch, dtype).itemsize
 
 
-def _tolerances(cell: Cell) -> list[float]:
+def _tolerances(cell: Cell) -> dict[str, float]:
     """Rounding after every step on their side; a gradient sums as many values as read a pixel."""
     _, (h, w), (height, width) = SHAPES[cell.shape]
     dtype = getattr(torch, cell.dtype)
     readers = 4 * height * width / h / w
-    found = [tolerance(dtype, roundings=4)]
+    found = {"output": tolerance(dtype, roundings=4)}
     if cell.mode == BOTH:
-        found += [tolerance(dtype, roundings=4, reduction=readers), tolerance(dtype)]
+        found["gradient of x"] = tolerance(dtype, roundings=4, reduction=readers)
+        found["gradient of skip"] = tolerance(dtype)
     return found
 
 
@@ -158,22 +165,10 @@ def _variants(cell: Cell, device: str) -> list[Variant]:
     return variants
 
 
-def test_upsample_add(
-    benchmark: Any, cell: Cell, device: str, request: Any, progress: Callable[[str], None]
-) -> None:
-    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
-    variants = _variants(cell, device)
-
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != "compiled"]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target, tiny = f"{__name__}:build", {"shape": "tiny"}
-        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
-    measures_memory = cell.shape == LARGEST and cell.dtype == "float32" and not quick
+def test_upsample_add(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
+    variants, tiny = _variants(cell, device), cell.shape == "tiny"
+    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
+    measures_memory = cell.shape == LARGEST and cell.dtype == "float32"
     measures_memory = measures_memory and current_regime() == "fresh"
     channels, source, target = SHAPES[cell.shape]
     info = compare(
@@ -189,12 +184,13 @@ def test_upsample_add(
             "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
         },
         tolerances=_tolerances(cell),
-        budget_s=1 if tiny else 2 if quick else 6,
+        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
+        budget_s=1 if tiny else 6,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
         host=tiny,
         memory=memory if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

@@ -21,19 +21,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import Variant, compare, current_regime
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor, nn
 
 import fastfuse
-from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 OP = "upsample_equalize_concat"
 FORWARD, BOTH = "forward", "forward + backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 NAIVE_DIFFERS = "statistics of the batch instead of constants"
 
@@ -158,6 +166,7 @@ _BUILDERS: dict[str, Callable[..., Callable[..., Tensor]]] = {
     "eager": _eager,
     "eager, equalized first": _equalized_first,
     "compiled": _compiled,
+    EXACT: _eager,
 }
 
 
@@ -165,14 +174,7 @@ def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> Callable[[], Any]:
     """A call of a variant: inputs are the same for every one, results (output, *gradients)."""
-    generator = torch.Generator().manual_seed(0)
-    format_ = memory_format(layout == CHANNELS_LAST)
-
-    def random(*size: int) -> Tensor:
-        x = torch.randn(size, generator=generator).to(device, getattr(torch, dtype))
-        return x.contiguous(memory_format=format_)
-
-    levels = SHAPES[shape]
+    random, levels = random_tensors(name, layout, dtype, device), SHAPES[shape]
     features = [random(1, *level) for level in levels]
     channels = [c for c, _, _ in levels]
     function = _BUILDERS[name](channels, device)
@@ -197,6 +199,11 @@ def build(
     return both
 
 
+def work(name: str, cell: Cell, device: str) -> tuple[int, int]:
+    """FLOPs and bytes of a variant; naive's as eager's, for counters cannot follow its modules."""
+    return measure.work(build, "eager" if name == "naive" else name, cell, device)
+
+
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
     """Every level read once and the output written once; backward the same the other way."""
     levels = SHAPES[shape]
@@ -205,14 +212,16 @@ def moved_bytes(shape: str, dtype: str, mode: str) -> int:
     return values * getattr(torch, dtype).itemsize * (1 if mode == FORWARD else 2)
 
 
-def _tolerances(cell: Cell) -> list[float]:
+def _tolerances(cell: Cell) -> dict[str, float]:
     """Rounding after every step on their side; a gradient sums as many values as read a pixel."""
     levels = SHAPES[cell.shape]
     dtype = getattr(torch, cell.dtype)
-    found = [tolerance(dtype, roundings=4)]
+    found = {"output": tolerance(dtype, roundings=4)}
     if cell.mode == BOTH:
         pixels = levels[0][1] * levels[0][2]
-        found += [tolerance(dtype, roundings=4, reduction=4 * pixels / h / w) for _, h, w in levels]
+        for i, (_, h, w) in enumerate(levels):
+            readers = 4 * pixels / h / w
+            found[f"gradient of level {i}"] = tolerance(dtype, roundings=4, reduction=readers)
     return found
 
 
@@ -232,24 +241,10 @@ def _variants(cell: Cell, device: str) -> list[Variant]:
 
 
 def test_upsample_equalize_concat(
-    benchmark: Any,
-    cell: Cell,
-    device: str,
-    request: Any,
-    progress: Callable[[str], None],
+    benchmark: Any, cell: Cell, device: str, allowance: Allowance
 ) -> None:
-    quick, tiny = request.config.getoption("quick"), cell.shape == "tiny"
-    variants = _variants(cell, device)
-
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name != "compiled"]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target, tiny = f"{__name__}:build", {"shape": "tiny"}
-        peaks = peak_extra_memory(target, cases, warm_up=tiny, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
+    variants, tiny = _variants(cell, device), cell.shape == "tiny"
+    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
     measures_memory = cell.dtype == "float32" and cell.rivals and not tiny
     measures_memory = measures_memory and current_regime() == "fresh"
     info = compare(
@@ -264,12 +259,13 @@ def test_upsample_equalize_concat(
             "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
         },
         tolerances=_tolerances(cell),
-        budget_s=2 if tiny else 5 if quick else 8,
+        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
+        budget_s=2 if tiny else 8,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
         host=tiny,
         memory=memory if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )
     assert info["variants"]

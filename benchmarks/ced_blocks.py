@@ -28,17 +28,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import Variant, compare, current_regime, kept_bytes
-from peak_memory import peak_extra_memory
+from measure import (
+    CHANNELS_LAST,
+    CONTIGUOUS,
+    EXACT,
+    Allowance,
+    Variant,
+    compare,
+    current_regime,
+    kept_bytes,
+    random_tensors,
+)
+from peak_memory import of_variants
 from torch import Tensor
 
 import fastfuse
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
-from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 FORWARD, BOTH = "forward", "forward + backward"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 DTYPES = ("float32", "bfloat16")
 OURS, KEEPING = "fastfuse", "fastfuse, recompute=False"
@@ -93,13 +101,15 @@ class Cell:
 def cells(
     shapes: Mapping[str, Block], detailed: str, quick: bool, regime: str, device: str
 ) -> list[Cell]:
-    """Of one op. Quick runs measure ``detailed`` forward too, and its memory in float32."""
+    """Of one op. Quick runs measure ``detailed`` forward too."""
     if regime == "huge pages" or (quick and regime != "fresh"):
         return []  # images of fastfuse lie in huge pages anyway
     main = [shape for shape in shapes if shape != TINY]
     if quick:
-        found = [_quick(detailed, dtype, FORWARD, device) for dtype in DTYPES]
-        found += [_quick(shape, dtype, BOTH, device) for shape in main for dtype in DTYPES]
+        modes = (BOTH, FORWARD)
+        found = [_quick(detailed, dtype, mode, device) for mode in modes for dtype in DTYPES]
+        others = [shape for shape in main if shape != detailed]
+        found += [_quick(shape, dtype, BOTH, device) for shape in others for dtype in DTYPES]
     else:
         rivals = _every(*EAGER, *COMPILED)
         found = [
@@ -202,14 +212,12 @@ class Call:
 
 def build(block: Block, name: str, layout: str, dtype: str, mode: str, device: str) -> Call:
     """A call of a variant: inputs are the same for every one."""
-    generator, dtype_ = torch.Generator().manual_seed(0), getattr(torch, dtype)
-
-    def image() -> Tensor:
-        x = torch.randn(block.image, generator=generator).to(device, dtype_)
-        return x.contiguous(memory_format=memory_format(layout == CHANNELS_LAST))
-
-    x, grad_output = image(), image() if mode == BOTH else None
-    parameters = block_parameters(block.parameters, generator, device, dtype_)
+    random = random_tensors(name, layout, dtype, device)
+    x, grad_output = random(*block.image), random(*block.image) if mode == BOTH else None
+    generator = torch.Generator().manual_seed(1)
+    parameters = block_parameters(block.parameters, generator, device, getattr(torch, dtype))
+    if name == EXACT:
+        parameters = [parameter.double() for parameter in parameters]
     if mode == BOTH:
         for leaf in (x, *parameters):
             leaf.requires_grad_()
@@ -232,7 +240,7 @@ def conventional_flops(block: Block, mode: str) -> int:
     return per_pixel * block.height * block.width * (1 if mode == FORWARD else 3)
 
 
-def tolerances(block: Block, cell: Cell) -> list[float]:
+def tolerances(block: Block, cell: Cell) -> dict[str, float]:
     """Of the output and the gradients of x and the parameters.
 
     In float32 the roundings of the long sums over pixels partly cancel: they grow with the fourth
@@ -240,18 +248,20 @@ def tolerances(block: Block, cell: Cell) -> list[float]:
     sums the gradients of a norm in bfloat16.
     """
     dtype = getattr(torch, cell.dtype)
-    found = [tolerance(dtype, roundings=4)]
+    found = {"output": tolerance(dtype, roundings=4)}
     if cell.mode == FORWARD:
         return found
     cancelling = (block.height * block.width) ** 0.5
     if cell.dtype == "float32":
-        of_parameters = tolerance(dtype, roundings=4, reduction=cancelling)
-        return [*found, *found, *[of_parameters] * len(block.parameters)]
-    summed = tolerance(dtype, roundings=8)
-    found.append(summed)
+        of_x = found["output"]
+        of_parameters = of_norms = tolerance(dtype, roundings=4, reduction=cancelling)
+    else:
+        of_x = of_parameters = tolerance(dtype, roundings=8)
+        of_norms = tolerance(dtype, roundings=8, reduction=cancelling)
+    found["gradient of x"] = of_x
     for name in block.parameters:
-        of_norm = tolerance(dtype, roundings=8, reduction=cancelling)
-        found.append(of_norm if name.startswith("norm") else summed)
+        allowed = of_norms if name.startswith("norm") else of_parameters
+        found[f"gradient of {name}"] = allowed
     return found
 
 
@@ -260,14 +270,9 @@ def _variants(block: Block, cell: Cell, device: str) -> list[Variant]:
         call = build(block, name, layout, cell.dtype, cell.mode, device)
         return Variant(name, call, layout, **more)
 
-    unreliable = {}
-    if (cell.dtype, device) == ("bfloat16", "cpu") and block.dilation is not None:
-        name = "dw2_weight"  # see bench_depthwise_conv2d
-        unreliable = {["output", "x", *block.parameters].index(name): f"gradient of {name}"}
     variants = [variant(name, layout, rival=False) for name, layout in cell.ours]
     for name, layout in cell.rivals:
-        optional = name in COMPILED
-        variants.append(variant(name, layout, optional=optional, unreliable=unreliable))
+        variants.append(variant(name, layout, optional=name in COMPILED))
     return variants
 
 
@@ -280,30 +285,18 @@ def _kept(variant: Variant) -> int:
 def measure(
     op: str,
     shapes: Mapping[str, Block],
-    detailed: str,
     cell: Cell,
     *,
     benchmark: Any,
     device: str,
-    quick: bool,
     target: str,
-    progress: Callable[[str], None],
+    allowance: Allowance,
 ) -> dict[str, Any]:
     """Measures a cell. ``target``: the suite's function that builds a call from a shape's name."""
     block, tiny = shapes[cell.shape], cell.shape == TINY
 
-    def memory(variants: Sequence[Variant]) -> list[int | None]:
-        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if v.name not in COMPILED]
-        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        peaks = peak_extra_memory(target, cases, warm_up={"shape": TINY}, device=device)
-        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
-        return [by_title.get(v.title) for v in variants]
-
     measures_memory = cell.mode == BOTH and current_regime() == "fresh" and not tiny
-    measures_peak = measures_memory and (
-        not quick or (cell.shape, cell.dtype) == (detailed, "float32")
-    )
+    memory = of_variants(target, cell, {"shape": TINY}, device)
     work = conventional_flops(block, cell.mode)
     return compare(
         benchmark,
@@ -319,14 +312,14 @@ def measure(
             "series": "overhead" if tiny else "main",
         },
         tolerances=tolerances(block, cell),
-        budget_s=1 if tiny else 3 if quick else 10,
-        min_rounds=3,
+        exact=lambda: build(block, EXACT, CONTIGUOUS, cell.dtype, cell.mode, device)(),
+        budget_s=1 if tiny else 10,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else moved_bytes(block, cell.dtype, cell.mode),
         flops=None if tiny else dict.fromkeys((OURS, KEEPING, *EAGER, *COMPILED), work),
         host=tiny,
-        memory=memory if measures_peak else None,
+        memory=memory if measures_memory else None,
         kept=_kept if measures_memory else None,
-        progress=progress,
+        allowance=allowance,
     )

@@ -14,7 +14,7 @@
 #
 # matplotlib is optional (without it there is no plot). The quick benchmarks of every op are the
 # default; --full takes longer than the rest together, --op verifies and measures only ops of that
-# name. Without --full everything ends within 10 minutes. (The report is written after every suite:
+# name. Without --full everything ends within 10 minutes. (The report is written after every cell:
 # what was measured before a limit is in it.)
 # --dry-run walks what can run without a GPU: the build, and collecting tests and benchmarks.
 #
@@ -124,7 +124,7 @@ else
     step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out" "${ops[@]}"
   else
     step "benchmarks" 240 "$python" benchmarks/report.py --device cuda --out "$out" --quick \
-      "${ops[@]}"
+      --budget 210 "${ops[@]}"
   fi
 fi
 

@@ -14,6 +14,7 @@ between two events, with the L2 cache flushed before.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -26,24 +27,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastfuse.ops.layout import memory_format
 from fastfuse.verify import MismatchError
 
 __all__ = [
+    "CHANNELS_LAST",
+    "CONTIGUOUS",
+    "EXACT",
+    "MIN_ROUNDS",
     "REGIMES",
+    "Agreement",
+    "Allowance",
     "Clock",
     "CopyRoof",
     "Variant",
     "check_agreement",
     "compare",
-    "count_flops",
+    "compile_seconds",
+    "count_work",
     "current_regime",
     "gemm_rate",
     "kept_bytes",
     "plain_float32",
+    "random_tensors",
+    "settled_call_s",
+    "too_long",
+    "work",
 ]
 
+CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+EXACT = "exact"  # the variant that computes in float64
 # How large results get their memory on the CPU; the same for every variant of a run.
 REGIMES: dict[str, dict[str, str]] = {
     "fresh": {},  # as installed: fresh pages; fastfuse asks for huge ones
@@ -57,9 +74,11 @@ REGIMES: dict[str, dict[str, str]] = {
 COPY_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # of one buffer; far beyond the caches
 COPY_PAIRS = 2  # freshly allocated per cell: which pages a buffer gets decides its rate
 L2_FLUSH_BYTES = 256 << 20
-GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+GEMM_SIZE = {"cpu": (256, 512, 1024, 2048), "cuda": (2048, 8192)}
+GEMM_CALL_S = 0.2
 
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
+SLOWER_LAYOUT = 1.25  # times as slow as a rival's other layout when checked: not its better one
 MAX_WARM_UP_CALLS, WARM_UP_S = 2, 0.2  # of a variant, after the call whose result was checked
 # Before every timed call. A virtual machine may give free pages back to its host, and fetching one
 # takes milliseconds: with fewer calls that is what is measured, at random.
@@ -77,8 +96,6 @@ class Variant:
         layout: of inputs and results; for the tables.
         rival: False for fastfuse itself.
         differs: why its values are not ours by definition; only shapes and dtypes are then checked.
-        unreliable: tensors, by index with a name, that PyTorch gets wrong on some machines: there
-            it is recorded that they do not agree, and the variant is timed all the same.
         optional: needs what a machine may lack (a compiler); left out with the reason if it raises.
         timed: False for one that only checks the others.
     """
@@ -88,7 +105,6 @@ class Variant:
     layout: str = ""
     rival: bool = True
     differs: str = ""
-    unreliable: Mapping[int, str] = field(default_factory=dict)
     optional: bool = False
     timed: bool = True
 
@@ -107,6 +123,23 @@ def current_regime() -> str:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def random_tensors(name: str, layout: str, dtype: str, device: str) -> Callable[..., Tensor]:
+    """A source of a variant's inputs, ``(*size, scale=1)``: the same values for every variant.
+
+    For the variant EXACT these values, rounded to the dtype, are float64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    format_ = memory_format(layout == CHANNELS_LAST)
+
+    def random(*size: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(size, generator=generator).mul_(scale)
+        x = x.to(device, getattr(torch, dtype))
+        x = x.double() if name == EXACT else x
+        return x.contiguous(memory_format=format_) if len(size) == 4 else x
+
+    return random
 
 
 class Clock:
@@ -165,16 +198,76 @@ def plain_float32() -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def count_flops(build: Callable[[], Callable[[], Any]]) -> int:
-    """FLOPs of the call that ``build`` returns, by the formulas of its ops; nothing is computed."""
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        build()()
-    return counter.get_total_flops()
+class _Bytes(TorchDispatchMode):
+    """Counts the bytes of every op's operands and results; views have none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            leaves = tree_leaves((args, kwargs, results))
+            self.count += sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+        return results
+
+
+def count_work(build: Callable[[], Callable[[], Any]]) -> tuple[int, int]:
+    """FLOPs of the call that ``build`` returns, by the formulas of its ops, and bytes that these
+    read and write; nothing is computed. What is built before holds real tensors, and may.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as flops:
+        call = build()
+        with _Bytes() as moved:
+            call()
+    return flops.get_total_flops(), moved.count
+
+
+def work(build: Callable[..., Any], name: str, cell: Any, device: str) -> tuple[int, int]:
+    """FLOPs and bytes of a variant of a cell, a compiled one's as its eager one's."""
+    name = name.replace("compiled", "eager")
+    arguments = (name, CHANNELS_LAST, cell.shape, cell.dtype, cell.mode, device)
+    return count_work(lambda: build(*arguments))
+
+
+def compile_seconds(device: str) -> float:
+    """Of a compilation by torch.compile, after one that loads the compiler; or until it failed."""
+
+    def add(x: Tensor) -> Tensor:
+        return x + 1
+
+    def fuse(x: Tensor) -> Tensor:
+        up = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return torch.cat([(up - 0.1) / 0.5, (up - 0.2) / 0.7], dim=1)
+
+    x, seconds = torch.ones(1, 8, 64, 64, device=device), 0.0
+    for function in (add, fuse):
+        begin = time.perf_counter()
+        with contextlib.suppress(Exception), torch.no_grad():
+            torch.compile(function, dynamic=False)(x)
+        seconds = time.perf_counter() - begin
+    torch._dynamo.reset()
+    return seconds
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large square product: the better of ``F.linear`` and a 1x1 conv2d."""
-    n = GEMM_SIZE[device]
+    """FLOPs per second of a square product: the better of ``F.linear`` and a 1x1 conv2d.
+
+    The product is as large as takes GEMM_CALL_S at most: it lasts about as long on every machine.
+    """
+    rate, n = 0.0, GEMM_SIZE[device][0]
+    for size in GEMM_SIZE[device]:
+        if rate and 2 * size**3 / rate > GEMM_CALL_S:
+            break
+        n = size
+        rate = _gemm_rate(device, dtype, n, rounds=2)
+    return max(rate, _gemm_rate(device, dtype, n, rounds=3))
+
+
+def _gemm_rate(device: str, dtype: torch.dtype, n: int, rounds: int) -> float:
     x = torch.randn(n, n, device=device, dtype=dtype)
     weight = torch.randn(n, n, device=device, dtype=dtype)
     pixels = x.view(1, n // 32, 32, n).permute(0, 3, 1, 2)  # channels_last
@@ -182,7 +275,7 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
     with torch.no_grad():
         best = min(
             clock(call)
-            for _ in range(5)
+            for _ in range(rounds)
             for call in (
                 lambda: F.linear(x, weight),
                 lambda: F.conv2d(pixels, weight[:, :, None, None]),
@@ -207,6 +300,16 @@ def kept_bytes(call: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
     return sum(nbytes for address, nbytes in kept.items() if address not in known)
 
 
+@dataclass
+class Agreement:
+    """What ``check_agreement`` found, by the variants' titles."""
+
+    usable: list[Variant]
+    left_out: dict[str, str] = field(default_factory=dict)  # why it cannot run
+    wrong: dict[str, str] = field(default_factory=dict)  # tensors, and how far they are off
+    seconds: dict[str, float] = field(default_factory=dict)  # of the call that was checked
+
+
 def _tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
@@ -214,7 +317,8 @@ def _tensors(result: Any) -> list[Tensor]:
 def _relative_error(result: Tensor, expected: Tensor) -> float:
     """As in ``fastfuse.tolerances``, one image and a few channels at a time to stay small."""
     difference, scale = 0.0, 1e-30
-    wide = torch.promote_types(result.dtype, torch.float32)
+    widest = torch.promote_types(result.dtype, expected.dtype)
+    wide = torch.promote_types(widest, torch.float32)
     axis = min(1, result.ndim - 1)
     for a, b in zip(result.split(64, axis), expected.split(64, axis), strict=True):
         error = (a.to(wide) - b.to(wide)).abs_().max().item()
@@ -226,35 +330,32 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
 
 def check_agreement(
     variants: Sequence[Variant],
-    tolerances: Sequence[float],
-    seconds: dict[str, float] | None = None,
-    wrong: dict[str, str] | None = None,
-) -> tuple[list[Variant], dict[str, str]]:
+    tolerances: Mapping[str, float],
+    exact: Callable[[], Any] | None = None,
+) -> Agreement:
     """Runs every variant once and holds its tensors against the first variant's.
 
-    Tensors beyond ``tolerances`` (gradients of a rival's own parameters) are not compared.
+    Tensors beyond ``tolerances`` (gradients of a rival's own parameters) are not compared. Where a
+    rival differs, ``exact`` decides: ours must be within the tolerance of it, and what is wrong
+    with the rival is recorded.
 
     Args:
-        seconds: gets what each of these calls took, by title.
-        wrong: gets what of the unreliable does not agree, by title.
-
-    Returns:
-        the variants that can run, and for each other one why it cannot.
+        tolerances: largest relative error of each compared tensor of a result, by its name.
+        exact: computes the same in float64, of the same inputs.
 
     Raises:
         MismatchError: with what differs and by how much; or when nothing could be compared.
     """
-    ours, seconds = variants[0], {} if seconds is None else seconds
-    wrong = {} if wrong is None else wrong
+    ours, found = variants[0], Agreement([variants[0]])
+    truth: list[Tensor] = []
 
     def run(variant: Variant) -> list[Tensor]:
         begin = time.perf_counter()
         result = _tensors(variant.call())
-        seconds[variant.title] = time.perf_counter() - begin
+        found.seconds[variant.title] = time.perf_counter() - begin
         return result
 
-    expected = run(ours)
-    usable, left_out, compared = [ours], {}, 0
+    expected, compared = run(ours), 0
     for variant in variants[1:]:
         try:
             results = run(variant)
@@ -262,30 +363,58 @@ def check_agreement(
             if not variant.optional:
                 raise
             first_line = str(reason).partition("\n")[0]
-            left_out[variant.title] = f"{type(reason).__name__}: {first_line[:200]}"
+            found.left_out[variant.title] = f"{type(reason).__name__}: {first_line[:200]}"
             continue
-        for i, tolerance in enumerate(tolerances):
+        wrong = []
+        for i, (name, tolerance) in enumerate(tolerances.items()):
             a, b = results[i], expected[i]
             if a.shape != b.shape or a.dtype != b.dtype:
                 raise MismatchError(
-                    f"{variant.title}: tensor {i} is {a.dtype} {tuple(a.shape)}; "
+                    f"{variant.title}: {name} is {a.dtype} {tuple(a.shape)}; "
                     f"{ours.title} has {b.dtype} {tuple(b.shape)}"
                 )
             if variant.differs or (error := _relative_error(a, b)) <= tolerance:
                 continue
-            if i in variant.unreliable:
-                name = variant.unreliable[i]
-                wrong[variant.title] = f"wrong {name}, relative error {error:.1e}"
-            else:
+            if exact is None or not variant.rival:
                 raise MismatchError(
-                    f"{variant.title} and {ours.title} differ in tensor {i}: relative error "
+                    f"{variant.title} and {ours.title} differ in {name}: relative error "
                     f"{error:.2e} > {tolerance:.2e}"
                 )
+            truth = truth or _tensors(exact())
+            own, theirs = _relative_error(b, truth[i]), _relative_error(a, truth[i])
+            if not own <= tolerance:
+                raise MismatchError(
+                    f"{ours.title}: {name} is {own:.2e} > {tolerance:.2e} off float64, "
+                    f"{variant.title} {theirs:.2e}"
+                )
+            if not theirs <= tolerance:
+                wrong.append(f"wrong {name}, {theirs:.1e} off float64 and fastfuse {own:.1e}")
+        if wrong:
+            found.wrong[variant.title] = "; ".join(wrong)
         compared += variant.rival and not variant.differs
-        usable.append(variant)
+        found.usable.append(variant)
     if not compared:
         raise MismatchError(f"{ours.title}: no variant computes the same, so nothing was checked")
-    return usable, left_out
+    return found
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What a cell may take, as ``plan`` gives it; by default all that a suite asks for.
+
+    Args:
+        rounds_s: about how long the rounds may take.
+        rival_s: most seconds that MIN_ROUNDS rounds of one rival may take.
+        left_out: rivals that are not measured, by title, with the reasons.
+        memory: whether peak memory is measured.
+        say: told what is being done.
+    """
+
+    rounds_s: float = math.inf
+    rival_s: float = math.inf
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    memory: bool = True
+    say: Callable[[str], None] = lambda text: None
 
 
 def compare(
@@ -293,17 +422,17 @@ def compare(
     variants: Sequence[Variant],
     *,
     info: Mapping[str, Any],
-    tolerances: Sequence[float],
+    tolerances: Mapping[str, float],
     budget_s: float,
-    min_rounds: int = MIN_ROUNDS,
-    max_rounds: int = 30,
+    allowance: Allowance,
+    exact: Callable[[], Any] | None = None,
+    max_rounds: int = 20,
     device: str = "cpu",
     nbytes: int | None = None,
     flops: Mapping[str, int] | None = None,
     host: bool = False,
     memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
     kept: Callable[[Variant], int] | None = None,
-    progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Checks, times and records the variants of one cell. The first variant must be fastfuse.
 
@@ -311,42 +440,44 @@ def compare(
         benchmark: pytest-benchmark's fixture; its own statistics are those of the fastfuse that
             was faster while warming up.
         info: what names the cell (op, shape, dtype, mode), copied to ``extra_info``.
-        tolerances: largest relative error of each compared tensor of a result.
-        budget_s: about how long the rounds may take; at least ``min_rounds`` are run.
+        tolerances, exact: as ``check_agreement`` takes them.
+        budget_s: about how long the rounds may take, and no longer than the allowance has; at
+            least ``MIN_ROUNDS`` are run.
         nbytes: bytes that must move: each input read once, each result written once.
         flops: floating-point operations of each variant, by its name.
         host: time until a call returns to Python: the dispatch overhead of a tiny call.
         memory: the peak extra memory of each variant, in bytes.
         kept: the bytes that a variant keeps for backward.
-        progress: told what is being done.
 
     Returns:
         ``benchmark.extra_info``: ``ours`` (title of the faster fastfuse), ``copy_gbs`` (this cell's
         roof), ``variants`` (median_ms, iqr_ms, speedup of ours over it, gbs, share of the copy
         roof, gflops, peak_bytes, kept_bytes, wrong), ``left_out``.
     """
-    progress("checks that the variants agree")
-    first_calls: dict[str, float] = {}
-    wrong: dict[str, str] = {}
-    variants, left_out = check_agreement(variants, tolerances, first_calls, wrong)
-    variants = [variant for variant in variants if variant.timed]
+    allowance.say("checks that the variants agree")
+    agreement = check_agreement(variants, tolerances, exact)
+    variants = [variant for variant in agreement.usable if variant.timed]
     clock = Clock(device, host=host)
     roof = CopyRoof(device) if nbytes else None
 
-    progress("warms up")
-    estimates = {v.title: _estimate(clock, v, first_calls[v.title]) for v in variants}
+    allowance.say("warms up")
+    estimates = {v.title: _estimate(clock, v, agreement.seconds[v.title]) for v in variants}
+    left_out = {**allowance.left_out, **agreement.left_out}
+    if allowance.rival_s < math.inf:
+        left_out |= too_long(variants, estimates, allowance.rival_s)
+    variants = [v for v in variants if v.title not in left_out]
     first = min((v for v in variants if not v.rival), key=lambda v: estimates[v.title])
     others = [v for v in variants if v is not first]
-    per_round = sum(t + _settling_time(t) for t in estimates.values())
-    rounds = int(budget_s / max(per_round, 1e-6))
-    rounds = max(min_rounds, min(rounds, max_rounds))
+    per_round = sum(settled_call_s(estimates[v.title]) for v in variants)
+    rounds = int(min(budget_s, allowance.rounds_s) / max(per_round, 1e-6))
+    rounds = max(MIN_ROUNDS, min(rounds, max_rounds))
     seconds: dict[str, list[float]] = {v.title: [] for v in variants}
     done = 0
 
     def run_others() -> None:
         nonlocal done
         if done % max(1, rounds // 10) == 0:
-            progress(f"round {done + 1} of {rounds}")
+            allowance.say(f"round {done + 1} of {rounds}")
         for variant in _rotated(others, done):
             _settle(variant.call, estimates[variant.title], device)
             seconds[variant.title].append(clock(variant.call))
@@ -360,8 +491,8 @@ def compare(
 
     benchmark.pedantic(run_ours, setup=run_others, rounds=rounds, iterations=1)
 
-    progress("measures peak memory")
-    peaks = memory(variants) if memory else [None] * len(variants)
+    allowance.say("measures peak memory")
+    peaks = memory(variants) if memory and allowance.memory else [None] * len(variants)
 
     medians = {title: statistics.median(times) for title, times in seconds.items()}
     ours = min((v.title for v in variants if not v.rival), key=medians.__getitem__)
@@ -377,7 +508,7 @@ def compare(
                 "layout": variant.layout,
                 "rival": variant.rival,
                 "differs": variant.differs,
-                "wrong": wrong.get(variant.title, ""),
+                "wrong": agreement.wrong.get(variant.title, ""),
                 "median_ms": median * 1e3,
                 "iqr_ms": (quartiles[2] - quartiles[0]) * 1e3,
                 "min_ms": min(times) * 1e3,
@@ -427,11 +558,36 @@ def _settle(call: Callable[[], Any], seconds: float, device: str) -> None:
             break
 
 
-def _settling_time(seconds: float) -> float:
-    """What ``_settle`` takes for a call of so many seconds."""
+def settled_call_s(seconds: float) -> float:
+    """What a call of so many seconds takes together with ``_settle``."""
     if seconds > LONG_CALL_S:
-        return SETTLING_S
-    return seconds * min(MAX_SETTLING_CALLS, math.ceil(SETTLING_S / max(seconds, 1e-9)))
+        return seconds + SETTLING_S
+    calls = min(MAX_SETTLING_CALLS, math.ceil(SETTLING_S / max(seconds, 1e-9)))
+    return (calls + 1) * seconds
+
+
+def too_long(
+    variants: Sequence[Variant], estimates: Mapping[str, float], rival_s: float
+) -> dict[str, str]:
+    """Rivals that need no more rounds or may have none, by title, with the reasons.
+
+    A rival's slower layout is told by its first calls. The fastest rival always stays.
+    """
+    rivals = sorted((v for v in variants if v.rival), key=lambda v: estimates[v.title])
+    found: dict[str, str] = {}
+    best: dict[str, float] = {}
+    for i, variant in enumerate(rivals):
+        seconds = estimates[variant.title]
+        faster = best.setdefault(variant.name, seconds)
+        if seconds > SLOWER_LAYOUT * faster:
+            ratio = seconds / faster
+            found[variant.title] = f"{ratio:.1f} times as slow as its other layout when checked"
+        elif i and MIN_ROUNDS * settled_call_s(seconds) > rival_s:
+            found[variant.title] = (
+                f"a call takes {seconds:.1f} s, and {MIN_ROUNDS} rounds more than its share of "
+                f"the time, {rival_s:.0f} s"
+            )
+    return found
 
 
 def _rotated(variants: Sequence[Variant], by: int) -> Iterator[Variant]:

@@ -12,7 +12,6 @@ them before anything is timed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compact import lines
 from measure import (
     LONG_CALL_S,
     SETTLING_BYTES,
@@ -191,7 +191,7 @@ def variants(model: str, size: tuple[int, int], dtype: str) -> list[Variant]:
 def check(listed: Sequence[Variant], dtype: str) -> None:
     """Raises MismatchError unless logits and deltas of every level agree."""
     allowed = tolerance(getattr(torch, dtype), roundings=ROUNDINGS)
-    check_agreement(listed, [allowed] * 2 * LEVELS)
+    check_agreement(listed, {f"map {i}": allowed for i in range(2 * LEVELS)})
 
 
 def _settle(call: Callable[[], Any], seconds: float) -> None:
@@ -314,7 +314,7 @@ class Results:
         return {**rows, "size": self.size and list(self.size)}
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        path.write_text(lines(self.as_dict()) + "\n")
 
 
 def _table(title: str, columns: Sequence[str], caption: str = "", left: int = 1) -> Table:

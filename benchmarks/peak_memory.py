@@ -1,8 +1,8 @@
 """The most memory that one call holds beyond its inputs, its result included.
 
-``python peak_memory.py CASES``, a JSON object {"target": "module:function", "cases": [arguments],
-"warm_up": arguments}, prints the peaks in bytes, a JSON list with null where the system does not
-tell.
+``python peak_memory.py`` answers every line of its input, a JSON object {"target":
+"module:function", "cases": [arguments], "warm_up": arguments}, with a line: a JSON list of the
+peaks in bytes, with null where the system does not tell, or an object {"error": text}.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Variant
 
-__all__ = ["peak_extra_memory"]
+__all__ = ["of_variants", "peak_extra_memory"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -33,7 +35,8 @@ def peak_extra_memory(
     """Most bytes that one call holds beyond its inputs, its result included, for every case.
 
     On the CPU each case runs in a fresh process that has called nothing but the warm-up: one
-    process imports, and forks one for each case. Elsewhere than on Linux the peaks are None.
+    process imports, once for all calls of this function, and forks one for each case. Elsewhere
+    than on Linux the peaks are None.
 
     Args:
         target: "module:function" in this folder; it builds the inputs and returns the call.
@@ -42,12 +45,38 @@ def peak_extra_memory(
     """
     if device == "cuda":
         return [_peak_on_cuda(_resolve(target)(**case)) for case in cases]
-    request = json.dumps({"target": target, "cases": list(cases), "warm_up": warm_up})
-    command = [sys.executable, str(Path(__file__).resolve()), request]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"peak memory of {target} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    request = {"target": target, "cases": list(cases), "warm_up": warm_up}
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline() or '{"error": "the process ended"}')
+    if isinstance(answer, dict):
+        raise RuntimeError(f"peak memory of {target} failed: {answer['error']}")
+    return answer
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    command = [sys.executable, str(Path(__file__).resolve())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def of_variants(
+    target: str, cell: Any, warm_up: Arguments, device: str
+) -> Callable[[Sequence[Variant]], list[int | None]]:
+    """Peaks of a cell's variants, for ``measure.compare``; None of those that have to compile."""
+
+    def memory(variants: Sequence[Variant]) -> list[int | None]:
+        where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
+        known = [v for v in variants if not v.optional]
+        cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
+        peaks = peak_extra_memory(target, cases, warm_up=warm_up, device=device)
+        by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
+        return [by_title.get(v.title) for v in variants]
+
+    return memory
 
 
 def _peak_on_cuda(call: Callable[[], Any]) -> int:
@@ -108,5 +137,14 @@ def _peaks(target: str, cases: Sequence[Arguments], warm_up: Arguments) -> list[
     return peaks
 
 
+def _answer(request: str) -> str:
+    try:
+        return json.dumps(_peaks(**json.loads(request)))
+    except Exception as error:
+        traceback.print_exc()
+        return json.dumps({"error": f"{type(error).__name__}: {error}"})
+
+
 if __name__ == "__main__":
-    print(json.dumps(_peaks(**json.loads(sys.argv[1]))))
+    for line in sys.stdin:
+        print(_answer(line), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
 __all__ = ["draw"]
 
@@ -18,6 +21,7 @@ COLORS = {"fresh": "#1f5fa8", "huge pages": "#6fa8dc", "warm": "#e69138"}
 OTHER_COLOR = "#888888"
 PANEL_WIDTH, ROW_HEIGHT, PANEL_MARGIN = 6.2, 0.26, 1.1  # inches
 GROWTH_HEIGHT = 3.6
+MOST_BYTES, COLOR_COUNT, RESOLUTIONS = 180_000, 32, (110, 90, 75, 60, 50)
 MIN_BARS = 3  # of a panel: fewer leave room
 
 Cell = dict[str, Any]
@@ -71,9 +75,19 @@ def draw(report: dict[str, Any], path: Path) -> bool:
         handles = [plt.Rectangle((0, 0), 1, 1, color=_color(regime)) for regime in regimes]
         labels = [f"memory: {regime}" for regime in regimes]
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
     plt.close(figure)
     return True
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """In a palette, and at the best resolution that makes MOST_BYTES at most."""
+    for dpi in RESOLUTIONS:
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=dpi)
+        Image.open(drawn).convert("RGB").quantize(COLOR_COUNT).save(path, optimize=True)
+        if path.stat().st_size <= MOST_BYTES:
+            return
 
 
 def _color(regime: str) -> str:

@@ -1,40 +1,44 @@
 """Runs the benchmark suites and writes report.md, report.json and report.png.
 
-    python benchmarks/report.py --out DIR [--quick] [--op NAME]... [--device cpu|cuda]
+    python benchmarks/report.py --out DIR [--quick [--budget SECONDS]] [--op NAME]...
+        [--device cpu|cuda]
 
-On the CPU each suite runs once per regime of memory allocation (``measure.REGIMES``), for malloc
-and PyTorch read it from the environment when a process starts. The exit code is not zero if a suite
+Quick runs measure what ``plan`` chooses for the time they have, in one process and in fresh memory.
+Others run each suite once per regime of memory allocation (``measure.REGIMES``), for malloc and
+PyTorch read it from the environment when a process starts. The exit code is not zero if a suite
 failed; what the others measured is reported all the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import measure
+import plan
 import torch
+from compact import compact
+from machine import describe, environment
 from rich.console import Console
 from rich.table import Table as RichTable
-
-import fastfuse
 
 HERE = Path(__file__).resolve().parent
 Rates = Mapping[str, float]
 LOG_WIDTH = 190  # of the tables where there is no terminal
 LOG_TAIL = 30  # lines shown of the log of a suite that failed
 SLOWER = "fastfuse is slower"
+BUDGET_S = 330.0  # of quick runs: with one cell more, six minutes
+REPORT_S = 10.0  # of them, for tables and the plot
+LEAST_BUDGET_S = 60.0
 REGIME_NOTES = {
     "fresh": "results in fresh memory; fastfuse asks for huge pages",
     "huge pages": "PyTorch asks for huge pages for everyone (THP_MEM_ALLOC_ENABLE=1)",
@@ -215,6 +219,64 @@ def _overhead(op: str, cells: Iterable[dict[str, Any]]) -> Table:
     return table
 
 
+def _fastest_rival(cell: dict[str, Any]) -> dict[str, Any]:
+    return min((v for v in cell["variants"] if v["rival"]), key=lambda v: v["median_ms"])
+
+
+def _over_best(cell: dict[str, Any]) -> float:
+    return _fastest_rival(cell)["median_ms"] / ours_of(cell)["median_ms"]
+
+
+def overview(cells: Iterable[dict[str, Any]]) -> Table:
+    """A line for every op: over the fastest rival of every cell, least and most."""
+    main = [c for c in cells if c.get("series") == "main"]
+    ways = list(dict.fromkeys((c["dtype"], c["mode"] == "forward") for c in main))
+    ways.sort(key=lambda way: (way[0] != "float32", not way[1]))
+    columns = [f"{dtype}, {'forward' if forward else 'with backward'}" for dtype, forward in ways]
+    table = Table(
+        "how many times longer the fastest rival takes", ["op", *columns, "worst cell"], 1
+    )
+    for op in dict.fromkeys(c["op"] for c in main):
+        row = [op]
+        for way in ways:
+            ratios = [
+                _over_best(c)
+                for c in main
+                if c["op"] == op and (c["dtype"], c["mode"] == "forward") == way
+            ]
+            ends = [_number(end(ratios)) for end in (min, max)] if ratios else []
+            row.append(" to ".join(dict.fromkeys(ends)))
+        worst = min((c for c in main if c["op"] == op), key=_over_best)
+        table.rows.append([*row, f"{cell_name(worst)}: {_ratio(_over_best(worst))}"])
+    return table
+
+
+def verdict(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences: what is slower than a rival, whose results are wrong, what was not measured."""
+    measured = [c for c in cells if c.get("series") in ("main", "overhead")]
+    dropped = [c for c in cells if "dropped" in c]
+    found = [
+        f"slower than a rival: {c['op']}, {cell_name(c)}: {_fastest_rival(c)['title']} takes "
+        f"{_number(_over_best(c), 'x')} our time"
+        for c in measured
+        if _over_best(c) < 1
+    ] or [f"none of {len(measured)} cells is slower than a rival"] * bool(measured)
+    wrong = [
+        f"{c['op']}, {cell_name(c)}: {v['title']}"
+        for c in measured
+        for v in c["variants"]
+        if v["wrong"]
+    ]
+    if wrong:
+        found.append(f"{len(wrong)} results of rivals are wrong, see the report: {wrong[0]}")
+    if left_out := sum(len(c["left_out"]) for c in measured):
+        found.append(f"{left_out} rivals were left out of cells, with reasons in the report")
+    if dropped:
+        names = "; ".join(f"{c['op']} {cell_name(c)}" for c in dropped)
+        found.append(f"{len(dropped)} cells were not measured for want of time: {names}")
+    return found
+
+
 def tables(cells: Sequence[dict[str, Any]], rates: Rates) -> list[Table]:
     """``rates``: GFLOP/s of a large matrix product, by dtype."""
     found = []
@@ -232,92 +294,57 @@ def tables(cells: Sequence[dict[str, Any]], rates: Rates) -> list[Table]:
     return found
 
 
-def _cpu_name() -> str:
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        match = None
-    return match[1] if match else "unknown CPU"
-
-
-def environment(device: str) -> dict[str, Any]:
-    measure.plain_float32()
-    info = fastfuse.info()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": device,
-        "name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "versions": info.versions,
-        "backends": {op: info.backend_of(op, d) for op, d in _first(info, device).items()},
-        "isa": info.isa,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gemm_gflops": {
-            str(dtype).removeprefix("torch."): measure.gemm_rate(device, dtype) / 1e9
-            for dtype in (torch.float32, torch.bfloat16)
-        },
-    }
-
-
-def _first(info: fastfuse.Info, device: str) -> dict[str, str]:
-    """op -> the first device of a kind."""
-    found = {}
-    for op, devices in info.operations.items():
-        found[op] = next(name for name in devices if name.startswith(device))
-    return found
-
-
-def _describe(environment: dict[str, Any]) -> list[str]:
-    e = environment
-    rates = ", ".join(f"{_number(r)} GFLOP/s in {name}" for name, r in e["gemm_gflops"].items())
-    return [
-        f"{e['date']}, {e['name']}, {e['threads']} threads on {e['cores']} cores, CPU instruction "
-        f"set {e['isa']}",
-        ", ".join(f"{name} {version}" for name, version in e["versions"].items()),
-        "backends: " + ", ".join(f"{op}: {name}" for op, name in e["backends"].items()),
-        f"measured roofs: copy {_number(e['copy_gbs']) or '?'} GB/s read and written, GEMM {rates}",
-    ]
-
-
 _READING = """\
 Medians of interleaved rounds in one process: every round times each variant once, and one copy.
 Every rival's result was compared with fastfuse's before it was timed; naive (BatchNorm) computes
-something else by definition, so only its shapes were. Where PyTorch computes something wrong, the
-variant says what. A speedup is the variant's median over that of the fastest fastfuse. GB/s are the
-bytes that must move (each input read once, each result written once) over the median; their share
-is that of the copy rate measured in the same cell. GFLOP/s are the products and sums that a variant
-itself does (by the counter of PyTorch and the formulas of the ops) over its median; for
-depthwise_conv2d and the blocks those of the definition, the same for every variant, without what is
-computed a second time. Their share is that of a large matrix product of the same dtype, measured in
-the same run. Peak extra memory is that of one call in a process of its own, its result included.
-Kept for backward is what lies between the passes, x included and parameters not."""
+something else by definition, so only its shapes were. Where a rival differs, both are held against
+a composition in float64; the variant says what PyTorch gets wrong, and by how much. A speedup is
+the variant's median over that of the fastest fastfuse. GB/s are the bytes that must move (each
+input read once, each result written once) over the median; their share is that of the copy rate
+measured in the same cell. GFLOP/s are the products and sums that a variant itself does (by the
+counter of PyTorch and the formulas of the ops) over its median; for depthwise_conv2d and the blocks
+those of the definition, the same for every variant, without what is computed a second time. Their
+share is that of a large matrix product of the same dtype, measured in the same run. Peak extra
+memory is that of one call in a process of its own, its result included. Kept for backward is what
+lies between the passes, x included and parameters not."""
 
 
-def _run(suite: Path, regime: str, args: argparse.Namespace, log: Path) -> list[dict[str, Any]]:
-    """One suite in a process of its own; raises CalledProcessError when it fails."""
-    result = args.out / ".pytest-benchmark.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", str(suite), "-s", "-q", f"--device={args.device}"]
+def _run(
+    suites: Sequence[Path], regime: str, args: argparse.Namespace, log: Path, more: Sequence[str]
+) -> Iterator[list[dict[str, Any]]]:
+    """Suites in a process of its own: the cells so far, whenever there are more.
+
+    Raises:
+        SuiteError: at the end, if the process failed.
+    """
+    file = args.out.resolve() / ".cells.jsonl"
+    file.write_text("")
+    command = [sys.executable, "-m", "pytest", *map(str, suites), "-s", "-q"]
+    command += [f"--device={args.device}", f"--cells={file}", *more]
     command += ["--quick"] if args.quick else []
     command += ["-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
-    command += [
-        "--durations=0",
-        "--benchmark-columns=median,iqr,rounds",
-        f"--benchmark-json={result}",
-    ]
+    command += ["--durations=0", "--benchmark-columns=median,iqr,rounds"]
     names = {name for variables in measure.REGIMES.values() for name in variables}
     clean = {name: value for name, value in os.environ.items() if name not in names}
+    name = ", ".join(suite.stem for suite in suites)
     with log.open("a") as stream:
-        stream.write(f"\n{suite.name}, {regime}: {' '.join(command)}\n")
+        stream.write(f"\n{name}, {regime}: {' '.join(command)}\n")
         stream.flush()
-        done = subprocess.run(command, env=clean | measure.REGIMES[regime], stdout=stream)
-    cells = []
-    if result.exists() and result.stat().st_size:
-        cells = [b["extra_info"] for b in json.loads(result.read_text())["benchmarks"]]
-        result.unlink()
-    if done.returncode:
-        raise SuiteError(f"{suite.name}, {regime}: exit code {done.returncode}; see {log}", cells)
-    return cells
+        process = subprocess.Popen(command, env=clean | measure.REGIMES[regime], stdout=stream)
+        size, ended = 0, False
+        while not ended:
+            try:
+                process.wait(timeout=1)
+                ended = True
+            except subprocess.TimeoutExpired:
+                pass
+            if file.stat().st_size > size:
+                size = file.stat().st_size
+                text = file.read_text()
+                yield [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    file.unlink()
+    if process.returncode:
+        raise SuiteError(f"{name}, {regime}: exit code {process.returncode}; see {log}")
 
 
 def _regimes(suite: Path, args: argparse.Namespace) -> list[str]:
@@ -329,21 +356,25 @@ def _regimes(suite: Path, args: argparse.Namespace) -> list[str]:
 
 
 class SuiteError(RuntimeError):
-    """A suite failed; ``cells`` are those that it measured."""
-
-    def __init__(self, message: str, cells: list[dict[str, Any]]) -> None:
-        super().__init__(message)
-        self.cells = cells
+    """A suite failed."""
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("bench-results"))
     parser.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help=f"of a quick run, {BUDGET_S:.0f} by default"
+    )
     parser.add_argument("--op", action="append", metavar="NAME", help="only bench_NAME.py")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     args = parser.parse_args()
+    if args.budget is not None and not (args.quick and args.budget >= LEAST_BUDGET_S):
+        parser.error(
+            f"--budget must be {LEAST_BUDGET_S:.0f} seconds or more, and goes with --quick; got "
+            f"{args.budget:g}" + ("" if args.quick else " without --quick")
+        )
     names = [path.stem.removeprefix("bench_") for path in sorted(HERE.glob("bench_*.py"))]
     if unknown := set(args.op or ()) - set(names):
         parser.error(f"no suite for {', '.join(sorted(unknown))}; there are {', '.join(names)}")
@@ -353,37 +384,46 @@ def _parse() -> argparse.Namespace:
 
 def main() -> int:
     args = _parse()
-    console, began = Console(), time.monotonic()
+    console, began = Console(), time.time()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "bench.log"
     log.write_text("")
+    console.print("measures the machine", highlight=False)
     about = environment(args.device)
+    if args.quick:
+        budget = (args.budget or BUDGET_S) - REPORT_S
+        rates = {dtype: rate * 1e9 for dtype, rate in about["gemm_gflops"].items()}
+        limits = [f"--budget={budget}", f"--began={began}", f"--rates={json.dumps(rates)}"]
+        runs = [(args.suites, "fresh", limits)]
+    else:
+        runs = [([suite], r, []) for suite in args.suites for r in _regimes(suite, args)]
 
     cells: list[dict[str, Any]] = []
     failures: list[str] = []
-    for suite in args.suites:
-        regimes = _regimes(suite, args)
-        for i, regime in enumerate(regimes, 1):
-            note = f" (memory: {regime}, {i} of {len(regimes)})" if len(regimes) > 1 else ""
-            console.print(f"{suite.stem}{note}", highlight=False)
-            try:
-                cells += _run(suite, regime, args, log)
-            except SuiteError as error:
-                cells += error.cells
-                failures.append(str(error))
-                console.print("\n".join(log.read_text().splitlines()[-LOG_TAIL:]), markup=False)
-            _write(args.out, about, cells, failures)  # so that an interrupted run leaves something
+    for suites, regime, limits in runs:
+        before = cells
+        if not args.quick:
+            console.print(f"{suites[0].stem} (memory: {regime})", highlight=False)
+        try:
+            for found in _run(suites, regime, args, log, limits):
+                cells = before + found
+                _write(args.out, about, cells, failures)  # an interrupted run leaves something
+        except SuiteError as error:
+            failures.append(str(error))
+            console.print("\n".join(log.read_text().splitlines()[-LOG_TAIL:]), markup=False)
 
-    for table in tables(cells, about["gemm_gflops"]):
-        console.print(table.rich())
-    if not cells:
+    if not any("variants" in cell for cell in cells):
         failures.append("nothing was measured")
-    about["seconds"] = round(time.monotonic() - began)
+    about["seconds"] = round(time.time() - began)
     _write(args.out, about, cells, failures, plot=True)
-    console.print("\n".join(_describe(about)), highlight=False)
-    console.print(f"{about['seconds']} s; wrote {args.out}/report.md", highlight=False)
+    console.print("\n".join(describe(about)), highlight=False)
+    console.print(overview(cells).rich())
+    for line in verdict(cells):
+        console.print(line, highlight=False)
+    seconds = time.time() - began
+    console.print(f"{seconds:.0f} s; every number: {args.out}/report.md", highlight=False)
     for failure in failures:
         console.print(f"failed: {failure}", style="bold red", highlight=False)
     return 1 if failures else 0
@@ -397,20 +437,32 @@ def _write(
     *,
     plot: bool = False,
 ) -> None:
+    dropped = [cell for cell in cells if "dropped" in cell]
+    cells = [cell for cell in cells if "dropped" not in cell]
     about["copy_gbs"] = max((c["copy_gbs"] for c in cells if c["copy_gbs"]), default=None)
-    report = {"environment": about, "failures": failures, "cells": cells}
-    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    report = {"environment": about, "failures": failures, "dropped": dropped, "cells": cells}
+    (folder / "report.json").write_text(compact(report))
     regimes = list(dict.fromkeys(c["regime"] for c in cells))
     notes = [f"- {name}: {REGIME_NOTES.get(name, '')}" for name in regimes if len(regimes) > 1]
-    parts = ["# fastfuse benchmarks", "\\\n".join(_describe(about)), _READING, "\n".join(notes)]
+    parts = ["# fastfuse benchmarks", "\\\n".join(describe(about)), _READING, "\n".join(notes)]
     parts += [f"**failed: {failure}**" for failure in failures]
     if plot and _draw(report, folder):
         parts.append("![speedups and shares of the roof](report.png)")
     summaries_first = sorted(
         tables(cells, about["gemm_gflops"]), key=lambda table: not table.summary
     )
-    parts += [table.markdown() for table in summaries_first]
+    parts += ["\n".join(f"- {line}" for line in verdict([*cells, *dropped])), _rule(dropped)]
+    parts += [table.markdown() for table in (overview(cells), *summaries_first)]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _rule(dropped: Sequence[dict[str, Any]]) -> str:
+    """Cells that were dropped, and the rule."""
+    if not dropped:
+        return ""
+    rows = [[cell["op"], cell_name(cell), cell["dropped"]] for cell in dropped]
+    table = Table("Not measured for want of time", ["op", "cell", "why"], 3, rows=rows)
+    return f"{table.markdown()}\n\n{plan.RULE}"
 
 
 def _draw(report: dict[str, Any], folder: Path) -> bool:

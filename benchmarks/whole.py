@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from measure import Variant, compare
+from measure import CHANNELS_LAST, CONTIGUOUS, Allowance, Variant, compare, count_work
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
 FORWARD, BOTH = "forward", "training step"
-CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 DTYPES = ("float32", "bfloat16")
 OURS, PLAIN, COMPILED = "fastfuse", "eager", "compiled"
@@ -24,9 +22,12 @@ OURS, PLAIN, COMPILED = "fastfuse", "eager", "compiled"
 
 @dataclass(frozen=True)
 class Cell:
+    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
+
     shape: str
     dtype: str
     mode: str
+    rivals: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         return f"{self.shape}, {self.dtype}, {self.mode}"
@@ -89,7 +90,13 @@ def call(
     return Call(function, inputs, list(model.parameters()), mode == BOTH, sequence)
 
 
-def tolerances(cell: Cell) -> list[float]:
+def rivals(*names: str, compiled: bool) -> tuple[tuple[str, str], ...]:
+    """In both layouts; compiled ones, which take longest to compile, in channels_last."""
+    every = tuple((name, layout) for name in names for layout in LAYOUTS)
+    return (*every, (COMPILED, CHANNELS_LAST)) if compiled else every
+
+
+def tolerances(cell: Cell) -> dict[str, float]:
     """Of the output alone.
 
     Gradients of a chain of batch norms and ReLUs cannot be compared after rounding: where a ReLU's
@@ -99,34 +106,41 @@ def tolerances(cell: Cell) -> list[float]:
     """
     dtype = getattr(torch, cell.dtype)
     roundings = 32 if cell.mode == FORWARD or cell.dtype != "float32" else 1024
-    return [tolerance(dtype, roundings=roundings)]
+    return {"output": tolerance(dtype, roundings=roundings)}
+
+
+def work(build: Callable[..., Call], name: str, cell: Cell, device: str) -> tuple[int, int]:
+    """FLOPs and bytes of a variant; every plain one's are the same."""
+    return _work(build, OURS if name == OURS else PLAIN, cell.shape, cell.mode, cell.dtype, device)
+
+
+@cache
+def _work(
+    build: Callable[..., Call], name: str, shape: str, mode: str, dtype: str, device: str
+) -> tuple[int, int]:
+    call = build(name, CONTIGUOUS, shape, dtype, mode, device)
+    return count_work(lambda: call)
 
 
 def measure(
     op: str,
     build: Callable[..., Call],
     cell: Cell,
-    names: Sequence[str],
     benchmark: Any,
     device: str,
-    progress: Callable[[str], None],
+    allowance: Allowance,
     memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
 ) -> dict[str, Any]:
-    """Measures a cell: ours and every rival in both layouts, compiled ones in channels_last."""
+    """Measures a cell: ours in both layouts, and its rivals."""
     make = partial(build, shape=cell.shape, dtype=cell.dtype, mode=cell.mode, device=device)
-    ways = [(name, layout) for name in names for layout in LAYOUTS]
-    ways = [way for way in ways if way != (COMPILED, CONTIGUOUS)]
+    ways = [*((OURS, layout) for layout in LAYOUTS), *cell.rivals]
     variants = [
         Variant(n, make(n, layout), layout, rival=n != OURS, optional=n == COMPILED)
         for n, layout in ways
     ]
-    flops = {}
-    for variant in variants:
-        if variant.layout == CONTIGUOUS:
-            progress(f"counts FLOPs of {variant.name}")
-            with FlopCounterMode(display=False) as counter:
-                variant.call()
-            flops[variant.name] = counter.get_total_flops()
+    allowance.say("counts FLOPs")
+    calls = {v.name: v.call for v in variants if v.layout == CHANNELS_LAST and not v.optional}
+    flops = {name: count_work(lambda call=call: call)[0] for name, call in calls.items()}
     flops[COMPILED] = next(work for name, work in flops.items() if name != OURS)
     return compare(
         benchmark,
@@ -140,10 +154,9 @@ def measure(
         },
         tolerances=tolerances(cell),
         budget_s=20,
-        min_rounds=3,
         max_rounds=10,
         device=device,
         flops=flops,
         memory=memory,
-        progress=progress,
+        allowance=allowance,
     )

@@ -92,6 +92,7 @@ def _bench(args: argparse.Namespace) -> int:
         return 2
     command = [sys.executable, str(suite / "report.py"), "--out", str(args.out)]
     command += ["--quick"] if args.quick else []
+    command += [f"--budget={args.budget}"] if args.budget is not None else []
     for name in args.op or ():
         command += ["--op", name]
     return subprocess.run(command, check=False).returncode
@@ -141,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("bench", help="run the benchmark suite, write a report")
     command.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
+    command.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="time that a quick run has (default: 330)"
+    )
     add_op_choice(command, *_WHOLE)
     command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")
     command.set_defaults(run=_bench)

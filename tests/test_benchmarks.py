@@ -1,9 +1,10 @@
-"""The benchmark harness: it must refuse to time what is wrong."""
+"""The benchmark harness: it must refuse to time what is wrong, and keep to its time."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse.verify import MismatchError
 
@@ -31,8 +33,11 @@ import bench_upsample_add  # noqa: E402
 import bench_upsample_equalize_concat  # noqa: E402
 import block_stages  # noqa: E402
 import ced_blocks  # noqa: E402
+import compact  # noqa: E402
 import fusion_stages  # noqa: E402
+import machine  # noqa: E402
 import measure  # noqa: E402
+import plan  # noqa: E402
 import plot  # noqa: E402
 import report  # noqa: E402
 import whole  # noqa: E402
@@ -65,51 +70,65 @@ def _spoil(x: Tensor, value: float) -> Tensor:
 
 
 def test_equal_results_are_timed() -> None:
-    usable, left_out = measure.check_agreement([OURS, _variant(lambda x: x)], [1e-6])
-    assert len(usable) == 2
-    assert not left_out
+    found = measure.check_agreement([OURS, _variant(lambda x: x)], {"output": 1e-6})
+    assert len(found.usable) == 2
+    assert not found.left_out
+    assert not found.wrong
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x * 1.001, "differ in tensor 0: relative error"),
+        (lambda x: x * 1.001, "differ in output: relative error"),
         (lambda x: _spoil(x, float("nan")), "relative error inf"),
         (lambda x: _spoil(x, 0.9), "relative error"),
-        (lambda x: x[:1], r"tensor 0 is torch.float32 \(1, 3, 4, 4\)"),
-        (lambda x: x.double(), "tensor 0 is torch.float64"),
-        (lambda x: (x, _ours().flatten() + 1), "differ in tensor 1"),
+        (lambda x: x[:1], r"output is torch.float32 \(1, 3, 4, 4\)"),
+        (lambda x: x.double(), "output is torch.float64"),
+        (lambda x: (x, _ours().flatten() + 1), "differ in gradient"),
     ],
 )
 def test_wrong_results_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
     ours = measure.Variant("fastfuse", lambda: (_ours(), _ours().flatten()), rival=False)
     with pytest.raises(MismatchError, match=message):
-        measure.check_agreement([ours, _variant(change)], [1e-6, 1e-6])
+        measure.check_agreement([ours, _variant(change)], {"output": 1e-6, "gradient": 1e-6})
 
 
-def test_what_is_known_to_be_wrong_is_recorded() -> None:
-    def variant(change: Callable[[Tensor], Tensor], name: str) -> measure.Variant:
-        call = lambda: (_ours(), change(_ours()))  # noqa: E731
-        return measure.Variant(name, call, rival=name != "fastfuse", unreliable={1: "gradient"})
+def _check_against_float64(rival: float, ours: float) -> measure.Agreement:
+    """Of two tensors; the second one's values are that many times the truth."""
 
-    def check(*changes: Callable[[Tensor], Tensor]) -> dict[str, str]:
-        variants = [variant(c, f"rival {i}") for i, c in enumerate(changes)]
-        wrong: dict[str, str] = {}
-        usable, _ = measure.check_agreement(
-            [variant(lambda x: x, "fastfuse"), *variants], [1e-6, 1e-6], None, wrong
-        )
-        assert len(usable) == 1 + len(changes)
-        return wrong
+    def variant(name: str, factor: float) -> measure.Variant:
+        call = lambda: (_ours(), factor * _ours())  # noqa: E731
+        return measure.Variant(name, call, rival=name != "fastfuse")
 
-    found = check(lambda x: x, lambda x: 2 * x)
-    assert found == {"rival 1": "wrong gradient, relative error 1.0e+00"}
-    with pytest.raises(MismatchError, match="tensor 1 is"):
-        check(lambda x: x[:1])
+    def exact() -> tuple[Tensor, Tensor]:
+        return _ours().double(), _ours().double()
+
+    variants = [variant("fastfuse", ours), variant("rival", rival)]
+    return measure.check_agreement(variants, {"output": 1e-4, "gradient": 1e-4}, exact)
+
+
+def test_float64_decides_who_is_wrong() -> None:
+    found = _check_against_float64(rival=2, ours=1.00001)
+    assert len(found.usable) == 2
+    assert found.wrong == {"rival": "wrong gradient, 1.0e+00 off float64 and fastfuse 1.0e-05"}
+    message = "fastfuse: gradient is 1.00e-01 > 1.00e-04 off float64, rival 0.00e"
+    with pytest.raises(MismatchError, match=message):
+        _check_against_float64(rival=1, ours=1.1)
+    # Each within the tolerance of the truth, on either side of it.
+    assert not _check_against_float64(rival=1 + 9e-5, ours=1 - 9e-5).wrong
+
+
+def test_float64_does_not_excuse_fastfuse() -> None:
+    other = measure.Variant("fastfuse", lambda: _ours() * 1.1, "other layout", rival=False)
+    with pytest.raises(MismatchError, match="fastfuse, other layout and fastfuse differ"):
+        measure.check_agreement([OURS, other], {"output": 1e-6}, lambda: _ours().double())
 
 
 def test_something_must_be_comparable() -> None:
     with pytest.raises(MismatchError, match="nothing was checked"):
-        measure.check_agreement([OURS, _variant(lambda x: x, differs="by definition")], [1e-6])
+        measure.check_agreement(
+            [OURS, _variant(lambda x: x, differs="by definition")], {"output": 1e-6}
+        )
 
 
 def test_an_optional_rival_may_be_missing_and_no_other() -> None:
@@ -117,10 +136,10 @@ def test_an_optional_rival_may_be_missing_and_no_other() -> None:
         raise OSError("no compiler")
 
     variants = [OURS, _variant(lambda x: x), _variant(broken, layout="slow", optional=True)]
-    _, left_out = measure.check_agreement(variants, [1e-6])
-    assert left_out == {"rival, slow": "OSError: no compiler"}
+    found = measure.check_agreement(variants, {"output": 1e-6})
+    assert found.left_out == {"rival, slow": "OSError: no compiler"}
     with pytest.raises(OSError, match="no compiler"):
-        measure.check_agreement([OURS, _variant(broken)], [1e-6])
+        measure.check_agreement([OURS, _variant(broken)], {"output": 1e-6})
 
 
 @pytest.mark.parametrize("options", [["--quick"], []])
@@ -181,14 +200,13 @@ def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -
         for name in ("fastfuse", "eager")
     ]
     cell = suite.Cell("tiny", dtype, mode, ())
-    if suite is bench_tap_sum:
-        tolerances = [suite._tolerance(cell)]
-    else:
-        device = () if suite is bench_upsample_add else ("cpu",)
-        tolerances = suite._tolerances(cell, *device)
-        assert len(tolerances) == len(measure._tensors(variants[0].call()))
-    usable, _ = measure.check_agreement(variants, tolerances)
-    assert len(usable) == 2
+    device = ("cpu",) if suite is bench_fusion_conv2d else ()
+    tolerances = suite._tolerances(cell, *device)
+    exact = suite.build(measure.EXACT, layout, "tiny", dtype, mode)
+    results = measure._tensors(exact())
+    assert len(tolerances) == len(results) == len(measure._tensors(variants[0].call()))
+    assert all(tensor.dtype == torch.float64 for tensor in results)
+    assert len(measure.check_agreement(variants, tolerances, exact).usable) == 2
 
 
 @pytest.mark.parametrize(
@@ -214,14 +232,17 @@ def test_whole_heads_and_models_agree(
         measure.Variant(n, suite.build(n, layout, shape, "float32", mode), layout)
         for n, layout in zip(names, layouts, strict=False)
     ]
-    usable, _ = measure.check_agreement(variants, whole.tolerances(cell))
-    assert len(usable) == len(names)
+    assert len(measure.check_agreement(variants, whole.tolerances(cell)).usable) == len(names)
+    for variant in variants:
+        with FlopCounterMode(display=False) as counter:
+            variant.call()
+        assert measure.count_work(lambda v=variant: v.call)[0] == counter.get_total_flops()
 
 
 def test_quick_cells_of_whole_heads_and_models() -> None:
     for suite in (bench_heads, bench_models, bench_cednet):
         every, quick = suite.cells(False, "fresh", "cpu"), suite.cells(True, "fresh", "cpu")
-        assert set(quick) < set(every)
+        assert set(map(str, quick)) < set(map(str, every))
         assert len(set(map(str, every))) == len(every)
         assert suite.cells(False, "warm", "cpu") == []
 
@@ -236,11 +257,10 @@ def test_blocks_agree(suite: ModuleType, dtype: str, mode: str) -> None:
     variants = ced_blocks._variants(block, cell, "cpu")
     tolerances = ced_blocks.tolerances(block, cell)
     assert len(tolerances) == len(measure._tensors(variants[0].call()))
-    wrong: dict[str, str] = {}
-    usable, left_out = measure.check_agreement(variants, tolerances, None, wrong)
-    assert len(usable) == len(variants) == 8
-    assert not left_out
-    assert not wrong
+    exact = suite.build(measure.EXACT, "contiguous", "tiny", dtype, mode)
+    found = measure.check_agreement(variants, tolerances, exact)
+    assert len(found.usable) == len(variants) == 8
+    assert not found.left_out
 
 
 def test_bytes_that_blocks_keep() -> None:
@@ -263,7 +283,7 @@ def test_bytes_that_blocks_keep() -> None:
 def test_conventional_flops_are_those_of_the_ops(mode: str) -> None:
     for suite, shape in ((bench_ced_block, "352x32x32"), (bench_lr_ced_block, "512x25x40")):
         arguments = ("fastfuse", "channels_last", shape, "float32", mode)
-        counted = measure.count_flops(lambda a=arguments, s=suite: s.build(*a))
+        counted, _ = measure.count_work(lambda a=arguments, s=suite: s.build(*a))
         assert ced_blocks.conventional_flops(suite.SHAPES[shape], mode) == counted
     passes = 1 if mode == "forward" else 3
     flops = bench_depthwise_conv2d.conventional_flops("192x64x64, 7x7", mode)
@@ -287,7 +307,7 @@ def _cell(op: str, series: str, work: float | None) -> dict[str, Any]:
             "title": name, "name": name, "layout": "", "rival": name != "fastfuse",
             "median_ms": milliseconds, "iqr_ms": 0.1, "speedup": milliseconds / 2, "gbs": 1.0,
             "share": 0.25, "gflops": None if work is None else work / milliseconds / 1e6,
-            "peak_bytes": None, "kept_bytes": None, "wrong": "",
+            "peak_bytes": None, "kept_bytes": None, "wrong": "", "differs": "",
         }  # fmt: skip
 
     return {
@@ -296,6 +316,225 @@ def _cell(op: str, series: str, work: float | None) -> dict[str, Any]:
         "bytes": 10**6, "flops": work, "copy_gbs": 4.0,
         "variants": [variant("fastfuse", 2.0), variant("eager", 3.0)],
     }  # fmt: skip
+
+
+MACHINE = plan.Machine(copy_rate=1e10, gemm_rates={"float32": 1e11}, compile_s=4.0)
+
+
+def _planned(
+    key: str, suite: str, seconds: float, compiled: bool = False, rivals: int = 1
+) -> plan.Cell:
+    ways = [plan.Way("fastfuse", 0.01, rival=False)]
+    ways += [plan.Way(f"eager {i}", seconds) for i in range(rivals)]
+    ways += [plan.Way("compiled", 0.01, compiles=True)] * compiled
+    return plan.Cell(key, suite, tuple(ways), nbytes=10**6)
+
+
+def _keys(cells: list[plan.Cell], dropped: bool = False) -> list[str]:
+    return [cell.key for cell in cells if bool(cell.dropped) == dropped]
+
+
+def test_a_call_takes_what_its_flops_and_bytes_do() -> None:
+    assert plan.call_s(2 * 10**11, 10**10, "float32", MACHINE) == 3
+
+
+def test_cells_are_planned_in_turns() -> None:
+    cells = [_planned(f"{suite}{i}", suite, 0.01) for suite in "ab" for i in range(3)]
+    planned = plan.Plan(cells, MACHINE, 1000)
+    assert _keys(planned.fit(0)) == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert {cell.rounds for cell in planned.fit(0)} == {plan.MAX_ROUNDS}
+
+
+def test_a_rival_that_takes_more_than_its_share_is_left_out() -> None:
+    slow, fast = _planned("a0", "a", 5.0), _planned("a1", "a", 0.01)
+    mixed = plan.Cell("b0", "b", (*slow.ways, plan.Way("quick", 0.01)), nbytes=1)
+    planned = plan.Plan([slow, fast, mixed], MACHINE, 160).fit(0)
+    assert _keys(planned) == ["a1", "b0"]  # what is dropped does not use up a turn
+    assert [way.title for way in planned[1].ways] == ["fastfuse", "quick"]
+    assert planned[1].left_out == {"eager 0": "would take 20 s, more than its share, 10 s"}
+    assert planned[2].dropped == "every rival would take 20 s or more, over its share, 10 s"
+
+
+def test_rounds_are_reduced_before_cells_are_dropped_and_compiled_rivals_before_cells() -> None:
+    cells = [_planned(f"a{i}", "a", 0.4, compiled=True) for i in range(5)]
+    least = [cell.without(["compiled"], "").seconds(MACHINE) for cell in cells]
+    compiling = cells[0].seconds(MACHINE) - least[0]
+
+    def fit(budget: float) -> list[plan.Cell]:
+        wide = plan.Plan(cells, MACHINE, 1000)  # whose share leaves no rival out
+        return wide.fit(1000 - budget)
+
+    everything = fit(900)
+    assert all("compiled" in (w.title for w in cell.ways) for cell in everything)
+    assert {cell.rounds for cell in everything} == {plan.MAX_ROUNDS}
+    some = fit(sum(least) + 2.5 * compiling)
+    assert [len(cell.ways) for cell in some] == [3, 3, 2, 2, 2]
+    assert some[2].left_out == {"compiled": "no time was left to compile it"}
+    assert {cell.rounds for cell in some} == {measure.MIN_ROUNDS}
+    few = fit(sum(least) - 1)
+    assert _keys(few) == ["a0", "a1", "a2", "a3"]
+    assert few[4].dropped.startswith("would take ")
+
+
+@pytest.mark.parametrize("pace", [0.3, 1.0, 2.0, 5.0])
+def test_a_run_exceeds_its_budget_by_no_more_than_a_cell(pace: float) -> None:
+    cells = [
+        _planned(f"{suite}{i}", suite, 0.05 * (i + 1), compiled=i == 0)
+        for suite in "abcde"
+        for i in range(6)
+    ]
+    budget, now, longest, done = 100.0, 0.0, 0.0, []
+    run = plan.Plan(cells, MACHINE, budget)
+    for key in [cell.key for cell in run.cells]:
+        cell = run.start(key, now)
+        if cell.dropped:
+            continue
+        spent = pace * cell.seconds(MACHINE)
+        run.finish(cell, spent)
+        longest, now = max(longest, spent), now + spent
+        done.append(key)
+    assert now <= budget + longest
+    assert done[:5] == ["a0", "b0", "c0", "d0", "e0"]
+    assert now > 0.6 * budget or len(done) == len(cells)
+
+
+def test_a_rivals_slower_layout_and_long_calls_have_no_rounds() -> None:
+    def variant(name: str, layout: str = "", rival: bool = True) -> measure.Variant:
+        return measure.Variant(name, _ours, layout, rival=rival)
+
+    variants = [
+        variant("fastfuse", rival=False), variant("eager", "a"), variant("eager", "b"),
+        variant("eager", "c"), variant("slow"),
+    ]  # fmt: skip
+    seconds = [9.0, 1.0, 1.2, 2.0, 4.0]
+    estimates = {v.title: s for v, s in zip(variants, seconds, strict=True)}
+    assert measure.too_long(variants, estimates, rival_s=10) == {
+        "eager, c": "2.0 times as slow as its other layout when checked",
+        "slow": "a call takes 4.0 s, and 3 rounds more than its share of the time, 10 s",
+    }
+    assert measure.too_long(variants[:2], estimates, rival_s=1) == {}
+
+
+def test_quick_cells_begin_with_every_dtype_and_mode() -> None:
+    for suite in SUITES:
+        first = suite.cells(True, "fresh", "cpu")[:4]
+        assert len({(cell.dtype, cell.mode) for cell in first}) == 4
+        assert all(cell.shape != "tiny" for cell in first)
+
+
+def test_work_of_a_suite_is_counted_and_not_done() -> None:
+    cell = bench_fusion_conv2d.Cell("UPer fusion", "bfloat16", "forward")
+    flops, nbytes = bench_fusion_conv2d.work("compiled", cell, "cpu")
+    outputs, channels = 512 * 128**2, 2048
+    assert flops == 2 * 9 * channels * outputs
+    assert nbytes > 2 * 2 * (channels * 128**2 + outputs)
+
+
+def test_rate_of_products_takes_no_longer_where_they_are_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes: list[int] = []
+
+    def rate(device: str, dtype: torch.dtype, n: int, rounds: int) -> float:
+        sizes.append(n)
+        return flops_per_s
+
+    monkeypatch.setattr(measure, "_gemm_rate", rate)
+    for flops_per_s, largest in ((1e9, 256), (2e10, 1024), (2e11, 2048)):
+        sizes.clear()
+        assert measure.gemm_rate("cpu", torch.float32) == flops_per_s
+        assert max(sizes) == largest
+
+
+def test_compact_reports_can_be_loaded(tmp_path: Path) -> None:
+    cell = _cell("op", "main", 3e8)
+    cell["variants"][0]["median_ms"] = 2.000049
+    text = compact.compact({"environment": {"copy": 1 / 3}, "failures": [], "cells": [cell]})
+    assert len(text.splitlines()) == 1 + len(cell["variants"]) + 1
+    (tmp_path / "report.json").write_text(text)
+    loaded = compact.load(tmp_path / "report.json")
+    assert loaded["environment"] == {"copy": 0.3333}
+    cell["variants"][0]["median_ms"] = 2.0
+    assert loaded["cells"] == [cell]
+
+
+def test_committed_results_are_small() -> None:
+    results = BENCHMARKS / "results"
+    if not results.exists():
+        pytest.skip("no results beside the package")
+    for file in results.glob("*.png"):
+        assert file.stat().st_size <= 200_000, file.name
+    for file in results.glob("*.json"):
+        assert file.stat().st_size <= 100_000, file.name
+        assert len(file.read_text().splitlines()) <= 500, file.name
+
+
+def test_environment_tells_the_commit_the_caches_and_what_is_forced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert machine.commit(tmp_path) == "not a git checkout"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert re.fullmatch("[0-9a-f]{40}, clean", machine.commit(tmp_path))
+    (tmp_path / "new").touch()
+    assert re.fullmatch("[0-9a-f]{40}, with changes", machine.commit(tmp_path))
+    assert machine.commit(tmp_path / "new") == "not a git checkout"
+    monkeypatch.setenv("PATH", "")
+    assert machine.commit(tmp_path) == "not a git checkout"
+
+    for i, (level, kind, size) in enumerate((("1", "Data", "32K"), ("2", "Unified", "512K"))):
+        (index := tmp_path / f"index{i}").mkdir()
+        for name, value in (("level", level), ("type", kind), ("size", size)):
+            (index / name).write_text(f"{value}\n")
+    assert machine.caches(tmp_path) == {"L1 data": "32K", "L2": "512K"}
+    assert machine.caches(tmp_path / "none") == {}
+
+    monkeypatch.setattr(measure, "gemm_rate", lambda device, dtype: 1e11)
+    for name in machine.FORCED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    about = machine.environment("cpu")
+    assert about["forced"] == {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    assert "forced: ONEDNN_MAX_CPU_ISA=AVX2" in machine.describe(about | {"copy_gbs": None})
+
+
+def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--dry-run", "--always-make", *arguments]
+    return subprocess.run(
+        command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("target", ["bench", "bench-full", "test", "test-all"])
+def test_make_forces_a_lower_processor(target: str) -> None:
+    assert "FASTFUSE_ISA" not in _make(target).stdout
+    for cpu, forced in (
+        ("avx2", "FASTFUSE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"),
+        ("portable", "FASTFUSE_ISA=portable ONEDNN_MAX_CPU_ISA=SSE41"),
+    ):
+        *_, line = _make(target, f"CPU={cpu}").stdout.splitlines()
+        assert line.startswith(forced)
+    unknown = _make(target, "CPU=avx3")
+    assert unknown.returncode != 0
+    assert "CPU must be one of avx2, avx512, portable; got avx3" in unknown.stderr
+
+
+def test_overview_and_verdict() -> None:
+    slower = _cell("op", "main", None)
+    slower["variants"][1]["median_ms"] = 1.0
+    faster = _cell("op", "main", None) | {"dtype": "bfloat16"}
+    dropped = {"op": "op", "shape": "b", "dtype": "float32", "mode": "forward", "dropped": "why"}
+    cells = [slower, faster, dropped]
+    assert report.overview(cells).rows == [
+        ["op", "0.500", "1.50", "a shape, float32, forward: 0.500x (fastfuse is slower)"]
+    ]
+    assert report.verdict(cells) == [
+        "slower than a rival: op, a shape, float32, forward: eager takes 0.500x our time",
+        "2 rivals were left out of cells, with reasons in the report",
+        "1 cells were not measured for want of time: op b, float32, forward",
+    ]
+    assert report.verdict([faster])[0] == "none of 1 cells is slower than a rival"
 
 
 def test_report_shows_flops_where_they_are_counted(tmp_path: Path) -> None:
