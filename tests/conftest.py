@@ -4,10 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from inputs import ISAS
 import triton_interpreter
+from inputs import ISAS
 
-from fastfuse import _extension
 from fastfuse.backends import backend
 from fastfuse.ops.policy import use_isa
 

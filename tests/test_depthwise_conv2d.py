@@ -16,7 +16,7 @@ from inputs import ISAS, both_layouts, every_dtype, images
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfuse import _extension, backend, depthwise_conv2d
+from fastfuse import backend, depthwise_conv2d
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
 from fastfuse.ops.policy import use_isa
