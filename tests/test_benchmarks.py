@@ -532,7 +532,7 @@ def test_overview_and_verdict() -> None:
     assert report.verdict(cells) == [
         "slower than a rival: op, a shape, float32, forward: eager takes 0.500x our time",
         "2 rivals were left out of cells, with reasons in the report",
-        "1 cells were not measured for want of time: op b, float32, forward",
+        "1 cells were not measured for want of time, see the report: 1 of op",
     ]
     assert report.verdict([faster])[0] == "none of 1 cells is slower than a rival"
 
