@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Table:
             table.add_column(column, justify="left" if is_text else "right", overflow="fold")
         last = None
         for row in self.rows:
-            if last is not None and row[0] != last:
+            if last is not None and row[0] != last and self.text_columns > 1:
                 table.add_section()
             style = "bold red" if any(SLOWER in value for value in row) else None
             shown = "" if row[0] == last else row[0]
@@ -272,8 +273,11 @@ def verdict(cells: Sequence[dict[str, Any]]) -> list[str]:
     if left_out := sum(len(c["left_out"]) for c in measured):
         found.append(f"{left_out} rivals were left out of cells, with reasons in the report")
     if dropped:
-        names = "; ".join(f"{c['op']} {cell_name(c)}" for c in dropped)
-        found.append(f"{len(dropped)} cells were not measured for want of time: {names}")
+        counts = Counter(c["op"] for c in dropped)
+        each = ", ".join(f"{count} of {op}" for op, count in counts.items())
+        found.append(
+            f"{len(dropped)} cells were not measured for want of time, see the report: {each}"
+        )
     return found
 
 
