@@ -15,8 +15,8 @@ namespace {
 
 constexpr const char* kOp = "depthwise_conv2d";
 
-const DepthwiseKernels& kernels() {
-  switch (current_isa()) {
+const DepthwiseKernels& kernels(Dtype dtype) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, depthwise_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
@@ -114,7 +114,7 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   weight = torch::stable::contiguous(weight);
   if (bias) bias = torch::stable::contiguous(*bias);
 
-  const DepthwiseKernels::Kernel& kernel = kernels().kernels[dtype];
+  const DepthwiseKernels::Kernel& kernel = kernels(dtype).kernels[dtype];
   DepthwiseForward op{};
   op.tiles = tiles_of(x, k, dilation, kernel.lanes, dtype, channels_last);
   op.x = image(x);
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensor x, int64_t
   const bool channels_last = has_unit_stride(x, true) && has_unit_stride(grad_output, true);
   x = with_unit_stride(x, channels_last);
   grad_output = with_unit_stride(grad_output, channels_last);
-  const DepthwiseKernels::Kernel& kernel = kernels().kernels[dtype];
+  const DepthwiseKernels::Kernel& kernel = kernels(dtype).kernels[dtype];
   DepthwiseWeightGradient op{};
   op.tiles = tiles_of(x, kernel_size, dilation, kernel.lanes, dtype, channels_last);
   op.x = image(x);

@@ -152,19 +152,25 @@ struct MakeBlocks<Product, A, K, 1, P...> {
       {sum_block<Product, A, K, 1>, sum_block<Product, A, K, P>...}};
 };
 
-// None for kernels of other sizes than 3, 5 and 7.
+// None for kernels of other sizes than 3, 5 and 7. Where there are pairs, those have them, and only
+// other sizes are left to values.
 template <class Product, class A>
-FASTFUSE_INLINE const Blocks<A>* blocks_of(int64_t kernel_size) {
-  switch (kernel_size) {
-    case 3:
-      return &MakeBlocks<Product, A, 3>::value;
-    case 5:
-      return &MakeBlocks<Product, A, 5>::value;
-    case 7:
-      return &MakeBlocks<Product, A, 7>::value;
-    default:
-      return nullptr;
-  }
+FASTFUSE_INLINE const Blocks<A>* blocks_of([[maybe_unused]] int64_t kernel_size) {
+#if defined(__AVX512BF16__)
+  if constexpr (!Product::kPairs)
+    return nullptr;
+  else
+#endif
+    switch (kernel_size) {
+      case 3:
+        return &MakeBlocks<Product, A, 3>::value;
+      case 5:
+        return &MakeBlocks<Product, A, 5>::value;
+      case 7:
+        return &MakeBlocks<Product, A, 7>::value;
+      default:
+        return nullptr;
+    }
 }
 
 }  // namespace

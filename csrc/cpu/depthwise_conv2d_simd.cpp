@@ -115,8 +115,8 @@ struct PhaseRows {
   // Columns [x0, x1) of row y. Paired with the row below it, if that is before `end`; y is -1 where
   // only the row below is inside.
   template <bool ChannelsLast, class A>
-  FASTFUSE_INLINE void read(const DepthwiseTile& tile, int64_t y, int64_t end, int64_t x0,
-                            int64_t x1, A* buffer, int64_t distance) const {
+  FASTFUSE_INLINE void read(const DepthwiseTile& tile, int64_t y, [[maybe_unused]] int64_t end,
+                            int64_t x0, int64_t x1, A* buffer, int64_t distance) const {
     const int64_t c0 = tile.group * t.group_channels;
     const int64_t row = tile.phase + larger(y, 0) * t.dilation;
 #if defined(__AVX512BF16__)
@@ -428,10 +428,11 @@ constexpr DepthwiseKernels::Kernel kernel() {
           reduce<S>};
 }
 
+#define FASTFUSE_KERNEL(S) kernel<S>()
+
 }  // namespace
 
-extern const DepthwiseKernels depthwise_kernels = {
-    {kernel<double>(), kernel<float>(), kernel<bfloat16>(), kernel<float16>()}};
+extern const DepthwiseKernels depthwise_kernels = {{FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_KERNEL)}};
 
 }  // namespace FASTFUSE_ISA
 }  // namespace fastfuse

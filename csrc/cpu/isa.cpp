@@ -70,6 +70,14 @@ std::vector<Isa> supported_isas() {
 
 Isa current_isa() { return chosen_isa().load(std::memory_order_relaxed); }
 
+Isa isa_of([[maybe_unused]] Dtype dtype) {
+  const Isa isa = current_isa();
+#ifdef FASTFUSE_X86
+  if (isa == Isa::avx512_bf16 && dtype != kBFloat16) return Isa::avx512;
+#endif
+  return isa;
+}
+
 void set_isa(const std::string& name) {
   chosen_isa().store(parse(name, "set_isa"), std::memory_order_relaxed);
 }

@@ -10,6 +10,17 @@
 
 namespace fastfuse {
 
+// Tables have an entry for every dtype, by KERNEL(S, ...). AVX-512's bfloat16 instructions serve
+// bfloat16 alone: the other types' entries of that set are empty, and plain AVX-512's are taken.
+#if defined(__AVX512BF16__)
+#define FASTFUSE_FOR_EACH_DTYPE(KERNEL, ...) \
+  {}, {}, KERNEL(bfloat16, ##__VA_ARGS__), {}
+#else
+#define FASTFUSE_FOR_EACH_DTYPE(KERNEL, ...)                                                    \
+  KERNEL(double, ##__VA_ARGS__), KERNEL(float, ##__VA_ARGS__), KERNEL(bfloat16, ##__VA_ARGS__), \
+      KERNEL(float16, ##__VA_ARGS__)
+#endif
+
 #define FASTFUSE_ISA_NAME(isa) isa,
 enum class Isa { FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME) };
 #undef FASTFUSE_ISA_NAME
@@ -17,7 +28,7 @@ enum class Isa { FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME) };
 // A kernel table `name` that every instruction set's vector body defines is declared with
 //   #define DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, Type, name)
 //   FASTFUSE_FOR_EACH_ISA(DECLARE)
-// and the one in force is chosen by a switch over current_isa() of FASTFUSE_KERNEL_CASE(isa, name).
+// and the one in force is chosen by a switch over isa_of(dtype) of FASTFUSE_KERNEL_CASE(isa, name).
 #define FASTFUSE_DECLARE_KERNELS(isa, Type, name) \
   namespace isa {                                 \
   extern const Type name;                         \

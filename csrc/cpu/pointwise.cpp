@@ -13,7 +13,7 @@ namespace fastfuse {
 namespace {
 
 const PointwiseKernels::Kernel& kernel(Dtype dtype) {
-  switch (current_isa()) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_PICK(isa) \
   case Isa::isa:           \
     return isa::pointwise_kernels.kernels[dtype];

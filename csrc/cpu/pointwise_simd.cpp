@@ -215,10 +215,11 @@ constexpr PointwiseKernels::Kernel kernel() {
           residual<S>,   residual_backward<S>};
 }
 
+#define FASTFUSE_KERNEL(S) kernel<S>()
+
 }  // namespace
 
-extern const PointwiseKernels pointwise_kernels = {
-    {kernel<double>(), kernel<float>(), kernel<bfloat16>(), kernel<float16>()}};
+extern const PointwiseKernels pointwise_kernels = {{FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_KERNEL)}};
 
 }  // namespace FASTFUSE_ISA
 }  // namespace fastfuse

@@ -14,8 +14,8 @@ namespace {
 
 constexpr const char* kOp = "tap_sum";
 
-const TapSumKernels& kernels() {
-  switch (current_isa()) {
+const TapSumKernels& kernels(Dtype dtype) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, tap_sum_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
@@ -220,7 +220,7 @@ void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scale
   op.bias = data_of(bias);
   op.stream =
       fresh && worth_streaming(op.out, channels, bytes_of(out), out.element_size(), channels_last);
-  if (out.numel() > 0) run(kernels().forward[channels_last][dtype], op, elements);
+  if (out.numel() > 0) run(kernels(dtype).forward[channels_last][dtype], op, elements);
 }
 
 void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tensor>& scale,
@@ -252,7 +252,7 @@ void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tens
   op.num_levels = 1;
   op.stream = fresh && worth_streaming(level.taps, grad_output.size(1), bytes_of(grad_taps),
                                        grad_taps.element_size(), channels_last);
-  run(kernels().backward[channels_last][dtype], op, grad_taps.numel() + grad_output.numel());
+  run(kernels(dtype).backward[channels_last][dtype], op, grad_taps.numel() + grad_output.numel());
 }
 
 Tensor forward(Tensor taps, std::optional<Tensor> offsets, int64_t height, int64_t width,

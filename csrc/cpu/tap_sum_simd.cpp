@@ -552,9 +552,7 @@ void choose_stores(const TapSum& op, int64_t begin, int64_t end, void* scratch) 
 #define FASTFUSE_KERNEL(S, body)                                                      \
   {choose_stores<S, body<S, false>, body<S, kCanStream>>, body##_units<compute_t<S>>, \
    body##_scratch<compute_t<S>>}
-#define FASTFUSE_FOR_DTYPES(body)                                                                \
-  {FASTFUSE_KERNEL(double, body), FASTFUSE_KERNEL(float, body), FASTFUSE_KERNEL(bfloat16, body), \
-   FASTFUSE_KERNEL(float16, body)}
+#define FASTFUSE_FOR_DTYPES(body) {FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_KERNEL, body)}
 
 }  // namespace
 

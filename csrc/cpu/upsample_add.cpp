@@ -14,8 +14,8 @@ namespace {
 
 constexpr const char* kOp = "upsample_add";
 
-const UpsampleAddKernels& kernels() {
-  switch (current_isa()) {
+const UpsampleAddKernels& kernels(Dtype dtype) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, upsample_add_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
@@ -52,6 +52,8 @@ Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
   work.x = tables.axis(work.source.width, width, align_corners);
 
   const UnitsKernel<UpsampleAdd>& kernel = kernels().forward[channels_last][dtype];
+  constexpr int64_t kGrain = 16384;  // values of the output worth waking a thread for
+  const UnitsKernel<UpsampleAdd>& kernel = kernels(dtype).forward[channels_last][dtype];
   const int64_t units = kernel.units(work);
   const int64_t values = output.numel() / units;  // of one unit
   const int64_t bytes = kernel.scratch(work) * compute_size(dtype);

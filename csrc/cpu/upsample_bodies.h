@@ -222,13 +222,8 @@ void choose_stores(const Work& work, int64_t begin, int64_t end, void* scratch) 
 
 #define FASTFUSE_UNITS_KERNEL(S, body, units, scratch) \
   {choose_stores<body<S, false>, body<S, kCanStream>>, units, scratch}
-#define FASTFUSE_UNITS_KERNELS(body, units, scratch)         \
-  {                                                          \
-      FASTFUSE_UNITS_KERNEL(double, body, units, scratch),   \
-      FASTFUSE_UNITS_KERNEL(float, body, units, scratch),    \
-      FASTFUSE_UNITS_KERNEL(bfloat16, body, units, scratch), \
-      FASTFUSE_UNITS_KERNEL(float16, body, units, scratch),  \
-  }
+#define FASTFUSE_UNITS_KERNELS(body, units, scratch) \
+  {FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_UNITS_KERNEL, body, units, scratch)}
 
 }  // namespace
 }  // namespace fastfuse

@@ -16,8 +16,8 @@ namespace {
 
 constexpr const char* kOp = "upsample_equalize_concat";
 
-const UpsampleEqualizeConcatKernels& kernels() {
-  switch (current_isa()) {
+const UpsampleEqualizeConcatKernels& kernels(Dtype dtype) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, upsample_equalize_concat_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
@@ -115,7 +115,7 @@ Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
     offset += level.channels;
     if (level.channels > 0) levels.push_back(level);
   }
-  run(kernels().forward[channels_last][dtype], levels, dtype);
+  run(kernels(dtype).forward[channels_last][dtype], levels, dtype);
   return output;
 }
 
@@ -163,7 +163,7 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
       level.adjoint_x = tables.adjoint_axis(widths[i], width, align_corners);
     levels.push_back(level);
   }
-  run(kernels().backward[channels_last][dtype], levels, dtype);
+  run(kernels(dtype).backward[channels_last][dtype], levels, dtype);
   return gradients;
 }
 

@@ -18,8 +18,8 @@ constexpr const char* kOp = "winograd";
 constexpr const char* kTilesExpected =
     "tiles must be (36, tiles, channels) in the accumulation dtype, with unit stride";
 
-const WinogradKernels& kernels() {
-  switch (current_isa()) {
+const WinogradKernels& kernels(Dtype dtype) {
+  switch (isa_of(dtype)) {
 #define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, winograd_kernels)
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
 #undef FASTFUSE_CASE
@@ -28,7 +28,8 @@ const WinogradKernels& kernels() {
 }
 
 const WinogradKernels::Kernel& kernel(const Tensor& image) {
-  return kernels().kernels[dtype_of(kOp, "image", image)];
+  const Dtype dtype = dtype_of(kOp, "image", image);
+  return kernels(dtype).kernels[dtype];
 }
 
 // Of tiles and bias.

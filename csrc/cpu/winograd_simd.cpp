@@ -159,10 +159,11 @@ constexpr WinogradKernels::Kernel kernel() {
   return {input<S>, output<S>, output_adjoint<S>};
 }
 
+#define FASTFUSE_KERNEL(S) kernel<S>()
+
 }  // namespace
 
-extern const WinogradKernels winograd_kernels = {
-    {kernel<double>(), kernel<float>(), kernel<bfloat16>(), kernel<float16>()}};
+extern const WinogradKernels winograd_kernels = {{FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_KERNEL)}};
 
 }  // namespace FASTFUSE_ISA
 }  // namespace fastfuse
