@@ -14,12 +14,26 @@
 namespace fastfuse {
 namespace {
 
+// c0 + c1 x + ... by Estrin's scheme: halves are independent, for a chain of as many multiply-adds
+// as there are coefficients is what would bound GELU.
+template <int N, class V>
+FASTFUSE_INLINE V polynomial_of(V x, const V (&c)[N]) {
+  if constexpr (N == 1) {
+    return c[0];
+  } else {
+    V pairs[(N + 1) / 2];
+    unrolled<0, N / 2>([&](auto i) __attribute__((always_inline)) {
+      pairs[i.value] = c[2 * i.value] + x * c[2 * i.value + 1];
+    });
+    if constexpr (N % 2 == 1) pairs[N / 2] = c[N - 1];
+    return polynomial_of(x * x, pairs);
+  }
+}
+
 template <class V, class... Coefficients>
-FASTFUSE_INLINE V polynomial(V x, float first, Coefficients... rest) {
-  if constexpr (sizeof...(rest) == 0)
-    return V{} + first;
-  else
-    return first + x * polynomial(x, rest...);
+FASTFUSE_INLINE V polynomial(V x, Coefficients... coefficients) {
+  const V c[] = {V{} + coefficients...};
+  return polynomial_of(x, c);
 }
 
 #if defined(__AVX512F__)
@@ -40,6 +54,14 @@ FASTFUSE_INLINE Vec<float> reciprocal(Vec<float> x) {
   return Narrow ? estimate : estimate * (2.0f - x * estimate);
 }
 #else
+#if defined(__AVX2__)
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm256_max_ps((__m256)x, _mm256_set1_ps(low));
+}
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
+  return (Vec<float>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
 FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) { return x > low ? x : splat(low); }
 FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
   const Vec<float> large = Vec<float>{} + 0x1.8p23f;  // its last bit is 1
@@ -47,6 +69,7 @@ FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
   asm("" : "+m"(sum));  // or the compiler might take the difference for x
   return sum - large;
 }
+#endif
 FASTFUSE_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
   const IndexVec<float> exponent = __builtin_convertvector(n, IndexVec<float>) + 127;
   return p * (Vec<float>)(exponent << 23);

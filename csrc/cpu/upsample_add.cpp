@@ -51,8 +51,6 @@ Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
   work.y = tables.axis(work.source.height, height, align_corners);
   work.x = tables.axis(work.source.width, width, align_corners);
 
-  const UnitsKernel<UpsampleAdd>& kernel = kernels().forward[channels_last][dtype];
-  constexpr int64_t kGrain = 16384;  // values of the output worth waking a thread for
   const UnitsKernel<UpsampleAdd>& kernel = kernels(dtype).forward[channels_last][dtype];
   const int64_t units = kernel.units(work);
   const int64_t values = output.numel() / units;  // of one unit
