@@ -145,8 +145,7 @@ class Policy:
     # in float32, a chunk converted at a time, and rounded once.
     native: frozenset[torch.dtype]
     onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
-    # rows from which laying out a weight anew pays: about 0.1 ms and 1 ns a weight; None: never
-    packing_rows: int | None
+    packing_rows: int  # from which packing a weight for oneDNN pays: 0.1 ms and 1 ns a weight
     product_bytes: int  # of a product's results at a time, where they are copied from a library's
 
     # ---- blocks ----
@@ -212,7 +211,7 @@ def _cpu(machine: Machine) -> Policy:
         measured="AMD EPYC, Zen 4" if avx512 else "AMD EPYC, Zen 3",
         machine=machine,
         native=native,
-        # With transposed weights torch.mm is a tenth faster on Zen 3, and takes memory for results.
+        # On Zen 3 torch.mm is as fast, and takes memory for its results.
         onednn=native - {torch.float64} if avx512 else frozenset(),
         packing_rows=4096,
         product_bytes=3 * MIB,
@@ -252,7 +251,7 @@ _CUDA = Policy(
     machine=None,
     native=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     onednn=frozenset(),
-    packing_rows=None,
+    packing_rows=0,
     product_bytes=256 * MIB,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,

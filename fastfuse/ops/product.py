@@ -23,16 +23,16 @@ class Choice:
 
     dtype: torch.dtype
     library: str  # torch.mm or oneDNN
-    packed: bool  # whether the weight is laid out anew for it, once
+    packed: bool = False  # whether the weight is laid out anew for it, once
 
     @classmethod
     def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> Choice:
         """By the policy; ``rows``: of all products with one weight."""
         policy = policy_of(device_type)
         dtype = policy.multiplies(dtype)
-        onednn = _LINEAR is not None and _PACK is not None and dtype in policy.onednn
-        packed = policy.packing_rows is not None and rows >= policy.packing_rows
-        return cls(dtype, "oneDNN" if onednn else "torch.mm", packed)
+        if _LINEAR is None or _PACK is None or dtype not in policy.onednn:
+            return cls(dtype, "torch.mm")
+        return cls(dtype, "oneDNN", rows >= policy.packing_rows)
 
     def __str__(self) -> str:
         packed = ", packed" if self.packed else ""
@@ -42,8 +42,8 @@ class Choice:
 class Weight:
     """A weight (C_out, C_in) for products of rows with it, in the dtype that the policy multiplies.
 
-    By oneDNN or torch.mm, as the policy says, with the weight laid out anew if there are rows
-    enough: packed for oneDNN, transposed for torch.mm. docs/ced_block.md has the measurements.
+    By oneDNN, with the weight packed once if there are rows enough, or by torch.mm, as the policy
+    says. docs/ced_block.md has the measurements.
 
     Args:
         weight: (C_out, C_in), any strides.
@@ -56,8 +56,7 @@ class Weight:
         self.dtype, self.outputs = weight.dtype, weight.shape[0]
         self.takes_out = choice.library == "torch.mm" or not weight.numel()
         if self.takes_out:
-            transposed = weight.t()
-            self.weight = transposed.contiguous() if choice.packed else transposed
+            self.weight = weight.t()
             return
         # Transposed ones oneDNN takes as they are, slices take it 1000 times as long.
         if weight.stride() != (1, weight.shape[0]):

@@ -245,7 +245,8 @@ def backward(
     grad_fc2, grad_scale = fc2.result(), None
     if mlp.scale is not None:
         grad_fc2 = grad_fc2.to(accumulation.dtype)
-        grad_scale = (grad_fc2 * wide_fc2).sum(1) + mlp.fc2_bias * fc2_bias
+        room = fc2_weight if fc2_weight.dtype == grad_fc2.dtype else None  # fresh memory is slow
+        grad_scale = torch.mul(grad_fc2, wide_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
         grad_fc2 *= mlp.scale[:, None]
         fc2_bias = mlp.scale * fc2_bias
     return MlpGradients(
