@@ -221,7 +221,7 @@ def _cpu(machine: Machine) -> Policy:
         sum_macs=40,
         upsample_macs=30,
         winograd_macs=2.5,
-        taps_bytes=machine.l3 * 3 // 4,
+        taps_bytes=min(machine.l3 * 3 // 4, 24 * MIB),  # more would only be more memory
         exact_pixels=1 / 32,
         little_macs=4_000_000,
         winograd={
@@ -232,7 +232,7 @@ def _cpu(machine: Machine) -> Policy:
             torch.float16: float32_rule,
         },
         winograd_single_channels=96,
-        winograd_bytes=machine.l3,
+        winograd_bytes=min(machine.l3, 32 * MIB),
         winograd_tiles=128,
         library_depthwise=_zen4_depthwise,
         moments_values=1 << 20,
