@@ -72,7 +72,7 @@ Isa current_isa() { return chosen_isa().load(std::memory_order_relaxed); }
 
 Isa isa_of([[maybe_unused]] Dtype dtype) {
   const Isa isa = current_isa();
-#ifdef FASTFUSE_X86
+#ifdef FASTFUSE_HAS_AVX512_BF16
   if (isa == Isa::avx512_bf16 && dtype != kBFloat16) return Isa::avx512;
 #endif
   return isa;

@@ -20,7 +20,7 @@ const PointwiseKernels::Kernel& kernel(Dtype dtype) {
     FASTFUSE_FOR_EACH_ISA(FASTFUSE_PICK)
 #undef FASTFUSE_PICK
   }
-  return portable::pointwise_kernels.kernels[dtype];
+  __builtin_unreachable();
 }
 
 // An op's first matrix, which the others and the vectors have to fit.

@@ -106,7 +106,12 @@ class _Chunks:
         return [empty((self.length, width), like) for width in widths]
 
     def buffers(self, images: Sequence[Tensor | None]) -> list[RowBuffer]:
-        """For each of some images; none needs one that is not there."""
+        """For each of some images of one dtype; none needs one that is not there."""
+        for image in images:
+            if image is not None and image.dtype != self.image.dtype:
+                raise ValueError(
+                    f"block: images must have one dtype, {self.image.dtype}; got {image.dtype}"
+                )
         return [
             RowBuffer(self.length, self.image if image is None else image, self.dtype)
             for image in images
