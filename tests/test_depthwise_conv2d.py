@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastfuse import backend, depthwise_conv2d
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
-from fastfuse.ops.policy import policy_of, use_isa
+from fastfuse.ops.policy import Machine, cpu_policy, use_isa, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
@@ -438,11 +438,11 @@ def test_the_library_runs_where_it_is_faster(
 ) -> None:
     """By itself, on CPUs, where no derivative is wanted; the result is of the same kind."""
     shape, dtype = options.get("shape", (1, 6, 8, 9)), options.get("dtype", torch.float32)
-    library = library and dtype in policy_of("cpu").native
     (x,) = images(shape, dtype=dtype, channels_last=options.get("channels_last", True))
     inputs, dilation = [x, *parameters(shape[1], k, dtype)], options.get("dilation", 1)
     inputs[1].requires_grad_(options.get("wanted", False))
-    with backend(options.get("name", "auto")), FlopCounterMode(display=False) as counter:
+    zen4 = use_policy(cpu_policy(Machine(isa="avx512_bf16", onednn_bfloat16=True)))
+    with zen4, backend(options.get("name", "auto")), FlopCounterMode(display=False) as counter:
         result = depthwise_conv2d(*inputs, dilation=dilation)
     ops = {str(op) for op in counter.get_flop_counts()["Global"]}
     assert ops == {"aten.convolution" if library else "fastfuse.depthwise_conv2d"}

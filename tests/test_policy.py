@@ -61,12 +61,12 @@ def test_a_system_that_tells_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_sizes_follow_from_the_caches(machine: Machine) -> None:
     found = cpu_policy(machine)
     assert found.kernels is not None
-    assert found.kernels.ring_bytes < machine.l2
+    assert found.kernels.ring_bytes == 768 * KIB
     assert found.kernels.depthwise_ring_bytes < machine.l1
     assert found.taps_bytes <= machine.l3
-    larger = cpu_policy(dataclasses.replace(machine, l1=2 * machine.l1, l2=2 * machine.l2))
+    larger = cpu_policy(dataclasses.replace(machine, l1=2 * machine.l1, l2=4 * MIB))
     assert larger.kernels is not None
-    assert larger.kernels.ring_bytes == 2 * found.kernels.ring_bytes
+    assert larger.kernels.ring_bytes == 3 * MIB
     assert larger.kernels.depthwise_ring_bytes == 2 * found.kernels.depthwise_ring_bytes
 
 
@@ -186,6 +186,19 @@ def test_depthwise_convolution_follows_the_policy() -> None:
             described = routes(x.shape)["depthwise_conv2d"]["7x7, dilation 1, without derivatives"]
         assert ("fastfuse::depthwise_conv2d" in ops) != library
         assert described == ("oneDNN" if library else "cpu")
+
+
+@needs_module
+def test_depthwise_rules_of_two_classes() -> None:
+    (large,) = images((1, 16, 256, 256), channels_last=True)
+    name = "{0}x{0}, dilation 1, without derivatives".format
+    expected = {"Zen 3": {3: "oneDNN", 7: "cpu"}, "Zen 4": {3: "oneDNN", 7: "oneDNN"}}
+    for machine, kernels in expected.items():
+        with use_policy(cpu_policy(MACHINES[machine])):
+            told = routes(large.shape)["depthwise_conv2d"]
+            assert {k: told[name(k)] for k in kernels} == kernels
+            narrow = routes(large.shape, torch.bfloat16)["depthwise_conv2d"][name(3)]
+            assert narrow == ("oneDNN" if machine == "Zen 4" else "cpu")
 
 
 @needs_module
