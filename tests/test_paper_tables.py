@@ -304,7 +304,7 @@ def test_json_is_what_is_printed(
     assert read["parameters"][0]["verdict"] == MATCH
     assert read["fusion_time"][0]["fraction"] == 0.25
     printed = capsys.readouterr().out
-    for row in read["speed"]:
+    for row in results.as_dict()["speed"]:
         assert row["model"] in printed
         assert f"{row['images_per_s']:.3f}" in printed
 

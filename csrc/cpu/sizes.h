@@ -6,7 +6,7 @@
 namespace fastfuse {
 
 struct Sizes {
-  int64_t ring_bytes = 384 << 10;           // a tile's rows: most of a second-level cache
+  int64_t ring_bytes = 768 << 10;           // a tile's rows: about a second-level cache
   int64_t depthwise_ring_bytes = 24 << 10;  // the same for depthwise_conv2d: of a first-level one
   int64_t stream_bytes = 16 << 20;          // outputs from here on are written past the caches
   int64_t grain = 16384;                    // values worth waking a thread for
