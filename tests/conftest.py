@@ -33,6 +33,14 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN; torch.use_deterministic_algorithms would import for seconds."""
+    torch.set_deterministic_debug_mode("error")
+    yield
+    torch.set_deterministic_debug_mode("default")
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with backend(request.param):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -13,6 +12,8 @@ from triton_interpreter import INTERPRETING, interpreted
 
 from fastfuse.ops.bilinear import axis_table, interpolate_exactly
 from fastfuse.tolerances import relative_error, tolerance
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 if INTERPRETING:
     import triton
@@ -81,15 +82,6 @@ def _id(value: object) -> str:
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 every_case = fast_and_slow("case dtype layout align_corners", FAST, ALL, ids=_id)
 both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN, and numbers repeat."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:

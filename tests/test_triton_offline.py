@@ -297,13 +297,13 @@ def _depthwise_launches(
 
 
 @fast_and_slow(
-    "arch dtype channels_last",
-    [(90, F32, True), (90, F32, False), (100, BF16, True)],
-    product((80, 90, 100), (F32, BF16), (True, False)),
+    "arch dtype channels_last kernel_size",
+    [(90, F32, True, 7), (90, F32, False, 3), (100, BF16, True, 7)],
+    product((80, 90, 100), (F32, BF16), (True, False), (7,)),
     ids=_id,
 )
 def test_depthwise_conv2d_has_no_spills_and_wide_accesses(
-    arch: int, dtype: torch.dtype, channels_last: bool
+    arch: int, dtype: torch.dtype, channels_last: bool, kernel_size: int
 ) -> None:
     """Four channels of a thread: 128 bits in float32, 64 in bfloat16 (weights are float32).
 
@@ -311,10 +311,11 @@ def test_depthwise_conv2d_has_no_spills_and_wide_accesses(
     """
 
     def launches() -> Iterator[tuple[str, Launch]]:
+        launched = _depthwise_launches(dtype, channels_last, kernel_size=kernel_size)
         names = ("forward", "grad_input", "grad_weight", "reduce")
-        yield from zip(names, _depthwise_launches(dtype, channels_last), strict=True)
+        yield from zip(names, launched, strict=True)
 
-    results = inspected(depthwise_kernels, f"{dtype} {channels_last}", arch, launches)
+    results = inspected(depthwise_kernels, f"{dtype} {channels_last} {kernel_size}", arch, launches)
     print_table(f"depthwise_conv2d sm_{arch} {dtype} {channels_last=}", results)
     _assert_no_spills(results)
     width = "128" if dtype == F32 else "64"

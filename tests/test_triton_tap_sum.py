@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -13,30 +13,32 @@ from triton_interpreter import INTERPRETING, interpreted
 from fastfuse.ops.tap_sum.samples import exact
 from fastfuse.tolerances import relative_error, tolerance
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 if INTERPRETING:
     from fastfuse.ops.tap_sum import triton as kernels
 
 # (C, h, w) of a tap, the upsampled size, kernel size and padding.
 CASES = {
     "ratio 2": ((5, 2, 3), (4, 6), 3, 1),
-    "ratio 4": ((2, 2, 3), (8, 12), 3, 1),
-    "ratio 8": ((3, 2, 1), (16, 8), 3, 1),
-    "odd ratio": ((4, 3, 2), (9, 6), 3, 1),
-    "odd sizes": ((1, 3, 4), (7, 5), 3, 1),
-    "nearly one": ((3, 4, 5), (5, 6), 3, 1),
-    "down": ((4, 7, 6), (3, 4), 3, 1),
+    "ratio 4": ((2, 2, 1), (8, 4), 3, 1),
+    "ratio 8": ((3, 2, 1), (16, 2), 3, 1),
+    "odd ratio": ((4, 3, 1), (9, 3), 3, 1),
+    "odd sizes": ((1, 2, 4), (5, 5), 3, 1),
+    "nearly one": ((3, 3, 5), (4, 6), 3, 1),
+    "down": ((4, 5, 6), (3, 4), 3, 1),
     "up and down": ((4, 2, 7), (5, 3), 3, 1),
-    "same size": ((3, 4, 5), (4, 5), 3, 1),
-    "same height": ((3, 4, 3), (4, 7), 3, 1),
+    "same size": ((3, 2, 5), (2, 5), 3, 1),
+    "same height": ((3, 2, 3), (2, 7), 3, 1),
     "same width": ((3, 2, 4), (5, 4), 3, 1),
     "one pixel": ((4, 1, 1), (5, 6), 3, 1),
     "to one pixel": ((4, 2, 3), (1, 1), 3, 1),
     "one to one": ((2, 1, 1), (1, 1), 3, 1),
     "1x1": ((3, 3, 2), (6, 5), 1, 0),
     "padded 1x1": ((3, 3, 2), (6, 5), 1, 1),
-    "5x5": ((2, 3, 2), (6, 5), 5, 2),
-    "no padding": ((4, 3, 3), (6, 7), 3, 0),
-    "wide padding": ((4, 3, 3), (4, 6), 3, 4),
+    "5x5": ((2, 2, 2), (4, 3), 5, 2),
+    "no padding": ((4, 2, 3), (4, 7), 3, 0),
+    "wide padding": ((4, 2, 3), (3, 6), 3, 4),
     "many blocks": ((48, 1, 17), (2, 34), 3, 1),
     "wide": ((1, 1, 35), (2, 45), 3, 1),
 }
@@ -62,15 +64,6 @@ ALL = [
 ]
 every_case = fast_and_slow("case dtype layout align_corners", FAST, ALL, ids=_id)
 both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=_id)
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN, and numbers repeat."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _batch(case: str) -> int:
@@ -136,27 +129,33 @@ def test_backward(case: str, dtype: torch.dtype, layout: str, align_corners: boo
     _assert_layout(result, channels_last)
 
 
+SOURCES = {
+    "one level": [(2, 2)],
+    "three levels": [(2, 3), (1, 2), (1, 1)],
+    "of the same height": [(4, 2), (3, 3)],
+}
+
+
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-@pytest.mark.parametrize("sources", [[(4, 3)], [(4, 5), (2, 2), (1, 1)], [(8, 3), (3, 6)]], ids=len)
-def test_forward_into_a_slice_of_the_channels(
-    sources: list[tuple[int, int]], dtype: torch.dtype
-) -> None:
+@fast_and_slow(
+    "levels dtype", zip(SOURCES, DTYPES, strict=False), product(SOURCES, DTYPES), ids=_id
+)
+def test_forward_into_a_slice_of_the_channels(levels: str, dtype: torch.dtype) -> None:
     """Levels with their scales, what is there, a bias and offsets: rounded once."""
     wide = torch.promote_types(dtype, torch.float32)
-    whole = _image((2, 9, 8, 6), dtype, "channels_last")
+    whole = _image((2, 9, 4, 3), dtype, "channels_last")
     before, out = whole.clone(), whole[:, 2:6]
     layouts = LAYOUTS[1:] + LAYOUTS
-    taps = [_image((2, 36, *s), dtype, layouts[i]) for i, s in enumerate(sources)]
+    taps = [_image((2, 36, *s), dtype, layouts[i]) for i, s in enumerate(SOURCES[levels])]
     scales = torch.randn(2 * len(taps) + 2, dtype=wide)[::2]
     offsets, bias = torch.randn(36, dtype=wide), torch.randn(4, dtype=wide)
-    geometry = (8, 6, 3, 1, False, True)
+    geometry = (4, 3, 3, 1, False, True)
     kernels.forward_into(out, taps, scales, offsets, bias, True, *geometry)
     expected = scales[0].double() * before[:, 2:6].double() + bias.double()[:, None, None]
     for level, scale in zip(taps, scales[1:].double(), strict=True):
-        expected += scale * exact(level, None, (8, 6), 3, 1, False, dtype)
+        expected += scale * exact(level, None, (4, 3), 3, 1, False, dtype)
     nothing = torch.zeros(2, 36, 1, 1, dtype=dtype)
-    expected += exact(nothing, offsets, (8, 6), 3, 1, False, dtype)
+    expected += exact(nothing, offsets, (4, 3), 3, 1, False, dtype)
     _assert_close(out, expected)
     for untouched in (slice(0, 2), slice(6, 9)):
         assert torch.equal(whole[:, untouched], before[:, untouched])
@@ -166,13 +165,13 @@ def test_forward_into_a_slice_of_the_channels(
 @both_corners
 def test_forward_into_without_what_is_optional(align_corners: bool) -> None:
     """What is in ``out`` counts as it is, or is not read at all."""
-    taps = [_image((1, 27, *size), torch.float32, "sliced") for size in ((2, 3), (3, 2))]
-    geometry = ((6, 7), 3, 2, align_corners, torch.float32)
+    taps = [_image((1, 27, *size), torch.float32, "sliced") for size in ((2, 3), (1, 2))]
+    geometry = ((4, 5), 3, 2, align_corners, torch.float32)
     expected = sum(exact(level, None, *geometry) for level in taps)
-    out = torch.full((1, 3, 8, 9), torch.nan)
-    kernels.forward_into(out, taps, None, None, None, False, 6, 7, 3, 2, align_corners, False)
+    out = torch.full((1, 3, 6, 7), torch.nan)
+    kernels.forward_into(out, taps, None, None, None, False, 4, 5, 3, 2, align_corners, False)
     _assert_close(out, expected)
-    kernels.forward_into(out, taps, None, None, None, True, 6, 7, 3, 2, align_corners, False)
+    kernels.forward_into(out, taps, None, None, None, True, 4, 5, 3, 2, align_corners, False)
     _assert_close(out, 2 * expected)
 
 
@@ -192,15 +191,15 @@ def test_forward_into_of_no_levels(channels_last: bool) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@fast_and_slow("dtype", [(dtype,) for dtype in DTYPES[1::2]], [(d,) for d in DTYPES], ids=_id)
 def test_backward_into_a_slice_of_the_channels(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
-    whole = _image((2, 40, 3, 4), dtype, "channels_last")
+    whole = _image((2, 40, 2, 3), dtype, "channels_last")
     before = whole.clone()
-    grad_output = _image((2, 4, 7, 8), dtype, "sliced")
+    grad_output = _image((2, 4, 3, 5), dtype, "sliced")
     scale = torch.randn(1, dtype=wide)
-    kernels.backward_into(whole[:, 1:37], grad_output, scale, 7, 8, 3, 1, False, True)
-    expected = _exact_gradient(grad_output, (2, 36, 3, 4), (7, 8, 3, 1, False), dtype)
+    kernels.backward_into(whole[:, 1:37], grad_output, scale, 3, 5, 3, 1, False, True)
+    expected = _exact_gradient(grad_output, (2, 36, 2, 3), (3, 5, 3, 1, False), dtype)
     _assert_close(whole[:, 1:37], scale.double() * expected, reduction=16)
     for untouched in (slice(0, 1), slice(37, 40)):
         assert torch.equal(whole[:, untouched], before[:, untouched])
@@ -209,15 +208,15 @@ def test_backward_into_a_slice_of_the_channels(dtype: torch.dtype) -> None:
 @interpreted
 def test_what_is_outside_is_not_read() -> None:
     """An infinity reaches only the values that read it."""
-    taps = torch.zeros(1, 9, 3, 3)
+    taps = torch.zeros(1, 9, 2, 2)
     taps[:, 0, 0, 0] = torch.inf  # tap (0, 0) is outside in the first row and column
-    result = kernels.forward(taps, None, 6, 6, 3, 1, False, False)
-    assert torch.equal(result, exact(taps, None, (6, 6), 3, 1, False, torch.float32).float())
-    grad_output = torch.zeros(1, 1, 6, 6)
+    result = kernels.forward(taps, None, 4, 4, 3, 1, False, False)
+    assert torch.equal(result, exact(taps, None, (4, 4), 3, 1, False, torch.float32).float())
+    grad_output = torch.zeros(1, 1, 4, 4)
     grad_output[..., 2, 3] = torch.inf
-    result = kernels.backward(grad_output, 3, 3, 6, 6, 3, 1, False, False)
+    result = kernels.backward(grad_output, 2, 2, 4, 4, 3, 1, False, False)
     ones = (grad_output > 0).float()
-    reads = kernels.backward(ones, 3, 3, 6, 6, 3, 1, False, False) > 0
+    reads = kernels.backward(ones, 2, 2, 4, 4, 3, 1, False, False) > 0
     assert torch.equal(result > 0, reads)
     assert not result.isnan().any()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +9,8 @@ from triton_interpreter import INTERPRETING, interpreted
 
 from fastfuse.ops.upsample_add.samples import exact
 from fastfuse.tolerances import relative_error, tolerance
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 if INTERPRETING:
     from fastfuse.ops.upsample_add import triton as kernels
@@ -29,15 +29,6 @@ CASES = {
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LAYOUTS = ["contiguous", "channels_last", "sliced"]
-
-
-@pytest.fixture(autouse=True)
-def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN, and numbers repeat."""
-    torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
