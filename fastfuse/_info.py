@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastfuse import _extension
-from fastfuse.backends import DTYPES, ENVIRONMENT, explain, requested_backend, select
+from fastfuse.backends import (
+    DTYPES,
+    ENVIRONMENT,
+    BackendError,
+    Operation,
+    explain,
+    requested_backend,
+    select,
+)
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.layout import memory_format
 from fastfuse.ops.policy import Machine, policy_of
@@ -97,14 +107,22 @@ def routes(
     if dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         raise ValueError(f"routes: dtype must be one of {names}; got {dtype}")
+    if math.prod(shape) * dtype.itemsize >= 1 << 63:
+        raise ValueError(
+            f"routes: shape must have fewer than 2^63 bytes; got {tuple(shape)} of {dtype}"
+        )
     with FakeTensorMode():
         image = torch.empty(
             tuple(shape), dtype=dtype, device=device, memory_format=memory_format(channels_last)
         )
-        return {
-            name: op.routes(image) if op.routes else {"": select(op, image)}
-            for name, op in OPERATIONS.items()
-        }
+        return {name: _routes_of(op, image) for name, op in OPERATIONS.items()}
+
+
+def _routes_of(op: Operation, image: Tensor) -> dict[str, str]:
+    try:
+        return op.routes(image) if op.routes else {"": select(op, image)}
+    except BackendError as refusal:
+        return {"": f"none ({refusal})"}
 
 
 def _version(package: str) -> str:

@@ -28,13 +28,23 @@ _STYLES = {"passed": "green", "failed": "bold red", "coarse": "magenta", "skippe
 
 
 def _info(args: argparse.Namespace) -> int:
-    print(info())
     if args.shape is None:
+        if args.dtype or args.layout:
+            print("info: --dtype and --layout go with --shape", file=sys.stderr)
+            return 2
+        print(info())
         return 0
-    table = Table(title=f"what runs on {'x'.join(map(str, args.shape))}, {args.dtype}")
-    for column in ("op", "call", "runs"):
+    dtype, layout = args.dtype or "float32", args.layout or "channels_last"
+    try:
+        found = routes(args.shape, _DTYPES[dtype], channels_last=layout == "channels_last")
+    except ValueError as error:
+        print(f"info: --shape: {error}", file=sys.stderr)
+        return 2
+    print(info())
+    table = Table(title=f"what runs on {'x'.join(map(str, args.shape))}, {dtype}, {layout}")
+    table.add_column("op", no_wrap=True)
+    for column in ("call", "runs"):
         table.add_column(column, overflow="fold")
-    found = routes(args.shape, _DTYPES[args.dtype], channels_last=args.layout == "channels_last")
     for op, calls in found.items():
         for call, what in calls.items():
             table.add_row(op, call, escape(what))
@@ -119,9 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--shape", type=_shape, help="also what runs on images of NxCxHxW, such as 1x512x128x128"
     )
-    command.add_argument("--dtype", choices=_DTYPES, default="float32", help="of those images")
+    command.add_argument("--dtype", choices=_DTYPES, help="of those images (default: float32)")
     command.add_argument(
-        "--layout", choices=("channels_last", "contiguous"), default="channels_last"
+        "--layout",
+        choices=("channels_last", "contiguous"),
+        help="of those images (default: channels_last)",
     )
     command.set_defaults(run=_info)
 

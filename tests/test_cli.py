@@ -21,6 +21,34 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert "upsample_equalize_concat on cpu: cpu" in capsys.readouterr().out
 
 
+def test_info_of_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", "--shape", "1x512x128x128", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    assert "what runs on 1x512x128x128, bfloat16, channels_last" in printed
+    assert "upsample_equalize_concat" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "512x128"], "expected NxCxHxW, each at least 1, such as 1x512x128x128; got"),
+        (["--shape", "9999999x9999999x9999999x9"], "shape must have fewer than 2^63 bytes"),
+        (["--dtype", "bfloat16"], "--dtype and --layout go with --shape"),
+    ],
+)
+def test_info_of_what_no_op_takes(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = cli.main(["info", *arguments])
+    except SystemExit as stop:  # argparse's
+        code = stop.code
+    assert code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert not printed.out
+
+
 def test_verify_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "--op", "upsample_add"]) == 0
     output = capsys.readouterr().out

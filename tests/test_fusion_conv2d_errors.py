@@ -45,6 +45,11 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"features\[1\] must be a tensor; got float",
     ),
+    "no output channels": (
+        lambda: _call(weight=_weight(0, 8, 3, 3)),
+        ValueError,
+        r"weight must have at least 1 output channel; got shape \(0, 8, 3, 3\)",
+    ),
     "rank 3": (
         lambda: _call([_levels()[0][0]]),
         ValueError,

@@ -320,3 +320,19 @@ def test_separable_fusion_equals_its_plain_composition(equalized: bool) -> None:
         fusion(features[:2])
     with pytest.raises(ValueError, match="SeparableFusion: in_channels must be positive"):
         SeparableFusion([4, 0], 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_reads_a_parametrized_weight_once(stride: int, dtype: torch.dtype) -> None:
+    """A power iteration of spectral_norm runs whenever the weight is read."""
+    spectral_norm = torch.nn.utils.parametrizations.spectral_norm
+    ours, plain = (
+        spectral_norm(make(8, 8, 3, stride=stride, padding=1).to(dtype))
+        for make in (Conv2d, nn.Conv2d)
+    )
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 8, 9, 9).to(dtype)
+    for module in (ours, plain):
+        module(x)
+    assert torch.equal(ours.parametrizations.weight[0]._u, plain.parametrizations.weight[0]._u)

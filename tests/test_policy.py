@@ -46,6 +46,8 @@ def test_caches_as_the_system_tells_them(tmp_path: Path) -> None:
         for name, value in (("type", kind), ("level", level), ("size", size)):
             (folder / name).write_text(f"{value}\n")
     (tmp_path / "index9").mkdir()  # tells nothing
+    for name, value in (("type", "Unified"), ("level", "4"), ("size", "0K")):
+        (tmp_path / "index9" / name).write_text(value)
     assert policy._cache_sizes(tmp_path) == {1: 48 * KIB, 2: 2 * MIB, 3: 1 << 30}
     assert policy._cache_sizes(tmp_path / "none") == {}
 
@@ -107,6 +109,18 @@ def test_an_unknown_instruction_set_changes_nothing() -> None:
     with pytest.raises(ValueError, match="expected an instruction set"), use_isa("sse9"):
         pass
     assert policy_of("cpu") is before
+
+
+def test_policies_entered_and_left_by_threads() -> None:
+    """Left in the order in which they were entered: what was in force at first is again."""
+    usual = policy_of("cpu")
+    first, second = (use_policy(usual, little_macs=n) for n in (1, 2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert policy_of("cpu").little_macs == 2
+    second.__exit__(None, None, None)
+    assert policy_of("cpu") is usual
 
 
 # ---- routes -------------------------------------------------------------------------------------
@@ -216,9 +230,9 @@ def test_every_op_tells_its_routes(shape: tuple[int, ...], dtype: torch.dtype) -
 @needs_module
 def test_small_calls_are_told_apart() -> None:
     name = "3x3 of 4 levels, each half as large"
-    assert routes((1, 8, 4, 4))["fusion_conv2d"][name] == "reference"
+    assert routes((1, 8, 4, 4))["fusion_conv2d"][name] == "reference, for so little work"
     large = routes((1, 512, 128, 128))["fusion_conv2d"][name]
-    assert "128x128 by Winograd" in large
+    assert "128x128 by Winograd's F(4x4, 3x3) in float32" in large
     assert "64x64 at its own resolution" in large
     with use_policy(cpu_policy(MACHINES["Zen 3"])):
         told = routes((1, 96, 128, 128), torch.bfloat16)["ced_block"]["hidden 4 C"]
@@ -229,6 +243,18 @@ def test_small_calls_are_told_apart() -> None:
 def test_shapes_that_no_op_takes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"shape must be N, C, H, W, each at least 1, .*; got"):
         routes(shape)
+
+
+def test_shapes_beyond_memory() -> None:
+    with pytest.raises(ValueError, match=r"shape must have fewer than 2\^63 bytes; got"):
+        routes((10**8, 10**8, 10**7, 10**8))
+
+
+def test_routes_of_a_backend_that_cannot_run() -> None:
+    with fastfuse.backend("triton"):
+        told = routes((1, 8, 4, 4))
+    expected = "none (tap_sum: backend 'triton' cannot run: expected CUDA tensors, got cpu)"
+    assert told["tap_sum"] == {"": expected}
 
 
 def test_dtypes_that_no_op_takes() -> None:

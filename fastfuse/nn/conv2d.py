@@ -36,22 +36,24 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self._is_image(x):
             return super().forward(x)
+        weight, bias = self.weight, self.bias  # once: parametrizations compute them
         dilation, padding = self._dilation_and_padding()
         same = padding == dilation * (_pair(self.kernel_size)[0] // 2)
         if padding is not None:
             if self.groups == 1 and dilation == 1:
-                if convolves_single(x, self.weight, padding):
-                    return fusion_conv2d([x], self.weight, self.bias, padding=padding)
+                if convolves_single(x, weight, padding):
+                    return fusion_conv2d([x], weight, bias, padding=padding)
             elif self.groups == self.in_channels == self.out_channels and same:
-                return depthwise_conv2d(x, self.weight, self.bias, dilation=dilation)
+                return depthwise_conv2d(x, weight, bias, dilation=dilation)
         dtype = cast_dtype(x)
         wide = policy_of(x.device.type).multiplies(dtype)
-        fits = all(cast_dtype(t) == dtype for t in (self.weight, self.bias) if t is not None)
-        if wide == dtype or not fits or requested_backend() == "reference":
-            return super().forward(x)
+        if wide == dtype or requested_backend() == "reference":
+            return self._conv_forward(x, weight, bias)
+        if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
+            return self._conv_forward(x, weight, bias)  # PyTorch's error
         with without_autocast(x.device.type):
-            bias = None if self.bias is None else self.bias.to(dtype).to(wide)
-            weight = self.weight.to(dtype).to(wide)
+            bias = None if bias is None else bias.to(dtype).to(wide)
+            weight = weight.to(dtype).to(wide)
             return self._conv_forward(x.to(dtype).to(wide), weight, bias).to(dtype)
 
     def _is_image(self, x: Tensor) -> bool:

@@ -90,7 +90,7 @@ def _cache_sizes(folder: Path) -> dict[int, int]:
         except OSError:
             continue
         match = re.fullmatch(r"(\d+)([KMG]?)", size)
-        if kind != "Instruction" and match:
+        if kind != "Instruction" and match and int(match[1]) > 0:
             sizes[int(level)] = int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
     return sizes
 
@@ -281,11 +281,16 @@ _CUDA = Policy(
 )
 
 _policies: dict[str, Policy] = {}
+_entered: list[Policy] = []  # in force at import, then those of use_policy
+
+
+def _kind(policy: Policy) -> str:
+    return "cpu" if policy.machine else "cuda"
 
 
 def _install(policy: Policy) -> None:
     """Makes it that of its kind of device, and tells the compiled kernels."""
-    _policies["cpu" if policy.machine else "cuda"] = policy
+    _policies[_kind(policy)] = policy
     if policy.kernels and _extension.module is not None:
         _extension.module.set_sizes(**dataclasses.asdict(policy.kernels))
 
@@ -317,19 +322,20 @@ def cpu_policy(machine: Machine | None = None) -> Policy:
 @contextmanager
 def use_policy(policy: Policy, **changes: Any) -> Iterator[Policy]:
     """Another policy for its kind of device, with some fields changed, process-wide; for tests and
-    experiments.
+    experiments. No op may run while it changes.
 
     >>> with use_policy(policy_of("cpu"), little_macs=0) as policy:
     ...     policy.little_macs
     0
     """
     policy = dataclasses.replace(policy, **changes)
-    before = policy_of("cpu" if policy.machine else "cuda")
+    _entered.append(policy)
     _install(policy)
     try:
         yield policy
-    finally:
-        _install(before)
+    finally:  # not always the last: other threads enter and leave too
+        _entered[:] = [other for other in _entered if other is not policy]
+        _install(next(p for p in reversed(_entered) if _kind(p) == _kind(policy)))
 
 
 @contextmanager
@@ -351,5 +357,6 @@ def use_isa(isa: str) -> Iterator[Policy]:
         module.set_isa(before)
 
 
-_install(_CUDA)
-_install(cpu_policy())
+for _policy in (_CUDA, cpu_policy()):
+    _entered.append(_policy)
+    _install(_policy)

@@ -133,14 +133,18 @@ def _routes(image: Tensor) -> dict[str, str]:
     batch, channels, height, width = image.shape
     sizes = [(-(-height // 2**i), -(-width // 2**i)) for i in range(4)]
     found = {}
-    for count, name in ((4, "3x3 of 4 levels, each half as large"), (1, "3x3 of an image alone")):
+    for count, name in (
+        (4, "3x3 of 4 levels, each half as large"),
+        (1, "3x3 of an image alone, as nn.Conv2d"),
+    ):
         levels = [image.new_empty(batch, channels, *size) for size in sizes[:count]]
         weight = image.new_empty(channels, count * channels, 3, 3)
         backend = _backend(image, weight, height, width)
         if count == 1 and backend == "cpu" and not convolves_single(image, weight, 1):
             backend = "reference"  # what nn.Conv2d asks
         g = geometry_of(levels, weight, (height, width), 1, False)
-        found[name] = backend if backend == "reference" else f"{backend}; {g.described(image)}"
+        told = "reference, for so little work" if select(OPERATION, image) != backend else backend
+        found[name] = told if backend == "reference" else f"{backend}; {g.described(image)}"
     return found
 
 
@@ -172,6 +176,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(
             f"{NAME}: weight must have 4 dimensions (C_out, sum C_i, k, k); got shape {shape}"
         )
+    if shape[0] == 0:
+        raise ValueError(f"{NAME}: weight must have at least 1 output channel; got shape {shape}")
     if shape[2] != shape[3] or shape[2] % 2 == 0:
         raise ValueError(f"{NAME}: weight must have a square kernel of odd size; got shape {shape}")
 

@@ -55,17 +55,19 @@ class Geometry:
     def described(self, like: Tensor) -> str:
         """What is done where, in words, for images like one."""
         batch = like.shape[0]
+        work = policy_of(like.device.type).multiplies(like.dtype)
+        name = str(work).removeprefix("torch.")
         parts = []
         for i, (height, width) in enumerate(self.sizes):
             if i in self.plan.own:
-                work = policy_of(like.device.type).multiplies(like.dtype)
-                where = f"at its own resolution in {str(work).removeprefix('torch.')}"
-            elif self.winograd:
-                where = "by Winograd's F(4x4, 3x3)"
+                where = f"at its own resolution in {name}"
+            elif self.winograd:  # float32 for all narrower
+                wide = torch.promote_types(work, torch.float32)
+                where = f"by Winograd's F(4x4, 3x3) in {str(wide).removeprefix('torch.')}"
             elif self.is_product:
                 where = str(Choice.of(like.device.type, like.dtype, batch * height * width))
             else:
-                where = "by the library's convolution"
+                where = f"by the library's convolution in {name}"
             parts.append(f"{height}x{width} {where}")
         return ", ".join(parts)
 
