@@ -14,6 +14,8 @@ import sanitizer
 )
 def test_sanitizers_find_nothing() -> None:
     """On this processor's fastest instruction set; ``make test-sanitize`` has all it can run."""
-    isas = sanitizer.supported_isas()[-1:]
-    result = sanitizer.run(["-m", "walks_memory and not slow"], isas)
+    isas = sanitizer.supported_isas()
+    family = isas[-1].partition("_")[0]  # avx512_bf16 has kernels of bfloat16 alone
+    fastest = [isa for isa in isas if isa.startswith(family)]
+    result = sanitizer.run(["-m", "walks_memory and not slow"], fastest)
     assert result.returncode == 0, "see the sanitizer's report above"
