@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastfuse.ops import product
-from fastfuse.ops.policy import Machine, cpu_policy, use_policy
+from fastfuse.ops.policy import Machine, cpu_policy, policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 
 ROWS = {"as it comes": 1, "packed": 10_000}
@@ -33,27 +33,25 @@ def test_products(dtype: torch.dtype, rows: str, layout: str) -> None:
             assert relative_error(result, expected) <= tolerance(dtype, reduction=17)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes_of_a_processor_without_their_products(dtype: torch.dtype) -> None:
-    """In float32, a chunk of rows at a time, and rounded once."""
-    weight, a, bias = (torch.randn(*s).to(dtype) for s in ((24, 17), (700, 17), (24,)))
-    with use_policy(cpu_policy(Machine(isa="avx2")), product_bytes=1):
-        made = product.Weight(weight, a.shape[0])
-        assert made.dtype == torch.float32
-        out = torch.full((700, 24), torch.nan)
-        made.product_into(out, a, bias.float())
-    expected = a.double() @ weight.double().t() + bias.double()
-    assert relative_error(out, expected) <= tolerance(torch.float32, reduction=17)
-
-
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 300, 5000])
-def test_products_into_memory_that_is_there(rows: int) -> None:
-    weight, a = torch.randn(24, 17), torch.randn(rows, 17)
-    out = torch.full((rows, 24), torch.nan)
-    product.Weight(weight, rows).product_into(out, a)
-    assert relative_error(out, a.double() @ weight.double().t()) <= tolerance(
-        torch.float32, reduction=17
-    )
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_into_memory_that_is_there(dtype: torch.dtype, rows: int, bias: bool) -> None:
+    """Of narrow rows in float32 a chunk at a time, the bias added before anything is rounded."""
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, a, shift = (torch.randn(*s).to(dtype) for s in ((24, 17), (rows, 17), (24,)))
+    out = torch.full((rows, 24), torch.nan, dtype=wide)
+    with use_policy(policy_of("cpu"), convert_bytes=1):
+        product.multiply_into(out, a, weight.to(wide), shift.to(wide) if bias else None)
+    expected = a.double() @ weight.double().t() + (shift.double() if bias else 0)
+    assert relative_error(out, expected) <= tolerance(wide, reduction=17)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_a_processor_without_their_products(dtype: torch.dtype) -> None:
+    with use_policy(cpu_policy(Machine(isa="avx2"))):
+        made = product.Weight(torch.randn(4, 3).to(dtype), 1)
+        assert made.product(torch.ones(2, 3)).dtype == made.dtype == torch.float32
 
 
 def test_a_pytorch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ class Policy:
     native: frozenset[torch.dtype]
     onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
     packing_rows: int  # from which packing a weight for oneDNN pays: 0.1 ms and 1 ns a weight
-    product_bytes: int  # of a product's results at a time, where they are copied from a library's
+    convert_bytes: int  # of rows converted to the dtype of products at a time
 
     # ---- blocks ----
     hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
@@ -156,9 +156,8 @@ class Policy:
     tap_macs: float  # as much as a tap's value written and read
     sum_macs: float  # as a value of the result summed from the taps
     upsample_macs: float  # as an upsampled value
-    winograd_macs: (
-        float  # of a pixel and pair of channels of a 3x3 convolution, transforms included
-    )
+    # of a pixel and pair of channels of a 3x3 convolution, transforms included
+    winograd_macs: float
     taps_bytes: int  # of a chunk of output channels
     # Narrow dtypes: levels of so few of the target's pixels are multiplied in float32, which takes
     # little there, and their taps kept in two parts, so that they add no rounding error.
@@ -222,7 +221,7 @@ def _cpu(machine: Machine) -> Policy:
         # On Zen 3 torch.mm is as fast, and takes memory for its results.
         onednn=native - {torch.float64} if avx512 else frozenset(),
         packing_rows=4096,
-        product_bytes=3 * MIB,
+        convert_bytes=3 * MIB,
         hidden_bytes=3 * MIB,
         hidden_rows=512,
         tap_macs=20,
@@ -262,7 +261,7 @@ _CUDA = Policy(
     native=frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16}),
     onednn=frozenset(),
     packing_rows=0,
-    product_bytes=256 * MIB,
+    convert_bytes=256 * MIB,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,
     tap_macs=20,
@@ -350,8 +349,7 @@ def use_isa(isa: str) -> Iterator[Policy]:
     before = module.isa()
     module.set_isa(isa)
     try:
-        machine = dataclasses.replace(Machine.here(), isa=isa)
-        with use_policy(cpu_policy(machine)) as policy:
+        with use_policy(cpu_policy()) as policy:
             yield policy
     finally:
         module.set_isa(before)

@@ -10,7 +10,9 @@ from torch import Tensor
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Choice", "RowBuffer", "Weight"]
+__all__ = ["Choice", "RowBuffer", "Weight", "multiply_into"]
+
+MIN_CONVERTED_ROWS = 256  # fewer make slow products
 
 # oneDNN's product as torch.compile uses it, and its weights; None where this PyTorch has none.
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -78,26 +80,6 @@ class Weight:
         assert _LINEAR is not None
         return _LINEAR(a, self.weight, None, "none", [], "")
 
-    def product_into(self, out: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
-        """out = a weight^T + bias, for rows of any dtype, converted a chunk at a time.
-
-        Args:
-            out: (rows, C_out) in this weight's dtype.
-            a: (rows, C_in), rows without gaps.
-            bias: (C_out,) in this weight's dtype.
-        """
-        whole = a.dtype == self.dtype and self.takes_out
-        chunk_bytes = policy_of(a.device.type).product_bytes
-        count = a.shape[0] if whole else max(chunk_bytes // (out.shape[1] * out.itemsize), 256)
-        buffer = RowBuffer(min(count, a.shape[0]), a, self.dtype)
-        for first in range(0, a.shape[0], max(count, 1)):
-            target = out[first : first + count]
-            result = self.product(buffer.read(a[first : first + count]), target)
-            if bias is not None:
-                torch.add(result, bias, out=target)
-            elif result is not target:
-                target.copy_(result)
-
 
 class RowBuffer:
     """Rows in another dtype, a chunk at a time, in memory that is reused; or the rows themselves.
@@ -122,3 +104,23 @@ class RowBuffer:
         """rows = values, rounded once."""
         if values is not rows:
             rows.copy_(values)
+
+
+def multiply_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out = a weight^T + bias by torch.mm, for rows of any dtype, converted a chunk at a time.
+
+    Args:
+        out: (rows, C_out) in the dtype of weight and bias, (C_out, C_in) and (C_out,).
+        a: (rows, C_in), rows without gaps.
+    """
+    rows, transposed = a.shape[0], weight.t()
+    chunk_bytes = policy_of(a.device.type).convert_bytes
+    count = rows if a.dtype == out.dtype else chunk_bytes // (a.shape[1] * out.itemsize)
+    count = max(count, MIN_CONVERTED_ROWS)
+    buffer = RowBuffer(min(count, rows), a, out.dtype)
+    for first in range(0, rows, count):
+        chunk, target = buffer.read(a[first : first + count]), out[first : first + count]
+        if bias is None:
+            torch.mm(chunk, transposed, out=target)
+        else:
+            torch.addmm(bias, chunk, transposed, out=target)

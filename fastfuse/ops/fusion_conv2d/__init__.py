@@ -140,11 +140,15 @@ def _routes(image: Tensor) -> dict[str, str]:
         levels = [image.new_empty(batch, channels, *size) for size in sizes[:count]]
         weight = image.new_empty(channels, count * channels, 3, 3)
         backend = _backend(image, weight, height, width)
-        if count == 1 and backend == "cpu" and not convolves_single(image, weight, 1):
-            backend = "reference"  # what nn.Conv2d asks
-        g = geometry_of(levels, weight, (height, width), 1, False)
-        told = "reference, for so little work" if select(OPERATION, image) != backend else backend
-        found[name] = told if backend == "reference" else f"{backend}; {g.described(image)}"
+        if backend == "reference":
+            little = select(OPERATION, image) != backend
+            found[name] = "reference, for so little work" if little else backend
+        elif count == 1 and not convolves_single(image, weight, 1):  # what nn.Conv2d asks
+            dtype = str(policy_of(image.device.type).multiplies(image.dtype))
+            found[name] = f"PyTorch's convolution in {dtype.removeprefix('torch.')}"
+        else:
+            g = geometry_of(levels, weight, (height, width), 1, False)
+            found[name] = f"{backend}; {g.described(image)}"
     return found
 
 

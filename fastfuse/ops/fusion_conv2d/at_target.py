@@ -12,7 +12,7 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
 from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_last, write_taps
-from fastfuse.ops.product import Weight
+from fastfuse.ops.product import multiply_into
 
 __all__ = ["convolve", "gradients"]
 
@@ -116,8 +116,7 @@ def convolve(
             )
         return out, equalized, scale
     out = empty_image(weight, x.shape[0], g.out_channels, *g.out_size)
-    rows = matrix(x)
-    Weight(weights[:, :, 0, 0], rows.shape[0]).product_into(matrix(out), rows, bias)
+    multiply_into(matrix(out), matrix(x), weights[:, :, 0, 0], bias)
     return out, equalized, scale
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.plan import Plan, make_plan
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.product import Choice
 
 __all__ = ["Constants", "Geometry", "geometry", "geometry_of"]
 
@@ -54,7 +53,6 @@ class Geometry:
 
     def described(self, like: Tensor) -> str:
         """What is done where, in words, for images like one."""
-        batch = like.shape[0]
         work = policy_of(like.device.type).multiplies(like.dtype)
         name = str(work).removeprefix("torch.")
         parts = []
@@ -65,7 +63,7 @@ class Geometry:
                 wide = torch.promote_types(work, torch.float32)
                 where = f"by Winograd's F(4x4, 3x3) in {str(wide).removeprefix('torch.')}"
             elif self.is_product:
-                where = str(Choice.of(like.device.type, like.dtype, batch * height * width))
+                where = f"by torch.mm in {name}"
             else:
                 where = f"by the library's convolution in {name}"
             parts.append(f"{height}x{width} {where}")
