@@ -13,6 +13,7 @@ from fastfuse.backends import BackendError, backend
 from fastfuse.calibration import BranchStatistics, calibrate
 from fastfuse.calibration.file import load_calibration, save_calibration
 from fastfuse.calibration.folding import fold_scale_equalizers
+from fastfuse.nn.composition import explain
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
@@ -34,6 +35,7 @@ __all__ = [
     "calibrate",
     "ced_block",
     "depthwise_conv2d",
+    "explain",
     "fold_scale_equalizers",
     "fusion_conv2d",
     "heads",

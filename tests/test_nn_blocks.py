@@ -106,7 +106,7 @@ def test_depthwise_refuses(arguments: dict[str, int], message: str) -> None:
 
 
 def test_depthwise_names_what_does_not_fit() -> None:
-    with pytest.raises(ValueError, match=r"depthwise_conv2d: weight must .* C = 5; got \(4, 1"):
+    with pytest.raises(RuntimeError, match=r"expected input\[1, 5, 8, 8\] to have 4 channels"):
         DepthwiseConv2d(4)(torch.randn(1, 5, 8, 8))
 
 

@@ -14,6 +14,16 @@ from fastfuse.nn.initialize import he_normal
 __all__ = ["SepASPPHead"]
 
 
+class _SeparableBottleneck(nn.Sequential):
+    """A fusion of levels, and a unit after it."""
+
+    def forward(  # type: ignore[override]
+        self, features: Sequence[Tensor], size: Sequence[int]
+    ) -> Tensor:
+        fusion, refine = self
+        return refine(fusion(features, size))
+
+
 class SepASPPHead(ASPPHead):
     """Atrous spatial pyramid pooling with separable dilated convolutions, fused with a fine level.
 
@@ -75,7 +85,7 @@ class SepASPPHead(ASPPHead):
         )
         self.level_channels = {0: c1_in_channels, **self.level_channels}
         self.c1_bottleneck = ConvUnit(c1_in_channels, c1_channels, 1, norm=norm)
-        self.sep_bottleneck = nn.Sequential(
+        self.sep_bottleneck = _SeparableBottleneck(
             SeparableFusion(
                 [channels, c1_channels],
                 channels,
@@ -95,5 +105,4 @@ class SepASPPHead(ASPPHead):
 
     def fuse(self, levels: list[Tensor]) -> Tensor:
         c1 = self.c1_bottleneck(levels[0])
-        fusion, refine = self.sep_bottleneck
-        return refine(fusion([super().fuse(levels), c1], c1.shape[2:]))
+        return self.sep_bottleneck([super().fuse(levels), c1], c1.shape[2:])

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.conv2d import Conv2d
+from fastfuse.nn.composition import Composition, Part
+from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.layer_norm import LayerNorm2d
+from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.ced_block import ced_block
-from fastfuse.ops.ced_block.reference import mlp
+from fastfuse.ops.ced_block.reference import scaled_and_added
+from fastfuse.ops.checks import check_image
 from fastfuse.ops.lr_ced_block import lr_ced_block
 
 __all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock", "TokenMixer", "conv3x3"]
@@ -60,11 +63,40 @@ def conv3x3(channels: int) -> nn.Conv2d:
     return Conv2d(channels, channels, 3, padding=1)
 
 
-class _Block(nn.Module):
+_WEIGHT_AND_BIAS = ("weight", "bias")
+_CONVOLUTIONS = (DepthwiseConv2d, Conv2d, nn.Conv2d)
+_STEP = {
+    "dw": Part(
+        _CONVOLUTIONS,
+        _WEIGHT_AND_BIAS,
+        conditions={
+            "one kernel a channel, undilated, that keeps the size": (
+                lambda dw, weight: depthwise_dilation(dw, weight) == 1
+            )
+        },
+    ),
+    "norm": Part((LayerNorm2d,), _WEIGHT_AND_BIAS),
+}
+_SECOND_STEP = {
+    "dw2": Part(
+        _CONVOLUTIONS,
+        _WEIGHT_AND_BIAS,
+        conditions={
+            "one kernel a channel that keeps the size": (
+                lambda dw, weight: depthwise_dilation(dw, weight) is not None
+            )
+        },
+    ),
+    "norm2": Part((LayerNorm2d,), _WEIGHT_AND_BIAS),
+}
+_MLP = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
+
+
+class _Block(Composition):
     """Token mixer, layer norm, MLP, layer scale and stochastic depth.
 
-    The op has the depthwise 7x7 convolution as its mixer, ``dw``; another one, ``mixer``, is
-    followed by the rest of the block in plain PyTorch.
+    The op has the depthwise 7x7 convolution as its mixer, ``dw``; with another one, ``mixer``, the
+    block is the composition of its children.
     """
 
     def __init__(
@@ -110,9 +142,13 @@ class _Block(nn.Module):
         factor = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
         return factor.bernoulli_(kept).div_(kept)
 
+    def read_parts(self) -> list[Tensor | None] | str:
+        return super().read_parts() if self.mixer is None else "a token mixer of its own"
+
     def _mixed(self, x: Tensor) -> Tensor:
         """LN(mixer(x))."""
-        assert self.mixer is not None
+        if self.mixer is None:
+            return self.norm(self.dw(x))
         mixed = self.mixer(x)
         if mixed.shape != x.shape:
             raise ValueError(
@@ -121,19 +157,13 @@ class _Block(nn.Module):
             )
         return self.norm(mixed)
 
-    def _mlp(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """The rest of the block in plain PyTorch."""
-        rows = inputs.permute(0, 2, 3, 1)
-        linear = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return mlp(x, rows, *linear, self.layer_scale, self._keep(x))
+    def _added(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """x + keep * layer_scale * MLP(inputs)."""
+        branch = self.fc2(F.gelu(self.fc1(inputs.permute(0, 2, 3, 1))))
+        return scaled_and_added(x, branch, self.layer_scale, self._keep(x))
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}"
-
-
-def _step(dw: DepthwiseConv2d, norm: LayerNorm2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert dw.bias is not None
-    return dw.weight, dw.bias, norm.weight, norm.bias
 
 
 class CEDBlock(_Block):
@@ -163,6 +193,8 @@ class CEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
+    parts = {**_STEP, **_MLP}
+
     def __init__(
         self,
         channels: int,
@@ -175,15 +207,14 @@ class CEDBlock(_Block):
         super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mixer is not None:
-            return self._mlp(x, self._mixed(x))
+        tensors = self.read_parts()
+        if isinstance(tensors, str):
+            check_image("CEDBlock", "x", x)
+            (x,) = cast_for_autocast([x])
+            return self._added(x, self._mixed(x))
         return ced_block(
             x,
-            *_step(self.dw, self.norm),
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            *tensors,  # type: ignore[arg-type]
             self.layer_scale,
             self._keep(x),
             eps=self.norm.eps,
@@ -249,6 +280,8 @@ class LRCEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
+    parts = {**_STEP, **_SECOND_STEP, **_MLP}
+
     def __init__(
         self,
         channels: int,
@@ -263,18 +296,22 @@ class LRCEDBlock(_Block):
         self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
         self.norm2 = LayerNorm2d(channels)
 
+    def read_parts(self) -> list[Tensor | None] | str:
+        tensors = super().read_parts()
+        if isinstance(tensors, str) or self.norm.eps == self.norm2.eps:
+            return tensors
+        return "norm2 has another eps than norm"
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.mixer is not None:
+        tensors = self.read_parts()
+        if isinstance(tensors, str):
+            check_image("LRCEDBlock", "x", x)
+            (x,) = cast_for_autocast([x])
             y = x + F.gelu(self._mixed(x))
-            return self._mlp(x, y + F.gelu(self.norm2(self.dw2(y))))
+            return self._added(x, y + F.gelu(self.norm2(self.dw2(y))))
         return lr_ced_block(
             x,
-            *_step(self.dw, self.norm),
-            *_step(self.dw2, self.norm2),
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            *tensors,  # type: ignore[arg-type]
             self.layer_scale,
             self._keep(x),
             dilation=self.dw2.dilation[0],

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastfuse.backends import DTYPES, requested_backend
+from fastfuse.nn.composition import is_plain
 from fastfuse.ops.autocast import cast_dtype, without_autocast
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import convolves_single, fusion_conv2d
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Conv2d"]
+__all__ = ["Conv2d", "dense_padding", "depthwise_dilation"]
 
 
 class Conv2d(nn.Conv2d):
@@ -34,17 +35,15 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_image(x):
-            return super().forward(x)
         weight, bias = self.weight, self.bias  # once: parametrizations compute them
-        dilation, padding = self._dilation_and_padding()
-        same = padding == dilation * (_pair(self.kernel_size)[0] // 2)
-        if padding is not None:
-            if self.groups == 1 and dilation == 1:
-                if convolves_single(x, weight, padding):
-                    return fusion_conv2d([x], weight, bias, padding=padding)
-            elif self.groups == self.in_channels == self.out_channels and same:
-                return depthwise_conv2d(x, weight, bias, dilation=dilation)
+        if not self._is_image(x, weight):
+            return self._conv_forward(x, weight, bias)
+        dilation = depthwise_dilation(self, weight)
+        if dilation is not None:
+            return depthwise_conv2d(x, weight, bias, dilation=dilation)
+        padding = dense_padding(self, weight)
+        if padding is not None and convolves_single(x, weight, padding):
+            return fusion_conv2d([x], weight, bias, padding=padding)
         dtype = cast_dtype(x)
         wide = policy_of(x.device.type).multiplies(dtype)
         if wide == dtype or requested_backend() == "reference":
@@ -56,34 +55,53 @@ class Conv2d(nn.Conv2d):
             weight = weight.to(dtype).to(wide)
             return self._conv_forward(x.to(dtype).to(wide), weight, bias).to(dtype)
 
-    def _is_image(self, x: Tensor) -> bool:
+    def _is_image(self, x: Tensor, weight: Tensor) -> bool:
         """What the package's ops take, and not what only traces a graph (torch.fx)."""
         return (
-            isinstance(x, Tensor)
+            is_plain(x)
+            and is_plain(weight)
             and x.dim() == 4
-            and x.shape[1] == self.in_channels
+            and x.shape[1] == weight.shape[1] * self.groups
             and x.dtype in DTYPES
             and type(self)._conv_forward is nn.Conv2d._conv_forward
         )
 
-    def _dilation_and_padding(self) -> tuple[int, int | None]:
-        """Of both axes; no padding where this is no convolution of the package's kind: square and
-        odd, with stride 1 and one number of zeros all around."""
-        k, k_x = _pair(self.kernel_size)
-        stride, dilation = _pair(self.stride), _pair(self.dilation)
-        if (
-            k != k_x
-            or k % 2 == 0
-            or stride != (1, 1)
-            or dilation[0] != dilation[1]
-            or self.padding_mode != "zeros"
-        ):
-            return 1, None
-        if isinstance(self.padding, str):
-            reach = dilation[0] * (k // 2)
-            return dilation[0], reach if self.padding == "same" else 0
-        padding = _pair(self.padding)
-        return dilation[0], padding[0] if padding[0] == padding[1] else None
+
+def depthwise_dilation(conv: nn.Conv2d, weight: Tensor) -> int | None:
+    """Of a convolution that :func:`fastfuse.depthwise_conv2d` is: depthwise, of the image's size.
+
+    The weight may be another than the convolution's: parametrizations compute it.
+    """
+    if weight.shape[1] != 1 or weight.shape[0] != conv.groups:
+        return None
+    dilation, padding = _dilation_and_padding(conv, weight)
+    return dilation if padding == dilation * (weight.shape[2] // 2) else None
+
+
+def dense_padding(conv: nn.Conv2d, weight: Tensor) -> int | None:
+    """Of a convolution that :func:`fastfuse.fusion_conv2d` is: of all channels, not dilated."""
+    if conv.groups != 1:
+        return None
+    dilation, padding = _dilation_and_padding(conv, weight)
+    return padding if dilation == 1 else None
+
+
+def _dilation_and_padding(conv: nn.Conv2d, weight: Tensor) -> tuple[int, int | None]:
+    """Of both axes; no padding where this is no convolution of the package's kind: square and odd,
+    with stride 1 and one number of zeros all around."""
+    k, dilation = weight.shape[2], _pair(conv.dilation)
+    if (
+        k != weight.shape[3]
+        or k % 2 == 0
+        or _pair(conv.stride) != (1, 1)
+        or dilation[0] != dilation[1]
+        or conv.padding_mode != "zeros"
+    ):
+        return 1, None
+    if isinstance(conv.padding, str):
+        return dilation[0], dilation[0] * (k // 2) if conv.padding == "same" else 0
+    padding = _pair(conv.padding)
+    return dilation[0], padding[0] if padding[0] == padding[1] else None
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:

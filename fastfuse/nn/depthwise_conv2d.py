@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-
-from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
+from fastfuse.nn.conv2d import Conv2d
 
 __all__ = ["DepthwiseConv2d"]
 
 
-class DepthwiseConv2d(nn.Conv2d):
+class DepthwiseConv2d(Conv2d):
     """Every channel convolved with its own kernel, stride 1, "same" zero padding.
 
-    An ``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` in all but speed: the same
-    initialization, the same keys ``weight`` (channels, 1, k, k) and ``bias``.
+    An ``nn.Conv2d(channels, channels, kernel_size, groups=channels)`` in all but speed, and so a
+    :class:`Conv2d`: the same initialization, the same keys ``weight`` (channels, 1, k, k) and
+    ``bias``.
 
     Args:
         channels: C.
@@ -48,6 +47,3 @@ class DepthwiseConv2d(nn.Conv2d):
             groups=channels,
             bias=bias,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias, dilation=self.dilation[0])

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastfuse.nn.composition import Composition, Part
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
 from fastfuse.ops.autocast import cast_for_autocast
-from fastfuse.ops.checks import check_features, feature_list
+from fastfuse.ops.checks import check_features, check_size, feature_list
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 __all__ = ["LevelFusion"]
 
 
-class LevelFusion(nn.Module):
+EQUALIZER = Part((ScaleEqualizer,), ("mean", "std"), optional=True)
+
+
+class LevelFusion(Composition):
     """Levels brought to one size, (equalized,) concatenated and convolved; ``forward(features,
     size=None)``.
 
@@ -45,6 +50,23 @@ class LevelFusion(nn.Module):
                 f"{name}: expected levels with {self.in_channels} channels; got {channels}"
             )
         return features
+
+    def _concatenated(self, levels: Sequence[Tensor], size: Sequence[int] | None) -> Tensor:
+        """The levels brought to one size, equalized and concatenated, by the equalizer's call if it
+        is not what the op assumes."""
+        tensors: list[Tensor | None] = []
+        if EQUALIZER.read(self.equalizer, tensors) is None:
+            mean, std = tensors
+            return upsample_equalize_concat(
+                levels, size=size, mean=mean, std=std, align_corners=self.align_corners
+            )
+        size = check_size(type(self).__name__, size, levels)
+        upsampled = [
+            upsample_equalize_concat([level], size=size, align_corners=self.align_corners)
+            for level in levels
+        ]
+        assert self.equalizer is not None
+        return torch.cat(self.equalizer(upsampled), 1)
 
     @property
     def level_weight(self) -> Tensor:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from fastfuse.nn.composition import Part
+from fastfuse.nn.conv2d import Conv2d, dense_padding
 from fastfuse.nn.conv_unit import ConvUnit
-from fastfuse.nn.level_fusion import LevelFusion, check_in_channels
+from fastfuse.nn.level_fusion import EQUALIZER, LevelFusion, check_in_channels
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 
 __all__ = ["MultiLevelFusion"]
@@ -17,7 +19,8 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
     """Upsample, (equalize,) concatenate, Conv2d without bias, normalization, activation.
 
     All of it up to the convolution is one :func:`fastfuse.fusion_conv2d`, which convolves smaller
-    levels at their own resolution.
+    levels at their own resolution, unless something was done to ``conv`` or ``equalizer``: then
+    they are called (:func:`fastfuse.explain` says why).
 
     Args:
         in_channels: channels of every level, in the order of concatenation.
@@ -40,6 +43,20 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
     >>> fusion([torch.randn(2, 8, 16, 16), torch.randn(2, 8, 4, 4)]).shape
     torch.Size([2, 16, 16, 16])
     """
+
+    parts = {
+        "conv": Part(
+            (Conv2d, nn.Conv2d),
+            ("weight", "bias"),
+            maybe=("bias",),
+            conditions={
+                "a square kernel of all channels, stride and dilation 1": (
+                    lambda conv, weight: dense_padding(conv, weight) is not None
+                )
+            },
+        ),
+        "equalizer": EQUALIZER,
+    }
 
     def __init__(
         self,
@@ -69,12 +86,21 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:
-        fused = fusion_conv2d(
-            self._check_levels(features),
-            self.conv.weight,
-            size=size,
-            mean=self.equalizer.mean if self.equalizer else None,
-            std=self.equalizer.std if self.equalizer else None,
-            align_corners=self.align_corners,
-        )
+        levels = self._check_levels(features)
+        tensors = self.read_parts()
+        if isinstance(tensors, str):
+            fused = self.conv(self._concatenated(levels, size))
+        else:
+            weight, bias, mean, std = tensors
+            assert weight is not None
+            fused = fusion_conv2d(
+                levels,
+                weight,
+                bias,
+                size=size,
+                mean=mean,
+                std=std,
+                padding=dense_padding(self.conv, weight),
+                align_corners=self.align_corners,
+            )
         return self.activation(self.bn(fused))

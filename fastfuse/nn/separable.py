@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastfuse.nn.conv_unit import ConvUnit
-from fastfuse.nn.level_fusion import LevelFusion, check_in_channels
-from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
+from fastfuse.nn.level_fusion import EQUALIZER, LevelFusion, check_in_channels
 
 __all__ = ["SeparableConvUnit", "SeparableFusion"]
 
@@ -90,6 +89,8 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
     torch.Size([2, 16, 16, 16])
     """
 
+    parts = {"equalizer": EQUALIZER}
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -118,11 +119,4 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:
-        levels = upsample_equalize_concat(
-            self._check_levels(features),
-            size=size,
-            mean=self.equalizer.mean if self.equalizer else None,
-            std=self.equalizer.std if self.equalizer else None,
-            align_corners=self.align_corners,
-        )
-        return super().forward(levels)
+        return super().forward(self._concatenated(self._check_levels(features), size))

@@ -78,7 +78,7 @@ def check_image(op: str, argument: str, image: Tensor, *, channels: int | None =
         raise ValueError(
             f"{op}: {argument} must be at least 1 pixel high and wide; got shape {shape}"
         )
-    if channels not in (None, shape[1]):
+    if channels is not None and shape[1] != channels:  # `in` has no symbols
         raise ValueError(f"{op}: {argument} must have {channels} channels; got shape {shape}")
 
 

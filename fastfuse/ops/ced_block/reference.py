@@ -7,7 +7,19 @@ from torch import Tensor
 
 from fastfuse.ops.layout import is_channels_last, memory_format
 
-__all__ = ["mlp", "reference"]
+__all__ = ["mlp", "reference", "scaled_and_added"]
+
+
+def scaled_and_added(
+    x: Tensor, branch: Tensor, layer_scale: Tensor | None, keep: Tensor | None
+) -> Tensor:
+    """``x + keep * layer_scale * branch``, in x's dtype and memory format; branch (N, H, W, C)."""
+    if layer_scale is not None:
+        branch = branch * layer_scale
+    if keep is not None:
+        branch = branch * keep.to(branch.dtype)[:, None, None, None]
+    output = x + branch.to(x.dtype).permute(0, 3, 1, 2)
+    return output.contiguous(memory_format=memory_format(is_channels_last([x])))
 
 
 def mlp(
@@ -22,12 +34,7 @@ def mlp(
 ) -> Tensor:
     """``x + keep * layer_scale * (fc2 GELU(fc1 inputs))``; inputs (N, H, W, C)."""
     branch = F.linear(F.gelu(F.linear(inputs, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-    if layer_scale is not None:
-        branch = branch * layer_scale
-    if keep is not None:
-        branch = branch * keep.to(branch.dtype)[:, None, None, None]
-    output = x + branch.permute(0, 3, 1, 2)
-    return output.contiguous(memory_format=memory_format(is_channels_last([x])))
+    return scaled_and_added(x, branch, layer_scale, keep)
 
 
 def reference(

@@ -1,0 +1,150 @@
+"""Modules that run as one op while their children are exactly what the op assumes.
+
+An op reads parameters; it calls no child. Whatever is done to a child (hooks, adapters, pruning,
+parametrizations, quantization, offloading, sharding, another class, other attributes) changes what
+calling it does, and then it is called: a module is the composition of its children, and its op only
+a faster way to the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as globally
+from torch.utils.module_tracker import ModuleTracker
+
+__all__ = ["Composition", "Part", "explain", "is_plain"]
+
+# Tensors that are what they seem; the last two stand for such while a graph is captured.
+_PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read a tensor: it is of no subclass, such as DTensor."""
+    return type(tensor) in _PLAIN
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an op assumes of a child, beside that nothing was done to it.
+
+    Attributes:
+        kinds: the classes it may have, themselves and not their subclasses.
+        tensors: the parameters or buffers that the op reads, by name.
+        maybe: those of them that may be None.
+        conditions: what must hold of the child and the first of its tensors, by the words for what
+            was expected.
+        optional: whether the child may be None; then its tensors are.
+    """
+
+    kinds: tuple[type[nn.Module], ...]
+    tensors: tuple[str, ...]
+    maybe: tuple[str, ...] = ()
+    conditions: Mapping[str, Callable[..., bool]] = field(default_factory=dict)
+    optional: bool = False
+
+    def read(self, child: nn.Module | None, into: list[Tensor | None]) -> str | None:
+        """Appends the child's tensors; or what of it is not as assumed, as the end of a sentence
+        that begins with its name."""
+        if child is None:
+            into.extend([None] * len(self.tensors))
+            return None if self.optional else "is None"
+        if type(child) not in self.kinds:
+            return f"is a {type(child).__name__}"
+        if (
+            child._forward_hooks
+            or child._forward_pre_hooks
+            or child._backward_hooks
+            or child._backward_pre_hooks
+        ):
+            return "has hooks"
+        if "forward" in child.__dict__:
+            return "has a forward of its own"
+        if child._compiled_call_impl is not None:
+            return "is compiled by itself"
+        first, parameters, buffers = len(into), child._parameters, child._buffers
+        for name in self.tensors:
+            tensor = parameters.get(name)
+            if tensor is None:
+                tensor = buffers.get(name)
+            if tensor is None:
+                if name not in self.maybe or name in child.__dict__:
+                    return f"has no parameter {name}"
+            elif type(tensor) not in _PLAIN:
+                return f"has a {type(tensor).__name__} as {name}"
+            into.append(tensor)
+        for expected, holds in self.conditions.items():
+            if not holds(child, into[first]):
+                return f"is not as expected: {expected}"
+        return None
+
+
+class Composition(nn.Module):
+    """A module that runs as one op if its ``parts`` are as assumed, else calls them."""
+
+    parts: ClassVar[Mapping[str, Part]] = {}
+
+    def read_parts(self) -> list[Tensor | None] | str:
+        """The tensors of all parts, for the op; or why it cannot be used, in words."""
+        if _are_watched():
+            return "hooks on all modules"
+        tensors: list[Tensor | None] = []
+        children = self._modules
+        for name, part in self.parts.items():
+            reason = part.read(children.get(name), tensors)
+            if reason is not None:
+                return f"{name} {reason}"
+        return tensors
+
+
+def _are_watched() -> bool:
+    """Whether hooks of all modules are to see the children. Counting FLOPs is no reason: it would
+    change what it counts."""
+    if not (
+        globally._global_forward_pre_hooks
+        or globally._global_forward_hooks
+        or globally._global_backward_pre_hooks
+        or globally._global_backward_hooks
+    ):
+        return False
+    return any(
+        not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        for hooks in (
+            globally._global_forward_pre_hooks,
+            globally._global_forward_hooks,
+            globally._global_backward_pre_hooks,
+            globally._global_backward_hooks,
+        )
+        for hook in hooks.values()
+    )
+
+
+def explain(module: nn.Module) -> dict[str, str | None]:
+    """Which modules of a model run as one op, and why the others do not.
+
+    Args:
+        module: a model, or a module of this package.
+
+    Returns:
+        By name, "" for the module itself, every module that has an op: None where it runs, else the
+        reason why the module's children are called, one by one. Results are the same to rounding.
+
+    >>> import torch, fastfuse
+    >>> block = fastfuse.nn.CEDBlock(8)
+    >>> fastfuse.explain(block)
+    {'': None}
+    >>> handle = block.fc1.register_forward_hook(lambda module, inputs, output: None)
+    >>> fastfuse.explain(block)
+    {'': 'fc1 has hooks'}
+    """
+    found = {}
+    for name, child in module.named_modules():
+        if isinstance(child, Composition):
+            read = child.read_parts()
+            found[name] = read if isinstance(read, str) else None
+    return found
