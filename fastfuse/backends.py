@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ __all__ = [
     "backend",
     "cpu_refusal",
     "explain",
+    "is_tracing",
     "requested_backend",
     "select",
     "triton_refusal",
@@ -72,6 +74,8 @@ class Operation:
     refusals: dict[str, Refusal]
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
     twice_differentiable: bool = True
+    # Whether calls name a size, which torch.jit.trace would make a constant.
+    takes_size: bool = False
     # What typical calls on such an image run, by what the calls are; None: the backend alone.
     routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
 
@@ -90,6 +94,15 @@ _entered: list[backend] = []
 
 def requested_backend() -> str:
     return _requested
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records this call, with every branch on a size as it is now."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+# Of branches on sizes that stand in this package: checks, and choices that ask is_tracing.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"fastfuse\.")
 
 
 class backend(ContextDecorator):  # noqa: N801  (used like a function)
@@ -177,6 +190,14 @@ def select(operation: Operation, tensor: Tensor) -> str:
     """The backend that runs ``operation`` on inputs like ``tensor``."""
     if _requested == "reference":
         return "reference"
+    if operation.takes_size and is_tracing():
+        if _requested == "auto":
+            return "reference"
+        raise BackendError(
+            f"{operation.name}: backend {_requested!r} cannot run: expected no torch.jit.trace, "
+            f"which would make the size a constant; torch.export keeps sizes open, and backend "
+            f"'auto' traces PyTorch's own functions"
+        )
     if _requested != "auto":
         refuse = operation.refusals.get(_requested)
         if refuse is None:

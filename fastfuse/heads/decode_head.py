@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastfuse.nn.composition import leaf
 from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.autocast import cast_for_autocast
@@ -73,6 +74,7 @@ class DecodeHead(nn.Module):
         """The levels read, in the order of ``level_channels``, as one map of ``channels``."""
         raise NotImplementedError
 
+    @leaf
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Features, finest first, (N, C_i, H_i, W_i) -> logits (N, num_classes, H, W)."""
         levels = self._select(features)

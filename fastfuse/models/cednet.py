@@ -126,6 +126,22 @@ class Stage(nn.Module):
         return StageOutput(c3, c4, c5, *decoded)
 
 
+def _check_images(images: Tensor) -> None:
+    check_image("CEDNet", "images", images, channels=3)
+    height, width = images.shape[2:]
+    if height % STRIDE or width % STRIDE:
+        down, right = -height % STRIDE, -width % STRIDE
+        raise ValueError(
+            f"CEDNet: images must be multiples of {STRIDE} high and wide; got {height} x {width}. "
+            f"The next ones are {height + down} x {width + right}: "
+            f"torch.nn.functional.pad(images, (0, {right}, 0, {down}))"
+        )
+
+
+for _name in ("_check_images", "to_layout", "upsample_add"):
+    torch.fx.wrap(_name)  # recorded, not looked into
+
+
 class CEDNet(nn.Module):
     """The backbone of *CEDNet*: a stem, and stages that encode and decode again and again.
 
@@ -233,7 +249,7 @@ class CEDNet(nn.Module):
 
     def forward_stages(self, images: Tensor) -> list[StageOutput]:
         """The maps of every stage, and c2 in the first one's; see :class:`StageOutput`."""
-        self._check(images)
+        _check_images(images)
         images = to_layout(images, True)  # every op below is at its best there
         c2 = self._run(self._stem, images)
         x = self.downsample(c2)
@@ -261,14 +277,3 @@ class CEDNet(nn.Module):
         if self.checkpoint and self.training and torch.is_grad_enabled():
             return checkpoint(part, x, use_reentrant=False)
         return part(x)
-
-    def _check(self, images: Tensor) -> None:
-        check_image("CEDNet", "images", images, channels=3)
-        height, width = images.shape[2:]
-        if height % STRIDE or width % STRIDE:
-            down, right = -height % STRIDE, -width % STRIDE
-            raise ValueError(
-                f"CEDNet: images must be multiples of {STRIDE} high and wide; got {height} x "
-                f"{width}. The next ones are {height + down} x {width + right}: "
-                f"torch.nn.functional.pad(images, (0, {right}, 0, {down}))"
-            )

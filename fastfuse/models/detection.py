@@ -14,6 +14,7 @@ from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
+from fastfuse.nn.composition import leaf
 from fastfuse.nn.initialize import kaiming_linear
 from fastfuse.ops.layout import to_layout
 from fastfuse.ops.upsample_add import upsample_add
@@ -211,6 +212,7 @@ class RetinaHead(nn.Module):
             else:  # every anchor starts as background, with probability 0.99
                 nn.init.constant_(parameter, -math.log(99) if name == "retina_cls.bias" else 0.0)
 
+    @leaf
     def forward(
         self, levels: Sequence[Tensor] | Mapping[str, Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastfuse.nn import Conv2d
@@ -9,6 +10,8 @@ from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.checks import check_image
 
 __all__ = ["ResNetV1c"]
+
+torch.fx.wrap("check_image")  # recorded, not looked into
 
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Stride and dilation of the four stages, by output stride.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Composition, Part
+from fastfuse.nn.composition import Composition, Part, leaf
 from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.layer_norm import LayerNorm2d
@@ -142,7 +143,7 @@ class _Block(Composition):
         factor = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
         return factor.bernoulli_(kept).div_(kept)
 
-    def read_parts(self) -> list[Tensor | None] | str:
+    def read_parts(self) -> list[Any] | str:
         return super().read_parts() if self.mixer is None else "a token mixer of its own"
 
     def _mixed(self, x: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ class CEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
-    parts = {**_STEP, **_MLP}
+    parts: ClassVar = {**_STEP, **_MLP}
 
     def __init__(
         self,
@@ -206,6 +207,7 @@ class CEDBlock(_Block):
     ) -> None:
         super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.read_parts()
         if isinstance(tensors, str):
@@ -214,9 +216,9 @@ class CEDBlock(_Block):
             return self._added(x, self._mixed(x))
         return ced_block(
             x,
-            *tensors,  # type: ignore[arg-type]
-            self.layer_scale,
-            self._keep(x),
+            *tensors,
+            layer_scale=self.layer_scale,
+            keep=self._keep(x),
             eps=self.norm.eps,
             recompute=self.recompute,
         )
@@ -280,7 +282,7 @@ class LRCEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
-    parts = {**_STEP, **_SECOND_STEP, **_MLP}
+    parts: ClassVar = {**_STEP, **_SECOND_STEP, **_MLP}
 
     def __init__(
         self,
@@ -296,12 +298,13 @@ class LRCEDBlock(_Block):
         self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
         self.norm2 = LayerNorm2d(channels)
 
-    def read_parts(self) -> list[Tensor | None] | str:
+    def read_parts(self) -> list[Any] | str:
         tensors = super().read_parts()
         if isinstance(tensors, str) or self.norm.eps == self.norm2.eps:
             return tensors
         return "norm2 has another eps than norm"
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.read_parts()
         if isinstance(tensors, str):
@@ -311,9 +314,9 @@ class LRCEDBlock(_Block):
             return self._added(x, y + F.gelu(self.norm2(self.dw2(y))))
         return lr_ced_block(
             x,
-            *tensors,  # type: ignore[arg-type]
-            self.layer_scale,
-            self._keep(x),
+            *tensors,
+            layer_scale=self.layer_scale,
+            keep=self._keep(x),
             dilation=self.dw2.dilation[0],
             eps=self.norm.eps,
             recompute=self.recompute,

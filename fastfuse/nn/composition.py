@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from functools import wraps
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import Proxy, Tracer
 from torch.nn.modules import module as globally
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ["Composition", "Part", "explain", "is_plain"]
+__all__ = ["Composition", "Part", "explain", "is_plain", "leaf"]
 
 # Tensors that are what they seem; the last two stand for such while a graph is captured.
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
@@ -48,7 +50,7 @@ class Part:
     conditions: Mapping[str, Callable[..., bool]] = field(default_factory=dict)
     optional: bool = False
 
-    def read(self, child: nn.Module | None, into: list[Tensor | None]) -> str | None:
+    def read(self, child: nn.Module | None, into: list[Any]) -> str | None:
         """Appends the child's tensors; or what of it is not as assumed, as the end of a sentence
         that begins with its name."""
         if child is None:
@@ -69,7 +71,7 @@ class Part:
             return "is compiled by itself"
         first, parameters, buffers = len(into), child._parameters, child._buffers
         for name in self.tensors:
-            tensor = parameters.get(name)
+            tensor: Tensor | None = parameters.get(name)
             if tensor is None:
                 tensor = buffers.get(name)
             if tensor is None:
@@ -89,11 +91,11 @@ class Composition(nn.Module):
 
     parts: ClassVar[Mapping[str, Part]] = {}
 
-    def read_parts(self) -> list[Tensor | None] | str:
+    def read_parts(self) -> list[Any] | str:
         """The tensors of all parts, for the op; or why it cannot be used, in words."""
         if _are_watched():
             return "hooks on all modules"
-        tensors: list[Tensor | None] = []
+        tensors: list[Any] = []
         children = self._modules
         for name, part in self.parts.items():
             reason = part.read(children.get(name), tensors)
@@ -122,6 +124,25 @@ def _are_watched() -> bool:
         )
         for hook in hooks.values()
     )
+
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def leaf(forward: Forward) -> Forward:
+    """A module's forward of which torch.fx records the call, as of PyTorch's own modules."""
+
+    @wraps(forward)
+    def recorded(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+        first = x[0] if isinstance(x, (list, tuple)) and x else x
+        if not isinstance(first, Tensor) and isinstance(first, Proxy):
+            tracer = cast(Tracer, first.tracer)
+            if tracer.root is not self:
+                path = tracer.path_of_module(self)
+                return tracer.create_proxy("call_module", path, (x, *args), kwargs)
+        return forward(self, x, *args, **kwargs)
+
+    return cast(Forward, recorded)
 
 
 def explain(module: nn.Module) -> dict[str, str | None]:

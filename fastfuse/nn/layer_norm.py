@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.nn.composition import leaf
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["LayerNorm2d"]
@@ -38,6 +39,7 @@ class LayerNorm2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.weight.shape[0]:
             raise ValueError(

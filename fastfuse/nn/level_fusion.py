@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfuse.nn.composition import Composition, Part
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
@@ -54,7 +55,7 @@ class LevelFusion(Composition):
     def _concatenated(self, levels: Sequence[Tensor], size: Sequence[int] | None) -> Tensor:
         """The levels brought to one size, equalized and concatenated, by the equalizer's call if it
         is not what the op assumes."""
-        tensors: list[Tensor | None] = []
+        tensors: list[Any] = []
         if EQUALIZER.read(self.equalizer, tensors) is None:
             mean, std = tensors
             return upsample_equalize_concat(

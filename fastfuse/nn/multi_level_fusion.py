@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Part
+from fastfuse.nn.composition import Part, leaf
 from fastfuse.nn.conv2d import Conv2d, dense_padding
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.level_fusion import EQUALIZER, LevelFusion, check_in_channels
@@ -44,7 +45,7 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
     torch.Size([2, 16, 16, 16])
     """
 
-    parts = {
+    parts: ClassVar = {
         "conv": Part(
             (Conv2d, nn.Conv2d),
             ("weight", "bias"),
@@ -83,6 +84,7 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
     def level_axis(self) -> int:
         return 1
 
+    @leaf
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fastfuse.nn.composition import leaf
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.level_fusion import EQUALIZER, LevelFusion, check_in_channels
 
@@ -89,7 +91,7 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
     torch.Size([2, 16, 16, 16])
     """
 
-    parts = {"equalizer": EQUALIZER}
+    parts: ClassVar = {"equalizer": EQUALIZER}
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
     def level_axis(self) -> int:
         return 0
 
+    @leaf
     def forward(  # type: ignore[override]
         self, features: Sequence[Tensor], size: Sequence[int] | None = None
     ) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.backends import is_tracing
+
 __all__ = ["axis_table", "interpolate", "interpolate_exactly"]
 
 
@@ -58,7 +60,7 @@ def axis_table(
 
 def interpolate(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Bilinear interpolation of ``x`` (N, C, h, w) to (N, C, *size) by PyTorch: the references'."""
-    if tuple(x.shape[2:]) == tuple(size):
+    if tuple(x.shape[2:]) == tuple(size) and not is_tracing():
         return x
     if x.shape[0] == 0 or x.shape[1] == 0:  # nothing to interpolate, which PyTorch refuses to do
         return x.sum(dim=(2, 3), keepdim=True).expand(-1, -1, *size)

@@ -123,6 +123,8 @@ def _is_extent(value: object) -> bool:
 
 
 def _is_int(value: object) -> bool:
+    if isinstance(value, Tensor):  # a size under torch.jit.trace
+        return value.dim() == 0 and value.dtype == torch.int64
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfuse import _extension
-from fastfuse.backends import cpu_refusal
+from fastfuse.backends import cpu_refusal, requested_backend
 
 __all__ = ["in_layout", "is_channels_last", "memory_format", "rows", "to_layout"]
 
@@ -60,7 +60,7 @@ def to_layout(image: Tensor, channels_last: bool) -> Tensor:
     of images, the image as it is."""
     if torch._C._are_functorch_transforms_active():
         return image
-    if cpu_refusal(image) is None:
+    if requested_backend() != "reference" and cpu_refusal(image) is None:
         return in_layout(image, channels_last)
     return image.contiguous(memory_format=memory_format(channels_last))
 

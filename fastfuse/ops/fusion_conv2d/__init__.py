@@ -10,6 +10,7 @@ from torch import Tensor
 from fastfuse.backends import (
     Operation,
     cpu_refusal,
+    is_tracing,
     requested_backend,
     select,
     triton_refusal,
@@ -158,7 +159,7 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     A static rule: on CPUs, where Winograd's algorithm runs and saves more products than its
     transforms cost (docs/fusion_conv2d.md has the measurement).
     """
-    if weight.shape[2] != 3 or cpu_refusal(x) is not None:
+    if weight.shape[2] != 3 or cpu_refusal(x) is not None or is_tracing():
         return False
     out_channels, channels = weight.shape[:2]
     if min(channels, out_channels) < policy_of("cpu").winograd_single_channels:
@@ -200,5 +201,6 @@ OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
+    takes_size=True,
     routes=_routes,
 )

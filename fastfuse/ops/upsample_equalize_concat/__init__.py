@@ -76,4 +76,5 @@ OPERATION = Operation(
     name=NAME,
     refusals={"cpu": cpu_refusal, "triton": triton_refusal},
     samples=samples,
+    takes_size=True,
 )
