@@ -140,13 +140,15 @@ def test_arrays_of_either_numpy(names: bytes, tmp_path: Path) -> None:
 
 
 def test_what_the_user_allows_is_loaded(tmp_path: Path, library: Any) -> None:
-    path = tmp_path / "model.pth"
-    torch.save({"meta": library.ConfigDict(a=1), "state_dict": model().state_dict()}, path)
-    with torch.serialization.safe_globals([library.ConfigDict]):
-        content, stood_in = read_file(path)
-    assert isinstance(content["meta"], library.ConfigDict)
-    assert content["meta"]["a"] == 1
-    assert not stood_in
+    """Beside what is not."""
+    path, allowed = tmp_path / "model.pth", [library.ConfigDict, (library.Net, "elsewhere.Net")]
+    for beside, expected in ((None, False), (np.zeros(3), True)):
+        torch.save({"meta": library.ConfigDict(a=1), "beside": beside}, path)
+        with torch.serialization.safe_globals(allowed):
+            content, stood_in = read_file(path)
+        assert isinstance(content["meta"], library.ConfigDict)
+        assert content["meta"]["a"] == 1
+        assert stood_in == expected
 
 
 class Runs:
