@@ -9,7 +9,7 @@ import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,31 +40,31 @@ def read_file(path: Path) -> tuple[Any, bool]:
         return _safetensors(path, where), False
     if fault := _fault(path, start):
         raise ValueError(f"{where} {fault}")
-    try:
-        return _load(path), False
-    except Exception as error:  # of many kinds, where a file is damaged
-        failure = error
-    refused = re.search(r"GLOBAL (\S+)", str(failure))
-    if not (isinstance(failure, pickle.UnpicklingError) and refused):
-        raise ValueError(
-            f"{where} is damaged, or pickled otherwise than by torch.save "
-            f"({type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''})"
-        ) from failure
-    names = _names(path)
-    for stand_in in (_opaque, _mapping):
+    refusal: Exception | None = None
+    for stand_in in (None, _opaque, _mapping):
         try:
-            with torch.serialization.safe_globals([(stand_in(name), name) for name in names]):
-                return _load(path), True
-        except Exception as error:
-            failure = error
+            return _load(path, stand_in), stand_in is not None
+        except (pickle.UnpicklingError, TypeError) as error:
+            refusal = refusal or error
+        except Exception as error:  # of many kinds, where a file is damaged
+            refusal = refusal if stand_in is _mapping else error
+            break
+    name = re.search(r"GLOBAL (\S+)", str(refusal))
+    if isinstance(refusal, pickle.UnpicklingError) and name:
+        raise ValueError(
+            f"{where} holds {name[1]}, and cannot be read without running what it says. If you "
+            "trust it, pass what it holds: torch.load(path, weights_only=False)"
+        ) from refusal
+    summary = f"{type(refusal).__name__}: {refusal}".splitlines()[0]
     raise ValueError(
-        f"{where} holds {refused[1]}, and cannot be read without running what it says. If you "
-        "trust it, pass what it holds: torch.load(path, weights_only=False)"
-    ) from failure
+        f"{where} is damaged, or pickled otherwise than by torch.save ({summary})"
+    ) from refusal
 
 
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+def _load(path: Path, stand_in: Callable[[str], type] | None) -> Any:
+    allowed = [(stand_in(name), name) for name in _names(path)] if stand_in else []
+    with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _safetensors(path: Path, where: str) -> Any:
