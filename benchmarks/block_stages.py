@@ -25,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from fastfuse._terminal import spell_out
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -155,6 +157,7 @@ def plot(rows: dict[tuple[str, str], Spent], path: Path) -> None:
 
 
 def main() -> None:
+    spell_out()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("block_stages.png"), metavar="FILE.png")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
@@ -165,11 +168,11 @@ def main() -> None:
             passes = stages(suite, shape, dtype, arguments.rounds)
             for name, spent in passes.items():
                 rows[f"{suite.OP} {shape}, {dtype}", name] = spent
+    plot(rows, arguments.out)
     console = Console()
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     console.print(table(rows))
-    plot(rows, arguments.out)
     console.print(f"wrote {arguments.out}")
 
 

@@ -17,7 +17,7 @@ VARIANT_DEFAULTS: dict[str, Any] = {
 
 def load(path: Path) -> dict[str, Any]:
     """A report's JSON, with what ``compact`` leaves out."""
-    report = json.loads(path.read_text())
+    report = json.loads(path.read_text(encoding="utf-8"))
     for cell in report["cells"]:
         for variant in cell["variants"]:
             for key, value in VARIANT_DEFAULTS.items():

@@ -237,7 +237,7 @@ class Run:
 
     def _write(self, **line: Any) -> None:
         if file := self.config.getoption("cells"):
-            with file.open("a") as stream:
+            with file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastfuse._terminal import spell_out
 from fastfuse.ops.fusion_conv2d import at_target
 
 matplotlib.use("Agg")
@@ -122,6 +123,7 @@ def plot(rows: dict[tuple[str, str], dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
+    spell_out()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=Path("fusion_conv2d_stages.png"), metavar="FILE.png"
@@ -133,9 +135,9 @@ def main() -> None:
         for shape in SHAPES
         for dtype in DTYPES
     }
+    plot(rows, arguments.out)
     console = Console()
     console.print(table(rows))
-    plot(rows, arguments.out)
     console.print(f"wrote {arguments.out}")
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fastfuse
+from fastfuse._terminal import spell_out
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -94,6 +95,7 @@ def plot(rows: list[list[float]], size: int, path: Path) -> None:
 
 
 def main() -> None:
+    spell_out()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("paper_figure3.png"), metavar="FILE.png")
     parser.add_argument(
@@ -103,9 +105,9 @@ def main() -> None:
     shape = FULL if arguments.full else REDUCED
     generator = torch.Generator().manual_seed(0)
     rows = [measure(shape, s2, generator) for s2 in S2]
+    plot(rows, shape[-1], arguments.out)
     console = Console()
     console.print(table(rows, shape[-1]))
-    plot(rows, shape[-1], arguments.out)
     console.print(f"{' x '.join(map(str, shape))}: {arguments.out}")
 
 

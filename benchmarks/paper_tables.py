@@ -50,6 +50,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from whole import CHANNELS_LAST, DTYPES, LAYOUTS, OURS, PLAIN
 
+from fastfuse._terminal import spell_out
 from fastfuse.models import cednet_retinanet_tiny
 from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
@@ -314,7 +315,7 @@ class Results:
         return {**rows, "size": self.size and list(self.size)}
 
     def write(self, path: Path) -> None:
-        path.write_text(lines(self.as_dict()) + "\n")
+        path.write_text(lines(self.as_dict()) + "\n", encoding="utf-8")
 
 
 def _table(title: str, columns: Sequence[str], caption: str = "", left: int = 1) -> Table:
@@ -462,6 +463,7 @@ def _rounds(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> Results:
+    spell_out()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tables", choices=("counts", "speed", "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="speed of smaller images, float32")

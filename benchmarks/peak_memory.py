@@ -105,7 +105,7 @@ def _status_bytes(name: str) -> int:
 def _peak_here(build: Callable[..., Callable[[], Any]], case: Arguments, warm_up: Arguments) -> int:
     build(**{**case, **warm_up})()
     call = build(**case)
-    _CLEAR_REFS.write_text("5")  # the peak starts again from here
+    _CLEAR_REFS.write_text("5", encoding="utf-8")  # the peak starts again from here
     before = _status_bytes("VmRSS")
     result = call()
     peak = _status_bytes("VmHWM")
@@ -128,7 +128,7 @@ def _peaks(target: str, cases: Sequence[Arguments], warm_up: Arguments) -> list[
             finally:
                 os._exit(0)
         os.close(write_end)
-        with os.fdopen(read_end) as stream:
+        with os.fdopen(read_end, encoding="utf-8") as stream:
             answer = stream.read()
         os.waitpid(child, 0)
         if not answer:

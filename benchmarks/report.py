@@ -32,6 +32,8 @@ from machine import describe, environment
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from fastfuse._terminal import spell_out
+
 HERE = Path(__file__).resolve().parent
 Rates = Mapping[str, float]
 LOG_WIDTH = 190  # of the tables where there is no terminal
@@ -322,7 +324,7 @@ def _run(
         SuiteError: at the end, if the process failed.
     """
     file = args.out.resolve() / ".cells.jsonl"
-    file.write_text("")
+    file.write_text("", encoding="utf-8")
     command = [sys.executable, "-m", "pytest", *map(str, suites), "-s", "-q"]
     command += [f"--device={args.device}", f"--cells={file}", *more]
     command += ["--quick"] if args.quick else []
@@ -331,7 +333,7 @@ def _run(
     names = {name for variables in measure.REGIMES.values() for name in variables}
     clean = {name: value for name, value in os.environ.items() if name not in names}
     name = ", ".join(suite.stem for suite in suites)
-    with log.open("a") as stream:
+    with log.open("a", encoding="utf-8") as stream:
         stream.write(f"\n{name}, {regime}: {' '.join(command)}\n")
         stream.flush()
         process = subprocess.Popen(command, env=clean | measure.REGIMES[regime], stdout=stream)
@@ -344,7 +346,7 @@ def _run(
                 pass
             if file.stat().st_size > size:
                 size = file.stat().st_size
-                text = file.read_text()
+                text = file.read_text(encoding="utf-8")
                 yield [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     file.unlink()
     if process.returncode:
@@ -387,13 +389,14 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    spell_out()
     args = _parse()
     console, began = Console(), time.time()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     args.out.mkdir(parents=True, exist_ok=True)
     log = args.out / "bench.log"
-    log.write_text("")
+    log.write_text("", encoding="utf-8")
     console.print("measures the machine", highlight=False)
     about = environment(args.device)
     if args.quick:
@@ -416,7 +419,8 @@ def main() -> int:
                 _write(args.out, about, cells, failures)  # an interrupted run leaves something
         except SuiteError as error:
             failures.append(str(error))
-            console.print("\n".join(log.read_text().splitlines()[-LOG_TAIL:]), markup=False)
+            text = log.read_text(encoding="utf-8", errors="replace")  # of any process
+            console.print("\n".join(text.splitlines()[-LOG_TAIL:]), markup=False)
 
     if not any("variants" in cell for cell in cells):
         failures.append("nothing was measured")
@@ -445,7 +449,7 @@ def _write(
     cells = [cell for cell in cells if "dropped" not in cell]
     about["copy_gbs"] = max((c["copy_gbs"] for c in cells if c["copy_gbs"]), default=None)
     report = {"environment": about, "failures": failures, "dropped": dropped, "cells": cells}
-    (folder / "report.json").write_text(compact(report))
+    (folder / "report.json").write_text(compact(report), encoding="utf-8")
     regimes = list(dict.fromkeys(c["regime"] for c in cells))
     notes = [f"- {name}: {REGIME_NOTES.get(name, '')}" for name in regimes if len(regimes) > 1]
     parts = ["# fastfuse benchmarks", "\\\n".join(describe(about)), _READING, "\n".join(notes)]
@@ -457,7 +461,8 @@ def _write(
     )
     parts += ["\n".join(f"- {line}" for line in verdict([*cells, *dropped])), _rule(dropped)]
     parts += [table.markdown() for table in (overview(cells), *summaries_first)]
-    (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    (folder / "report.md").write_text(text, encoding="utf-8")
 
 
 def _rule(dropped: Sequence[dict[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastfuse._info import info, routes
+from fastfuse._terminal import spell_out
 from fastfuse.backends import DTYPES
 from fastfuse.calibration.cli import add_commands
 from fastfuse.ops import OPERATIONS
@@ -69,7 +70,7 @@ def _verify(args: argparse.Namespace) -> int:
     title = "verify --self-test" if args.self_test else "verify"
 
     counts = dict.fromkeys(_STYLES, 0)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}"), TimeElapsedColumn())
     for op in args.op or OPERATIONS:
         table = Table(title=f"{title}: {op}")
         for column in ("backend", "dtype", "layout", "status"):
@@ -122,6 +123,7 @@ def _benchmark_folder() -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    spell_out()
     parser = argparse.ArgumentParser(prog="python -m fastfuse", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
 

@@ -27,6 +27,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     model, images = _model_and_images(args)
     statistics = calibrate(model, images, **_options(args))
     save_calibration(statistics, args.output)
+    _say_left_out(images)
     count = max(max(s.count) for s in statistics.values())
     _say(f"{len(statistics)} equalizers calibrated on {count} images: {args.output}")
     return 0
@@ -37,8 +38,10 @@ def _report(args: argparse.Namespace) -> int:
     check_numbers_path(args.output)
     model, images = _model_and_images(args)
     branches = report(model, images, **_options(args))
+    written = save_report(branches, args.output)
+    _say_left_out(images)
     Console(width=None if sys.stdout.isatty() else 110).print(table(branches))
-    _say(" and ".join(map(str, save_report(branches, args.output))))
+    _say(" and ".join(map(str, written)))
     return 0
 
 
@@ -47,17 +50,26 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {"encoder": encoder, "max_batches": args.max_batches}
 
 
-def _model_and_images(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+def _model_and_images(args: argparse.Namespace) -> tuple[nn.Module, ImageFolder]:
     if not args.output.resolve().parent.is_dir():
         raise ValueError(f"--output must be in a folder that exists; got {str(args.output)!r}")
     if args.max_batches is not None and args.max_batches < 1:
         raise ValueError(f"--max-batches must be at least 1; got {args.max_batches}")
-    images = ImageFolder(args.data, args.batch_size, size=args.size, mean=args.mean, std=args.std)
+    options = {name: getattr(args, name) for name in ("size", "mean", "std", "skip_unreadable")}
+    images = ImageFolder(args.data, args.batch_size, **options)
     _say(f"{len(images.files)} images in {args.data}")
-    if images.dropped is not None:
-        _say(f"{images.dropped} is left out: alone in the last batch, which BatchNorm cannot take")
     torch.manual_seed(args.seed)
     return _build(args.factory), images
+
+
+def _say_left_out(images: ImageFolder) -> None:
+    """After a pass, when it is known."""
+    if images.skipped:
+        _say(f"{len(images.skipped)} of {len(images.files)} images are skipped:")
+        for why in images.skipped.values():
+            _say(f"  {why}")
+    if images.dropped is not None:
+        _say(f"{images.dropped} is left out: alone in the last batch, which BatchNorm cannot take")
 
 
 def _build(name: str) -> nn.Module:
@@ -111,6 +123,11 @@ def add_commands(commands: Any) -> None:
         command.add_argument("--max-batches", type=int, metavar="N")
         command.add_argument(
             "--size", type=int, nargs=2, metavar=("H", "W"), help="resize every image"
+        )
+        command.add_argument(
+            "--skip-unreadable",
+            action="store_true",
+            help="go on without images that cannot be read, and list them",
         )
         for option, value in (("--mean", IMAGENET_MEAN), ("--std", IMAGENET_STD)):
             command.add_argument(

@@ -8,10 +8,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fastfuse.models.checkpoint_file import read_file
+
 __all__ = ["load_checkpoint", "state_dict_of"]
+
+_SHOWN = 5  # entries of what is no state dict
 
 
 def load_checkpoint(
@@ -23,13 +26,16 @@ def load_checkpoint(
 
     Args:
         model: what to load into.
-        checkpoint: a file (``.safetensors``, or what ``torch.save`` wrote, read with
-            ``weights_only=True``), or what it holds: a state dict, alone or under the key
-            "state_dict" or "model", as MMSegmentation and others write it.
+        checkpoint: a file of safetensors or ``torch.save``, or what it holds: a state dict, alone
+            or under the key "state_dict" or "model", as MMSegmentation and others write it. Files
+            are read with ``weights_only=True``: what else they hold beside the weights (numpy's
+            arrays, configurations, histories) is neither run nor loaded.
         prefix: of the keys to take, which is cut off, e.g. "backbone." or "decode_head.".
 
     Raises:
-        ValueError: no state dict in the checkpoint, or no key with that prefix.
+        OSError: the file cannot be opened.
+        ValueError: a file that is no checkpoint, is damaged, or cannot be read without running what
+            it holds; no state dict in it; no key with that prefix.
         RuntimeError: keys that are missing, unexpected, of another shape or refused: all listed.
 
     >>> import torch, fastfuse
@@ -64,29 +70,38 @@ def load_checkpoint(
 
 def state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
     """What a file or a mapping holds, as :func:`load_checkpoint` takes it."""
-    source = "checkpoint"
+    source, stood_in = "checkpoint", False
+    found: Any = checkpoint
     if isinstance(checkpoint, (str, Path)):
         source = str(checkpoint)
-        checkpoint = _read(Path(checkpoint))
-    for _ in range(2):  # a state dict, perhaps inside another dict
-        if not isinstance(checkpoint, Mapping):
-            break
-        if checkpoint and all(
-            isinstance(value, Tensor) or key.endswith("_extra_state")
-            for key, value in checkpoint.items()
-        ):
-            return checkpoint
-        inner = (checkpoint[key] for key in ("state_dict", "model") if key in checkpoint)
-        checkpoint = next(inner, None)  # type: ignore[assignment]
+        found, stood_in = read_file(Path(checkpoint))
+    strange = _strange(found, stood_in)
+    if strange and isinstance(found, Mapping):
+        found = next((found[key] for key in ("state_dict", "model") if key in found), found)
+        strange = _strange(found, stood_in)
+    if not strange:
+        return found
     raise ValueError(
         f"load_checkpoint: {source} must hold a state dict, alone or under the key 'state_dict' or "
-        "'model'"
+        f"'model'; got {strange}. If it is elsewhere, pass the state dict itself"
     )
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _strange(found: Any, stood_in: bool) -> str:
+    """What keeps something from being a state dict, if anything."""
+    if not isinstance(found, Mapping):
+        return type(found).__name__
+    if not found:
+        return "an empty one"
+    strange = [
+        f"{key!r}: {type(value).__name__}"
+        for key, value in found.items()
+        if not (isinstance(key, str) and _is_state(key, value, stood_in))
+    ]
+    more = ["..."] if len(strange) > _SHOWN else []
+    return f"a dict with other entries, {', '.join(strange[:_SHOWN] + more)}" if strange else ""
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+
+def _is_state(key: str, value: Any, stood_in: bool) -> bool:
+    # In a file with stand-ins, an extra state that is no tensor may hold one.
+    return isinstance(value, Tensor) or (key.endswith("_extra_state") and not stood_in)
