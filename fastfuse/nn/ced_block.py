@@ -214,7 +214,7 @@ class CEDBlock(_Block):
             check_image("CEDBlock", "x", x)
             (x,) = cast_for_autocast([x])
             return self._added(x, self._mixed(x))
-        return ced_block(
+        return ced_block(  # type: ignore[misc]
             x,
             *tensors,
             layer_scale=self.layer_scale,
@@ -312,7 +312,7 @@ class LRCEDBlock(_Block):
             (x,) = cast_for_autocast([x])
             y = x + F.gelu(self._mixed(x))
             return self._added(x, y + F.gelu(self.norm2(self.dw2(y))))
-        return lr_ced_block(
+        return lr_ced_block(  # type: ignore[misc]
             x,
             *tensors,
             layer_scale=self.layer_scale,
