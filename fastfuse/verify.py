@@ -160,7 +160,7 @@ def _results(sample: Sample, roundings: int) -> list[_Result]:
 
     generator = torch.Generator().manual_seed(1)
     cotangent = (
-        torch.randn(output.shape, generator=generator)
+        torch.randn(output.shape, generator=generator, device="cpu")
         .to(output)
         .contiguous(memory_format=memory_format(sample.channels_last))
     )

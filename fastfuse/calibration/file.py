@@ -45,7 +45,7 @@ def save_calibration(statistics: dict[str, BranchStatistics], path: str | PathLi
         return
     dtypes = dict(zip(_FIELDS, (torch.float64, torch.float64, torch.int64), strict=True))
     tensors = {
-        f"{name}.{field}": torch.tensor(getattr(s, field), dtype=dtypes[field])
+        f"{name}.{field}": torch.tensor(getattr(s, field), dtype=dtypes[field], device="cpu")
         for name, s in statistics.items()
         for field in _FIELDS
     }

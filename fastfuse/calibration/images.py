@@ -100,8 +100,8 @@ class ImageFolder:
         alone = len(self.files) % batch_size == 1
         self.dropped = self.files[-1] if alone and not skip_unreadable else None
         self._size = (size[0], size[1]) if size is not None else None
-        self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
-        self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+        self._mean = torch.tensor(mean, dtype=torch.float32, device="cpu")[:, None, None]
+        self._std = torch.tensor(std, dtype=torch.float32, device="cpu")[:, None, None]
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.files), self.batch_size)

@@ -147,8 +147,8 @@ def _axis(
         read = torch.full((in_size,), 1 / in_size, dtype=torch.float64, device=device)
         return _Axis(read, None, None, scale=1 / in_size)
     lower, upper, weight = axis_table(in_size, out_size, align_corners=align_corners, dtype=dtype)
-    u = torch.zeros(out_size, in_size, dtype=torch.float64)
-    target = torch.arange(out_size)
+    u = torch.zeros(out_size, in_size, dtype=torch.float64, device="cpu")
+    target = torch.arange(out_size, device="cpu")
     u[target, lower] += 1 - weight
     u[target, upper] += weight
     gram = u.T @ u / out_size

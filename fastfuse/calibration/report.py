@@ -205,10 +205,10 @@ def _gradients(fusion: LevelFusion, use: Use) -> list[float]:
         output = fusion_conv2d(features, weight, size=use.size, **constants)
     generator = torch.Generator().manual_seed(0x5CA1E)
     channels = output.shape[1]
-    squares = torch.zeros(len(features), dtype=torch.float64)
+    squares = torch.zeros(len(features), dtype=torch.float64, device="cpu")
     draws = -(-_DRAWN_CHANNELS // channels)
     for _ in range(draws):
-        upstream = torch.randn(output.shape, generator=generator).to(output)
+        upstream = torch.randn(output.shape, generator=generator, device="cpu").to(output)
         upstream *= (channels / output.numel()) ** 0.5
         (gradient,) = torch.autograd.grad(output, weight, upstream, retain_graph=True)
         parts = gradient.double().split(fusion.in_channels, fusion.level_axis)

@@ -21,7 +21,7 @@ from fastfuse.ops.lr_ced_block import lr_ced_block
 
 __all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock", "TokenMixer", "conv3x3"]
 
-_EXPANSION = 4
+_KERNEL, _EXPANSION = 7, 4
 
 TokenMixer = Callable[[int], nn.Module]  # channels -> what keeps shape, dtype and device of images
 
@@ -93,6 +93,14 @@ _SECOND_STEP = {
 _MLP = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
 
 
+def _depthwise(channels: int, dilation: int = 1) -> Conv2d:
+    """With the constructor of nn.Conv2d, which adapters call again."""
+    if dilation < 1:
+        raise ValueError(f"LRCEDBlock: dilation must be at least 1; got {dilation}")
+    padding = dilation * (_KERNEL // 2)
+    return Conv2d(channels, channels, _KERNEL, padding=padding, dilation=dilation, groups=channels)
+
+
 class _Block(Composition):
     """Token mixer, layer norm, MLP, layer scale and stochastic depth.
 
@@ -115,7 +123,7 @@ class _Block(Composition):
         if not 0 <= drop_path < 1:
             raise ValueError(f"{name}: drop_path must be in [0, 1); got {drop_path}")
         if token_mixer is None:
-            self.dw = DepthwiseConv2d(channels)
+            self.dw = _depthwise(channels)
             self.mixer = None
         else:
             self.mixer = token_mixer(channels)
@@ -295,7 +303,7 @@ class LRCEDBlock(_Block):
         recompute: bool = True,
     ) -> None:
         super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
-        self.dw2 = DepthwiseConv2d(channels, dilation=dilation)
+        self.dw2 = _depthwise(channels, dilation)
         self.norm2 = LayerNorm2d(channels)
 
     def read_parts(self) -> list[Any] | str:

@@ -57,7 +57,7 @@ class Part:
             into.extend([None] * len(self.tensors))
             return None if self.optional else "is None"
         if type(child) not in self.kinds:
-            return f"is a {type(child).__name__}"
+            return f"is a {type(child).__module__}.{type(child).__qualname__}"
         if (
             child._forward_hooks
             or child._forward_pre_hooks

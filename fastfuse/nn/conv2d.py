@@ -72,38 +72,41 @@ def depthwise_dilation(conv: nn.Conv2d, weight: Tensor) -> int | None:
 
     The weight may be another than the convolution's: parametrizations compute it.
     """
-    if weight.shape[1] != 1 or weight.shape[0] != conv.groups:
+    out_channels, per_group, k, k_x = weight.shape
+    if per_group != 1 or out_channels != conv.groups:
         return None
-    dilation, padding = _dilation_and_padding(conv, weight)
-    return dilation if padding == dilation * (weight.shape[2] // 2) else None
+    dilation, padding = _dilation_and_padding(conv, k, k_x)
+    return dilation if padding == dilation * (k // 2) else None
 
 
 def dense_padding(conv: nn.Conv2d, weight: Tensor) -> int | None:
     """Of a convolution that :func:`fastfuse.fusion_conv2d` is: of all channels, not dilated."""
     if conv.groups != 1:
         return None
-    dilation, padding = _dilation_and_padding(conv, weight)
+    dilation, padding = _dilation_and_padding(conv, *weight.shape[2:])
     return padding if dilation == 1 else None
 
 
-def _dilation_and_padding(conv: nn.Conv2d, weight: Tensor) -> tuple[int, int | None]:
+def _dilation_and_padding(conv: nn.Conv2d, k: int, k_x: int) -> tuple[int, int | None]:
     """Of both axes; no padding where this is no convolution of the package's kind: square and odd,
     with stride 1 and one number of zeros all around."""
-    k, dilation = weight.shape[2], _pair(conv.dilation)
+    dilation = _of_both_axes(conv.dilation)
     if (
-        k != weight.shape[3]
+        k != k_x
         or k % 2 == 0
-        or _pair(conv.stride) != (1, 1)
-        or dilation[0] != dilation[1]
+        or _of_both_axes(conv.stride) != 1
+        or dilation is None
         or conv.padding_mode != "zeros"
     ):
         return 1, None
     if isinstance(conv.padding, str):
-        return dilation[0], dilation[0] * (k // 2) if conv.padding == "same" else 0
-    padding = _pair(conv.padding)
-    return dilation[0], padding[0] if padding[0] == padding[1] else None
+        return dilation, dilation * (k // 2) if conv.padding == "same" else 0
+    return dilation, _of_both_axes(conv.padding)
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    """Attributes of a convolution are pairs, but may be overwritten by ints or single values."""
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+def _of_both_axes(value: int | tuple[int, ...]) -> int | None:
+    """A convolution's attribute, a pair that may be overwritten by an int or a single value; None
+    if the axes differ."""
+    if isinstance(value, int):
+        return value
+    return value[0] if value[0] == value[-1] else None

@@ -46,8 +46,8 @@ class ScaleEqualizer(nn.Module):
         if num_levels < 1:
             raise ValueError(f"ScaleEqualizer: num_levels must be at least 1; got {num_levels}")
         self.num_levels = num_levels
-        self.register_buffer("mean", torch.zeros(num_levels))
-        self.register_buffer("std", torch.ones(num_levels))
+        self.register_buffer("mean", torch.zeros(num_levels, dtype=torch.float32))
+        self.register_buffer("std", torch.ones(num_levels, dtype=torch.float32))
 
     @property
     def calibrated(self) -> bool:
@@ -57,7 +57,10 @@ class ScaleEqualizer(nn.Module):
     @torch.no_grad()
     def set_statistics(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
         """Writes mean and std, one value per level each, after checking them."""
-        values = {name: torch.as_tensor(v) for name, v in (("mean", mean), ("std", std))}
+        values = {
+            name: v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64, device="cpu")
+            for name, v in (("mean", mean), ("std", std))
+        }
         for name, value in values.items():
             if problem := self._problem(name, value):
                 raise ValueError(f"ScaleEqualizer: {problem}")

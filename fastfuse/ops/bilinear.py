@@ -40,18 +40,20 @@ def axis_table(
     ([0, 0, 0, 1], [1, 1, 1, 1], [0.0, 0.25, 0.75, 0.25])
     """
     coordinates = torch.float64 if dtype == torch.float64 else torch.float32
-    target = torch.arange(out_size)
+    target = torch.arange(out_size, device="cpu")
     if in_size == out_size:
-        return target, (target + 1).clamp(max=in_size - 1), torch.zeros(in_size).double()
+        return target, (target + 1).clamp(max=in_size - 1), torch.zeros_like(target).double()
     if align_corners:
-        steps = torch.tensor([in_size - 1, max(out_size - 1, 1)], dtype=coordinates)
+        ends = [in_size - 1, max(out_size - 1, 1)]
+        steps = torch.tensor(ends, dtype=coordinates, device="cpu")
         source = (steps[0] / steps[1]) * target.to(coordinates)
     else:
-        sizes = torch.tensor([in_size, out_size], dtype=coordinates)
+        sizes = torch.tensor([in_size, out_size], dtype=coordinates, device="cpu")
         scale = Fraction((sizes[0] / sizes[1]).item())
         exact = [scale * Fraction(2 * d + 1, 2) - Fraction(1, 2) for d in range(out_size)]
         # Rounded once. (For float32 twice, but a float32 product is exact in float64.)
-        source = torch.tensor([float(x) for x in exact], dtype=torch.float64).to(coordinates)
+        rounded = [float(x) for x in exact]
+        source = torch.tensor(rounded, dtype=torch.float64, device="cpu").to(coordinates)
         source = source.clamp(min=0)
     lower = source.to(torch.int64).clamp(max=in_size - 1)
     upper = (lower + 1).clamp(max=in_size - 1)

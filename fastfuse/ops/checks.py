@@ -313,5 +313,5 @@ def check_constants(
         if not -FLOAT32.max <= value <= FLOAT32.max or (positive and value < FLOAT32.tiny):
             wanted = f"positive (at least {FLOAT32.tiny:.2e}) and finite" if positive else "finite"
             raise ValueError(f"{op}: {argument}[{i}] must be {wanted}; got {value}")
-    constants = torch.tensor(list(values), dtype=torch.float64)
+    constants = torch.tensor(list(values), dtype=torch.float64, device="cpu")
     return constants if device.type == "cpu" else constants.to(device, non_blocking=True)

@@ -61,7 +61,7 @@ def _weight_transform() -> Tensor:
         *([x / (2 * b2 * (b2 - a2)) for x in (1, p, b2)] for p in (b, -b)),
         [0, 0, 1],
     ]
-    matrix = torch.tensor(rows, dtype=torch.float64)
+    matrix = torch.tensor(rows, dtype=torch.float64, device="cpu")
     return torch.kron(matrix, matrix)
 
 
