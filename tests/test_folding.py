@@ -136,5 +136,12 @@ def test_bad_models() -> None:
 
     pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
     nn.utils.parametrizations.weight_norm(pair.fusion.conv)
-    with pytest.raises(ValueError, match=r"weight of fusion 'fusion' must be a parameter"):
+    with pytest.raises(
+        ValueError, match=r"fusion 'fusion': .* got a .*ParametrizedConv2d: merge or"
+    ):
         fold_scale_equalizers(pair)
+    pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
+    nn.utils.prune.l1_unstructured(pair.fusion.conv, "weight", 0.5)
+    for fold in (lambda: fold_scale_equalizers(pair), pair.fusion.fold_equalizer):
+        with pytest.raises(ValueError, match=r"weight that is a parameter .* got one that is comp"):
+            fold()

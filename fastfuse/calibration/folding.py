@@ -35,8 +35,8 @@ def fold_scale_equalizers(model: nn.Module, *, keep_mean: bool = True) -> list[s
 
     Raises:
         ValueError: a model without equalizers, equalizers that no fusion owns, a weight or an
-            equalizer that two fusions share, a weight that is not a parameter (parametrized), or
-            not finite once divided. Then nothing has changed.
+            equalizer that two fusions share, a convolution that is adapted or whose weight is
+            computed, or not finite once divided. Then nothing has changed.
 
     >>> import torch, fastfuse
     >>> fusion = fastfuse.nn.MultiLevelFusion([8, 8], 16, scale_equalizer=True).eval()
@@ -65,12 +65,9 @@ def fold_scale_equalizers(model: nn.Module, *, keep_mean: bool = True) -> list[s
         )
     seen: dict[int, str] = {}
     for name, fusion in owners.items():
+        if (problem := fusion.fold_problem()) is not None:
+            raise ValueError(f"{caller}: fusion {name!r}: {problem}")
         weight = fusion.level_weight
-        if not isinstance(weight, nn.Parameter):
-            raise ValueError(
-                f"{caller}: the weight of fusion {name!r} must be a parameter; got one that is "
-                f"computed (parametrized): remove the parametrization first"
-            )
         for shared in (weight, fusion.equalizer):
             if id(shared) in seen:
                 raise ValueError(

@@ -152,7 +152,15 @@ class _Block(Composition):
         return factor.bernoulli_(kept).div_(kept)
 
     def read_parts(self) -> list[Any] | str:
-        return super().read_parts() if self.mixer is None else "a token mixer of its own"
+        if self.mixer is not None:
+            return "a token mixer of its own"
+        tensors = super().read_parts()
+        if not isinstance(tensors, str):
+            dtype = tensors[0].dtype
+            for tensor in tensors:
+                if tensor.dtype != dtype:  # norms in float32, say
+                    return "parameters of several dtypes"
+        return tensors
 
     def _mixed(self, x: Tensor) -> Tensor:
         """LN(mixer(x))."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastfuse.nn.composition import Composition, Part
+from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, check_size, feature_list
@@ -70,20 +71,43 @@ class LevelFusion(Composition):
         return torch.cat(self.equalizer(upsampled), 1)
 
     @property
-    def level_weight(self) -> Tensor:
-        """The weight that the concatenated levels meet; their channels follow each other in it."""
+    def level_conv(self) -> nn.Module:
+        """The convolution that the concatenated levels meet."""
         raise NotImplementedError
+
+    @property
+    def level_weight(self) -> Tensor:
+        """Its weight, in which the levels' channels follow each other."""
+        return self.level_conv.weight
 
     @property
     def level_axis(self) -> int:
         """The axis of ``level_weight`` along which the levels' channels follow each other."""
         raise NotImplementedError
 
+    def fold_problem(self) -> str | None:
+        """What keeps the equalizer from being folded into the weight: it is not all of what the
+        levels meet."""
+        conv = self.level_conv
+        if type(conv) not in (Conv2d, nn.Conv2d):
+            return (
+                f"expected a convolution to fold the equalizer into; got a {type(conv).__module__}."
+                f"{type(conv).__qualname__}: merge or remove the adapter or parametrization first"
+            )
+        if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+            return (
+                "expected a weight that is a parameter to fold the equalizer into; got one that is "
+                "computed: make the pruning or weight norm permanent first"
+            )
+        return None
+
     @torch.no_grad()
     def fold_equalizer(self, *, keep_mean: bool = True) -> None:
         """Divides each level's weights by its std: see ``fastfuse.fold_scale_equalizers``."""
         if self.equalizer is None:
             return
+        if (problem := self.fold_problem()) is not None:
+            raise ValueError(f"{type(self).__name__}: {problem}")
         std = self.equalizer.std.to(torch.float64)
         pieces = self.level_weight.split(self.in_channels, self.level_axis)
         for piece, sigma in zip(pieces, std, strict=True):

@@ -77,8 +77,8 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
         self._set_levels(in_channels, scale_equalizer, align_corners)
 
     @property
-    def level_weight(self) -> Tensor:
-        return self.conv.weight
+    def level_conv(self) -> nn.Module:
+        return self.conv
 
     @property
     def level_axis(self) -> int:

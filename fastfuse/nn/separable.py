@@ -111,8 +111,8 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
         self._set_levels(in_channels, scale_equalizer, align_corners)
 
     @property
-    def level_weight(self) -> Tensor:
-        return self.depthwise_conv.conv.weight
+    def level_conv(self) -> nn.Module:
+        return self.depthwise_conv.conv
 
     @property
     def level_axis(self) -> int:
