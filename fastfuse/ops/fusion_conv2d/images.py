@@ -18,8 +18,11 @@ def centered(image: Tensor, center: Tensor | None) -> Tensor:
     """A channels_last image less a constant of shape (1,), rounded once."""
     if center is None:
         return image
-    size = image.shape[2:]
-    return torch.ops.fastfuse.upsample_equalize_concat([image], *size, center, None, False, True)
+    _, channels, *size = image.shape
+    return torch.ops.fastfuse.upsample_equalize_concat(
+        [image], *size, center, None, False,
+        channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
+    )  # fmt: skip
 
 
 def matrix(image: Tensor) -> Tensor:
