@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d, upsample_equalize_concat
 from fastfuse.ops.fusion_conv2d.samples import exact, samples
-from fastfuse.ops.policy import policy_of, use_policy
+from fastfuse.ops.policy import WinogradRule, policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample
 
@@ -162,6 +162,62 @@ def test_what_equals_the_mean_is_nothing(
     torch.testing.assert_close(result, bias[:, None, None].expand_as(result), rtol=0, atol=1e-8)
 
 
+OFF_MEAN = {
+    "own": [(64, 4, 4), (64, 2, 2)],
+    "target": [(16, 16, 16)],
+    "several of the target's size": [(8, 16, 16), (8, 16, 16)],
+    "resized to the target": [(8, 16, 16), (4, 32, 32)],
+    "both": [(8, 16, 16), (64, 4, 4), (32, 1, 1)],
+    "one channel": [(1, 16, 16)],
+}
+
+
+@pytest.mark.parametrize("levels", OFF_MEAN.values(), ids=OFF_MEAN)
+@pytest.mark.parametrize("winograd", [False, True], ids=["direct", "winograd"])
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [
+        (torch.float32, torch.float32),
+        *((d, p) for d in (torch.bfloat16, torch.float16) for p in (torch.float32, d)),
+    ],
+)
+def test_a_mean_costs_no_digits(
+    dtype: torch.dtype,
+    products: torch.dtype,
+    winograd: bool,
+    levels: list[tuple[int, int, int]],
+) -> None:
+    """Features with a mean give the bits of what they are off it, in derivatives of both orders:
+    the mean comes off before anything is rounded. All values are short binary fractions."""
+    torch.set_num_threads(1)  # waking others would take most of the time
+    off = [torch.randint(-2, 3, (2, *shape)) / 2 for shape in levels]
+    std = [0.75 + i for i in range(len(levels))]
+
+    def results(mean: list[float] | None, tensors: Sequence[Tensor], padding: int) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        *features, weight, bias = leaves
+        output = fusion_conv2d(
+            features, weight, bias, size=(16, 16), mean=mean, std=std, padding=padding
+        )
+        torch.manual_seed(1)
+        cotangent = (torch.randn(output.shape) + 0.5).to(dtype).requires_grad_()
+        first = torch.autograd.grad(output, leaves, cotangent, create_graph=True)
+        loss = sum(x.float().square().mean() for x in first)
+        return [output, *first, *torch.autograd.grad(loss, [cotangent, *features, weight])]
+
+    rule = WinogradRule(channels=1 if winograd else 1 << 20, pixels=0, work=0)
+    native = frozenset({torch.float32, products})
+    with use_policy(policy_of("cpu"), little_macs=0, native=native, winograd={dtype: rule}):
+        for k, padding in ((3, 0), (3, 2)) if winograd else ((1, 0), (1, 1), (3, 4)):
+            parameters = torch.randn(5, sum(s[0] for s in levels), k, k) / 24, torch.randn(5)
+            expected = results(None, [*off, *parameters], padding)
+            for size in (0.5, 2.0, 7.0, 70.0):  # 0.7 to 100 deviations
+                mean = [size * (-1) ** i for i in range(len(levels))]
+                features = [x + m for x, m in zip(off, mean, strict=True)]
+                found = results(mean, [*features, *parameters], padding)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @every_plan
 def test_borders(levels: list[tuple[int, int, int]]) -> None:
     """The outermost pixels alone, with means that would drown everything if they were wrong."""
@@ -204,11 +260,11 @@ def test_chunks_of_outputs(levels: list[tuple[int, int, int]], dtype: torch.dtyp
 
 
 @both_layouts
-@pytest.mark.parametrize("k", [1, 3])
-def test_bfloat16_is_as_close_as_eager(channels_last: bool, k: int) -> None:
+@pytest.mark.parametrize(("k", "mean"), [(1, 0.0), (3, 0.0), (3, 0.7)])
+def test_bfloat16_is_as_close_as_eager(channels_last: bool, k: int, mean: float) -> None:
     """Root mean square errors of output and gradients, against float64."""
     shapes = [(2, 128, 32 >> i, 32 >> i) for i in range(4)]
-    features = images(*shapes, dtype=torch.bfloat16, channels_last=channels_last)
+    features = [(x + mean).bfloat16() for x in images(*shapes, channels_last=channels_last)]
     weight = (torch.randn(96, 512, k, k) / (512 * k * k) ** 0.5).bfloat16()
     leaves = [x.requires_grad_() for x in (*features, weight)]
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -219,14 +275,14 @@ def test_bfloat16_is_as_close_as_eager(channels_last: bool, k: int) -> None:
             F.interpolate(x, size=(32, 32), mode="bilinear") if x.shape[2] < 32 else x
             for x in inputs[:-1]
         ]
-        return F.conv2d(torch.cat(resized, dim=1), inputs[-1], padding=k // 2)
+        return F.conv2d(torch.cat(resized, dim=1) - mean, inputs[-1], padding=k // 2)
 
     def results(output: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         return [output, *torch.autograd.grad(output, inputs, cotangent.to(output.dtype))]
 
     truth = results(composed(doubles), doubles)
     eager = results(composed(leaves), leaves)
-    ours = results(fusion_conv2d(features, weight), leaves)
+    ours = results(fusion_conv2d(features, weight, mean=[mean] * 4), leaves)
     for mine, theirs, true in zip(ours, eager, truth, strict=True):
         errors = [(x.double() - true).square().mean().sqrt().item() for x in (mine, theirs)]
         assert errors[0] <= 1.1 * errors[1]

@@ -36,14 +36,24 @@ def test_products(dtype: torch.dtype, rows: str, layout: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 300, 5000])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_into_memory_that_is_there(dtype: torch.dtype, rows: int, bias: bool) -> None:
-    """Of narrow rows in float32 a chunk at a time, the bias added before anything is rounded."""
+@pytest.mark.parametrize("center", [None, 1000.0])
+def test_products_into_memory_that_is_there(
+    dtype: torch.dtype, rows: int, bias: bool, center: float | None
+) -> None:
+    """Of narrow rows in float32 a chunk at a time, the bias added before anything is rounded, and
+    the center taken off."""
     wide = torch.promote_types(dtype, torch.float32)
     weight, a, shift = (torch.randn(*s).to(dtype) for s in ((24, 17), (rows, 17), (24,)))
+    a = a + (center or 0)
+    given = a.clone()
     out = torch.full((rows, 24), torch.nan, dtype=wide)
     with use_policy(policy_of("cpu"), convert_bytes=1):
-        product.multiply_into(out, a, weight.to(wide), shift.to(wide) if bias else None)
-    expected = a.double() @ weight.double().t() + (shift.double() if bias else 0)
+        product.multiply_into(
+            out, a, weight.to(wide), shift.to(wide) if bias else None,
+            None if center is None else torch.tensor([center], dtype=wide),
+        )  # fmt: skip
+    assert torch.equal(a, given)
+    expected = (a.double() - (center or 0)) @ weight.double().t() + (shift.double() if bias else 0)
     assert relative_error(out, expected) <= tolerance(wide, reduction=17)
 
 

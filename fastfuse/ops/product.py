@@ -106,20 +106,29 @@ class RowBuffer:
             rows.copy_(values)
 
 
-def multiply_into(out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """out = a weight^T + bias by torch.mm, for rows of any dtype, converted a chunk at a time.
+def multiply_into(
+    out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None = None
+) -> None:
+    """out = (a - center) weight^T + bias by torch.mm, for rows of any dtype; they are converted and
+    centered a chunk at a time.
 
     Args:
         out: (rows, C_out) in the dtype of weight and bias, (C_out, C_in) and (C_out,).
         a: (rows, C_in), rows without gaps.
+        center: (1,).
     """
     rows, transposed = a.shape[0], weight.t()
     chunk_bytes = policy_of(a.device.type).convert_bytes
-    count = rows if a.dtype == out.dtype else chunk_bytes // (a.shape[1] * out.itemsize)
+    as_is = a.dtype == out.dtype and center is None
+    count = rows if as_is else chunk_bytes // (a.shape[1] * out.itemsize)
     count = max(count, MIN_CONVERTED_ROWS)
-    buffer = RowBuffer(min(count, rows), a, out.dtype)
+    memory = None if as_is else empty((min(count, rows), a.shape[1]), out)
     for first in range(0, rows, count):
-        chunk, target = buffer.read(a[first : first + count]), out[first : first + count]
+        chunk, target = a[first : first + count], out[first : first + count]
+        if memory is not None:
+            chunk = memory[: chunk.shape[0]].copy_(chunk)
+        if center is not None:
+            chunk -= center
         if bias is None:
             torch.mm(chunk, transposed, out=target)
         else:

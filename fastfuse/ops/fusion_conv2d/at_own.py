@@ -59,16 +59,15 @@ def add(
     features: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    offsets: Tensor | None,
     g: Geometry,
     c: Constants,
     base_scale: Tensor | None,
     *,
     accumulate: bool,
 ) -> None:
-    """out = (accumulate ? base_scale * out : 0) + bias + the levels' convolutions + the offsets.
+    """out = (accumulate ? base_scale * out : 0) + bias + the levels' convolutions.
 
-    Bias (C_out,) and offsets (k, k, C_out) are in the accumulation dtype.
+    The bias (C_out,) is in the accumulation dtype.
     """
     narrow = out.dtype not in (torch.float32, torch.float64)
     share = policy_of(out.device.type).exact_pixels if narrow else 0
@@ -96,7 +95,7 @@ def add(
             out[:, chunk],
             [*images.values(), *remainders],
             scales,
-            None if offsets is None else offsets[:, :, chunk].flatten(),
+            None,
             None if bias is None else bias[chunk],
             accumulate,
             *g.tap_arguments,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry
-from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, to_channels_last, write_taps
+from fastfuse.ops.fusion_conv2d.images import (
+    centered,
+    empty_image,
+    matrix,
+    to_channels_last,
+    write_taps,
+)
 from fastfuse.ops.product import multiply_into
 
 __all__ = ["convolve", "gradients"]
@@ -53,11 +59,11 @@ def _scaled(tensor: Tensor, scale: Tensor | None) -> Tensor:
     return tensor if scale is None else (tensor * scale).to(tensor.dtype)
 
 
-def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> tuple[list[Tensor], bool]:
-    """What to convolve at the target's resolution, and whether it is equalized already."""
+def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> list[Tensor]:
+    """What to convolve at the target's resolution: equalized, or less the means."""
     levels = list(g.plan.target)
     if not g.equalizes_first:
-        return [features[i] for i in levels], False
+        return [centered(features[i], c.center(i)) for i in levels]
     fused = torch.ops.fastfuse.upsample_equalize_concat(
         [features[i] for i in levels],
         *g.size,
@@ -65,7 +71,7 @@ def _inputs(features: Sequence[Tensor], g: Geometry, c: Constants) -> tuple[list
         g.align_corners,
         True,
     )
-    return [fused], True
+    return [fused]
 
 
 def _weights(weight: Tensor, g: Geometry, levels: Sequence[int]) -> Tensor:
@@ -75,13 +81,11 @@ def _weights(weight: Tensor, g: Geometry, levels: Sequence[int]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _taps(
-    weight: Tensor, g: Geometry, c: Constants, levels: Sequence[int], equalized: bool
-) -> Tensor:
+def _taps(weight: Tensor, g: Geometry, c: Constants, levels: Sequence[int]) -> Tensor:
     """The levels' weights as (k * k, C_out, C_in), over their std unless the inputs are."""
     weights = _weights(weight, g, levels)
     taps = weights.permute(2, 3, 0, 1).reshape(-1, g.out_channels, weights.shape[1])
-    if c.inverse_std is None or equalized:
+    if c.inverse_std is None or g.equalizes_first:
         return taps
     return taps * _per_channel(g, c, levels)
 
@@ -93,31 +97,33 @@ def _per_channel(g: Geometry, c: Constants, levels: Sequence[int]) -> Tensor:
 
 def convolve(
     features: Sequence[Tensor], weight: Tensor, bias: Tensor | None, g: Geometry, c: Constants
-) -> tuple[Tensor, bool, Tensor | None]:
-    """The convolution at the target's resolution, in the dtype of the weight; whether its inputs
-    were equalized; what it still has to be multiplied by, if anything. The bias is added unless
-    there is such a factor."""
-    inputs, equalized = _inputs(features, g, c)
-    levels = g.plan.target
+) -> tuple[Tensor, Tensor | None]:
+    """The convolution at the target's resolution, in the dtype of the weight; what it still has to
+    be multiplied by, if anything. The bias is added unless there is such a factor."""
+    levels, batch = g.plan.target, features[0].shape[0]
     if g.winograd:
-        out = empty_image(weight, inputs[0].shape[0], g.out_channels, *g.out_size)
-        taps = _taps(weight, g, c, levels, equalized)
-        winograd.convolve(out, inputs, winograd.transform_weight(taps), bias, g.padding)
-        return out, equalized, None
-    (x,) = inputs
-    scale = None if equalized else c.scale(levels[0])
+        out = empty_image(weight, batch, g.out_channels, *g.out_size)
+        taps = winograd.transform_weight(_taps(weight, g, c, levels))
+        winograd.convolve(out, _inputs(features, g, c), taps, bias, g.padding)
+        return out, None
+    scale = None if g.equalizes_first else c.scale(levels[0])
     bias = bias if scale is None else None
     weights = _weights(weight, g, levels)
-    if not g.is_product:
-        with _deterministic(x.device):
-            # Of one channel it may come contiguous.
-            out = to_channels_last(
-                torch.conv2d(x.to(weight.dtype), to_channels_last(weights), bias, padding=g.padding)
-            )
-        return out, equalized, scale
-    out = empty_image(weight, x.shape[0], g.out_channels, *g.out_size)
-    multiply_into(matrix(out), matrix(x), weights[:, :, 0, 0], bias)
-    return out, equalized, scale
+    if g.is_product:
+        out = empty_image(weight, batch, g.out_channels, *g.size)
+        if g.equalizes_first:
+            (x,), center = _inputs(features, g, c), None
+        else:
+            x, center = features[levels[0]], c.center(levels[0])
+        multiply_into(matrix(out), matrix(x), weights[:, :, 0, 0], bias, center)
+        return out, scale
+    (x,) = _inputs(features, g, c)
+    with _deterministic(x.device):
+        # Of one channel it may come contiguous.
+        out = to_channels_last(
+            torch.conv2d(x.to(weight.dtype), to_channels_last(weights), bias, padding=g.padding)
+        )
+    return out, scale
 
 
 def gradients(
@@ -129,14 +135,12 @@ def gradients(
     wanted: Sequence[int],
     found: dict[int, Tensor],
     weight_gradient: Tensor | None,
-) -> bool:
-    """Gradients of the levels convolved at the target's resolution; whether they were equalized."""
+) -> None:
+    """Gradients of the levels convolved at the target's resolution, some or the weight's."""
     levels = list(g.plan.target)
     batch, channels = grad_output.shape[0], sum(g.channels[i] for i in levels)
     equalized = g.equalizes_first
-    if not wanted and weight_gradient is None:
-        return equalized
-    inputs = [] if weight_gradient is None else _inputs(features, g, c)[0]
+    inputs = [] if weight_gradient is None else _inputs(features, g, c)
 
     if g.winograd:
         if weight_gradient is not None:
@@ -150,7 +154,7 @@ def gradients(
         for group in groups if wanted else []:
             assert weight is not None
             x_gradient = empty_image(grad_output, batch, sum(g.channels[i] for i in group), *g.size)
-            taps = _taps(weight, g, c, group, equalized)
+            taps = _taps(weight, g, c, group)
             winograd.input_gradient(x_gradient, grad_output, taps, g.padding)
             if not equalized:
                 found[group[0]] = x_gradient
@@ -187,4 +191,3 @@ def gradients(
             c.of_levels(wanted)[1], g.align_corners, True,
         )  # fmt: skip
         found.update(zip(wanted, pieces, strict=True))
-    return equalized

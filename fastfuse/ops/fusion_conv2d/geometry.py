@@ -153,8 +153,6 @@ class Constants:
         """1 / std of one level, of shape (1,)."""
         return None if self.inverse_std is None else self.inverse_std[level : level + 1]
 
-    def shift(self, level: int) -> Tensor:
-        """mean / std of one level, which must have a mean."""
-        assert self.mean is not None
-        mean = self.mean[level]
-        return mean if self.inverse_std is None else mean * self.inverse_std[level]
+    def center(self, level: int) -> Tensor | None:
+        """The mean of one level, of shape (1,)."""
+        return None if self.mean is None else self.mean[level : level + 1]

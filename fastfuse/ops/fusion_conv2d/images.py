@@ -7,11 +7,22 @@ from torch import Tensor
 
 from fastfuse.ops.memory import empty
 
-__all__ = ["empty_image", "matrix", "tap_weights", "to_channels_last", "write_taps"]
+__all__ = ["centered", "empty_image", "matrix", "tap_weights", "to_channels_last", "write_taps"]
 
 
 def to_channels_last(image: Tensor) -> Tensor:
     return image.contiguous(memory_format=torch.channels_last)
+
+
+def centered(image: Tensor, center: Tensor | None) -> Tensor:
+    """A channels_last image less a constant of shape (1,), rounded once."""
+    if center is None:
+        return image
+    _, channels, *size = image.shape
+    return torch.ops.fastfuse.upsample_equalize_concat(
+        [image], *size, center, None, False,
+        channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
+    )  # fmt: skip
 
 
 def matrix(image: Tensor) -> Tensor:

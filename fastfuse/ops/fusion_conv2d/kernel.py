@@ -3,6 +3,9 @@
 Everything inside is channels_last: there an image is a matrix (pixels, channels), and the taps of
 a level are one product with its weights. Where the device does not multiply the dtype of the
 images, weights, taps and sums are float32, and results are rounded once.
+
+Upsampling keeps constants: a mean comes off before it as well as after. It does so before the
+products, in which nothing large is left to cancel.
 """
 
 from __future__ import annotations
@@ -14,30 +17,24 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import at_own, at_target
 from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry, geometry_of
-from fastfuse.ops.fusion_conv2d.images import empty_image
+from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.layout import in_layout, memory_format
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.tap_sum.autograd import offsets_gradient
 
 __all__ = ["backward", "forward"]
 
 
-def _offsets(weight: Tensor, g: Geometry, constants: Constants, levels: Sequence[int]) -> Tensor:
-    """What the levels' means take from every tap, (k, k, out_channels)."""
-    assert constants.mean is not None
-    total = torch.zeros((), dtype=constants.mean.dtype, device=weight.device)
-    for i in levels:
-        sums = weight[:, g.slice_of(i)].sum(1, dtype=constants.mean.dtype)
-        total = total - constants.shift(i) * sums
-    return total.permute(1, 2, 0)
-
-
-def _inputs(features: Sequence[Tensor], g: Geometry, dtype: torch.dtype) -> list[Tensor]:
-    """The features as channels_last images; those convolved at their own resolution in the dtype of
-    the products, for they are read once for every chunk of outputs."""
+def _images(
+    features: Sequence[Tensor], g: Geometry, c: Constants, dtype: torch.dtype
+) -> list[Tensor]:
+    """The features as channels_last images; those convolved at their own resolution less their mean
+    and in the dtype of the products, for they are read once for every chunk of outputs."""
     images = [in_layout(f, True) for f in features]
-    return [image.to(dtype) if i in g.plan.own else image for i, image in enumerate(images)]
+    return [
+        centered(image.to(dtype), c.center(i)) if i in g.plan.own else image
+        for i, image in enumerate(images)
+    ]
 
 
 def _result(image: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -67,16 +64,13 @@ def forward(
     wide = torch.promote_types(dtype, torch.float32)
     work = policy_of(weight.device.type).multiplies(dtype)
     weight, bias = weight.to(work), None if bias is None else bias.to(work)
-    features = _inputs(features, g, work)
+    features = _images(features, g, c, work)
 
-    shifted = list(g.plan.own)  # levels whose mean the taps' offsets take off
     out = base_scale = None
     if g.plan.target:
-        out, equalized, base_scale = at_target.convolve(features, weight, bias, g, c)
+        out, base_scale = at_target.convolve(features, weight, bias, g, c)
         bias = bias if base_scale is not None else None
-        if not equalized:
-            shifted += g.plan.target
-        if not g.plan.own and base_scale is None and (c.mean is None or equalized):
+        if not g.plan.own and base_scale is None:
             return _result(out, dtype, channels_last)
 
     accumulate = out is not None
@@ -87,7 +81,6 @@ def forward(
         features,
         weight,
         None if bias is None else bias.to(wide),
-        None if c.mean is None or not shifted else _offsets(weight, g, c, shifted),
         g,
         c,
         base_scale,
@@ -129,7 +122,7 @@ def backward(
     work = policy_of(grad_output.device.type).multiplies(dtype)
     grad_output = in_layout(grad_output, True).to(work)
     weight = None if weight is None else weight.to(work)
-    features = _inputs(features, g, work)
+    features = _images(features, g, c, work)
     levels = [i for i, want in enumerate(wanted) if want]
     batch = grad_output.shape[0]
     gradients = {  # the others are found below
@@ -140,21 +133,13 @@ def backward(
         shape = (g.out_channels, sum(channels), kernel_size, kernel_size)
         weight_gradient = empty(shape, grad_output, memory_format(weight_channels_last))
 
-    shifted = list(g.plan.own)
     given = (grad_output, features, weight, g, c)
-    if g.plan.target:
-        of_target = [i for i in levels if i in g.plan.target]
-        if not at_target.gradients(*given, of_target, gradients, weight_gradient):
-            shifted += g.plan.target
+    of_target = [i for i in levels if i in g.plan.target]
+    if of_target or (g.plan.target and weight_gradient is not None):
+        at_target.gradients(*given, of_target, gradients, weight_gradient)
     of_own = [i for i in levels if i in g.plan.own]
     if of_own or (g.plan.own and weight_gradient is not None):
         at_own.gradients(*given, of_own, gradients, weight_gradient)
-    if weight_gradient is not None and c.mean is not None and shifted:
-        sums = offsets_gradient(grad_output, height, width, kernel_size, padding)
-        sums = sums.view(kernel_size, kernel_size, -1).permute(2, 0, 1)[:, None]
-        for i in shifted:
-            level = weight_gradient[:, g.slice_of(i)]
-            level.copy_(level - c.shift(i) * sums)
 
     result = [_result(gradients[i], dtype, channels_last) for i in levels]
     return result if weight_gradient is None else [*result, weight_gradient.to(dtype)]

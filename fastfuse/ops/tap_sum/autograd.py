@@ -18,7 +18,7 @@ from fastfuse import _extension  # noqa: F401  (its kernels register themselves 
 from fastfuse.ops.dispatch import backward_of, recording
 from fastfuse.ops.layout import is_channels_last, memory_format
 
-__all__ = ["call", "flops", "offsets_gradient"]
+__all__ = ["call", "flops"]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 _GEOMETRY = "SymInt height, SymInt width, int kernel_size, int padding, bool align_corners"
@@ -124,7 +124,7 @@ def _sums_inside(
     return sums
 
 
-def offsets_gradient(
+def _offsets_gradient(
     grad_output: Tensor, height: int, width: int, kernel_size: int, padding: int
 ) -> Tensor:
     """The gradient of the offsets, (k * k * C,), in the accumulation dtype.
@@ -152,7 +152,7 @@ def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
                 grad_output, *ctx.in_size, *ctx.geometry, is_channels_last([grad_output])
             )
     if ctx.needs_input_grad[1]:
-        offsets_grad = offsets_gradient(grad_output, *ctx.geometry[:4]).to(ctx.offsets_dtype)
+        offsets_grad = _offsets_gradient(grad_output, *ctx.geometry[:4]).to(ctx.offsets_dtype)
     return taps_gradient, offsets_grad, *[None] * 6
 
 
