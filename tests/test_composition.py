@@ -125,8 +125,8 @@ def results(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
         leaves = [x.clone().requires_grad_() for x in inputs]
         model.zero_grad()
         output = model(*leaves)
-        cotangent = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
-        output.backward(cotangent)
+        cotangent = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device)
+        output.backward(cotangent.view(output.shape))
     found = {"output": output.detach()}
     found |= {f"input {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -19,6 +19,7 @@ from small_models import (
     state,
 )
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from fastfuse import calibrate, fold_scale_equalizers
 from fastfuse.nn import MultiLevelFusion, SeparableFusion
@@ -141,7 +142,7 @@ def test_bad_models() -> None:
     ):
         fold_scale_equalizers(pair)
     pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
-    nn.utils.prune.l1_unstructured(pair.fusion.conv, "weight", 0.5)
+    prune.l1_unstructured(pair.fusion.conv, "weight", 0.5)
     for fold in (lambda: fold_scale_equalizers(pair), pair.fusion.fold_equalizer):
         with pytest.raises(ValueError, match=r"weight that is a parameter .* got one that is comp"):
             fold()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class LevelFusion(Composition):
     @property
     def level_weight(self) -> Tensor:
         """Its weight, in which the levels' channels follow each other."""
-        return self.level_conv.weight
+        return cast(Tensor, self.level_conv.weight)
 
     @property
     def level_axis(self) -> int:
