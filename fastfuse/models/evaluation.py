@@ -98,6 +98,8 @@ class _Copies:
                 hooks = key.endswith("_hooks")
                 state[key] = self._counterpart(value, None if hooks else f"{name}.{key}".strip("."))
         state["training"] = False
+        if hasattr(module, "_get_fsdp_state"):  # fully_shard knows its modules by identity
+            state["_get_fsdp_state"] = module._get_fsdp_state
         if compiled:
             copy.__setstate__(state)
         else:
