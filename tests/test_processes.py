@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastfuse import heads
 from fastfuse.models import CEDNetClassifier, Segmentor
+from fastfuse.models.evaluation import in_evaluation
 
 CLASSES = 3
 
@@ -93,17 +94,19 @@ def rank_of_two(rank: int, folder: str) -> None:
         wrapped.module.loss(images[half], targets[half]).backward()
         results[f"{name}, past the wrapper"] = gradients(model)
 
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for name in MODELS:
         model, images, targets = made(name)
         mesh = torch.distributed.init_device_mesh("cpu", (2,))
-        fully_shard(model.backbone.norm if name == "segmentor" else model.heads[0], mesh=mesh)
+        fully_shard(model.backbone, mesh=mesh)
+        if name == "classifier":
+            register_fsdp_forward_method(model.backbone, "forward_stages")
         fully_shard(model, mesh=mesh)
         results[f"{name}, sharded"] = stepped(model, images[half], targets[half])
-        if name == "segmentor":
-            model.train()
-            results["predicted, sharded"] = model.predict(images)
+        model.train()
+        with torch.no_grad():
+            results[f"{name}, sharded, evaluated"] = in_evaluation("test", model)(images)
 
     model, images, targets = made("segmentor")
     plain = copy.deepcopy(model).eval()
@@ -155,9 +158,15 @@ def test_a_sharded_step_is_the_plain_one(ranks: list[dict[str, Any]], name: str)
         torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-13)
 
 
-def test_predict_of_sharded_and_wrapped_models(ranks: list[dict[str, Any]]) -> None:
-    model, images, targets = made("segmentor")
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_of_sharded_models(ranks: list[dict[str, Any]], name: str) -> None:
+    model, images, targets = made(name)
     stepped(model, images, targets)
+    expected = model.eval()(images)
     for rank in ranks:
-        assert torch.equal(rank["predicted, sharded"], model.predict(images))
+        found = rank[f"{name}, sharded, evaluated"]
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_one_rank_predicts_with_a_wrapped_backbone(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["predicted by one rank"]
