@@ -16,6 +16,7 @@ __all__ = ["in_evaluation"]
 
 _WAY_OUT = "; call the model's eval() before"
 _BY_REFERENCE = ("_parameters", "_buffers")
+_PLAIN = (type(None), bool, int, float, str)  # most attributes of modules
 
 
 def in_evaluation(caller: str, model: nn.Module) -> nn.Module:
@@ -111,6 +112,8 @@ class _Copies:
         ``path``: where an attribute is, for the refusal of objects that cannot be mapped; None:
         hooks, whose objects observe the model and are left alone.
         """
+        if type(value) in _PLAIN:
+            return value
         if isinstance(value, nn.Module):
             return self.copies.get(id(value), value)
         key = id(value), path is None
@@ -122,6 +125,9 @@ class _Copies:
     def _mapped(self, value: Any, path: str | None) -> Any:
         def of(inner: Any) -> Any:
             return self._counterpart(inner, path)
+
+        if isinstance(value, (list, tuple, set, frozenset, dict)) and not value:
+            return value
 
         def changed(before: Any, after: Any) -> bool:
             return any(a is not b for a, b in zip(before, after, strict=True))
