@@ -45,7 +45,7 @@ class CEDNetClassifier(nn.Module):
         cednet: of :class:`CEDNet`; last_decoder is False, for nothing comes after the last c5.
 
     Shape: images (N, 3, H, W), H and W multiples of 32 -> logits of the last head,
-    (N, num_classes).
+    (N, num_classes); with targets the loss, a scalar.
 
     Raises:
         ValueError: an argument out of its range; what :class:`CEDNet` raises.
@@ -55,7 +55,7 @@ class CEDNetClassifier(nn.Module):
     >>> import torch, fastfuse
     >>> model = fastfuse.models.CEDNetClassifier("tiny", 10, depths=(1, 1, 1, 1))
     >>> images, targets = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))
-    >>> model.loss(images, targets).backward()
+    >>> model(images, targets).backward()
     >>> model.eval()(images).shape
     torch.Size([2, 10])
     """
@@ -77,7 +77,16 @@ class CEDNetClassifier(nn.Module):
         )
         kaiming_linear(self.heads)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, *, label_smoothing: float = 0.0
+    ) -> Tensor:
+        """Logits of the last head, (N, num_classes); with targets the loss: see :meth:`loss`.
+
+        Under DistributedDataParallel or FSDP train with ``wrapped(images, targets)``, as
+        :meth:`fastfuse.models.Segmentor.forward` says.
+        """
+        if targets is not None:
+            return self.loss(images, targets, label_smoothing=label_smoothing)
         last = self.backbone.forward_stages(images)[-1]
         return self.heads[-1](last.c5)
 
@@ -95,7 +104,7 @@ class CEDNetClassifier(nn.Module):
             label_smoothing: in [0, 1].
 
         Raises:
-            ValueError: targets of another shape or dtype.
+            ValueError: targets of another shape or dtype; a model of one class.
         """
         logits = self.forward_heads(images)
         self._check(targets, logits[0])
@@ -104,6 +113,12 @@ class CEDNetClassifier(nn.Module):
 
     def _check(self, targets: Tensor, logits: Tensor) -> None:
         check_tensor("CEDNetClassifier", "targets", targets)
+        if logits.shape[1] < 2:
+            raise ValueError(
+                "CEDNetClassifier: loss needs num_classes of at least 2, for the softmax of one "
+                "class is 1 whatever its logit; got 1. Use 2 classes, or a loss of your own, as "
+                "torch.nn.functional.binary_cross_entropy_with_logits, on forward_heads(images)"
+            )
         classes = tuple(targets.shape) == tuple(logits.shape[:1]) and targets.dtype == torch.int64
         probabilities = targets.shape == logits.shape and targets.is_floating_point()
         if not (classes or probabilities):
