@@ -97,7 +97,7 @@ $(WITH_VENV)/.ready: pyproject.toml
 	    "$(WITH)" torchvision "setuptools>=77" wheel || { rm -rf $(WITH_VENV); \
 	    echo "make test-torch: pip cannot install $(WITH) and its torchvision" >&2; exit 1; }
 	FASTFUSE_SKIP_NATIVE=1 $(WITH_VENV)/bin/python -m pip install --quiet \
-	    --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	    --disable-pip-version-check --no-build-isolation --editable ".[test]" peft accelerate
 	touch $@
 
 test-torch: $(WITH_VENV)/.ready $(BUILT)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastfuse import heads
+from fastfuse import explain, heads
 from fastfuse.models import CEDNetClassifier, Segmentor
 from fastfuse.models.evaluation import in_evaluation
 
@@ -57,6 +57,21 @@ def classification() -> tuple[Tensor, Tensor]:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
     "segmentor": (segmentor, segmentation),
     "classifier": (classifier, classification),
+}
+
+
+def fused_segmentor() -> tuple[nn.Module, Tensor, Tensor]:
+    """With a fusion, whose convolution is a child."""
+    torch.manual_seed(0)
+    decode = heads.FCNHead(4, 4, CLASSES, num_convs=1, dropout=0.0, norm=nn.InstanceNorm2d)
+    backbone = Backbone()
+    backbone.norm = nn.Identity()
+    return (Segmentor(backbone, decode).double(), *segmentation())
+
+
+WITH_CHILDREN: dict[str, Callable[[], tuple[nn.Module, Tensor, Tensor]]] = {
+    "fused segmentor": fused_segmentor,
+    "classifier": lambda: made("classifier"),
 }
 
 
@@ -108,6 +123,14 @@ def rank_of_two(rank: int, folder: str) -> None:
         with torch.no_grad():
             results[f"{name}, sharded, evaluated"] = in_evaluation("test", model)(images)
 
+    for name in WITH_CHILDREN:
+        model, images, targets = WITH_CHILDREN[name]()
+        for child in model.modules():
+            if not list(child.children()) and list(child.parameters()):
+                fully_shard(child, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        results[f"{name}, children sharded"] = stepped(model, images[half], targets[half])
+
     model, images, targets = made("segmentor")
     plain = copy.deepcopy(model).eval()
     model.backbone = DistributedDataParallel(model.backbone)
@@ -156,6 +179,17 @@ def test_a_sharded_step_is_the_plain_one(ranks: list[dict[str, Any]], name: str)
     ):
         assert torch.equal(first, second)
         torch.testing.assert_close(first, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", WITH_CHILDREN)
+def test_sharded_children(ranks: list[dict[str, Any]], name: str) -> None:
+    """Children gather their weights when they are called, so that they are."""
+    model, images, targets = WITH_CHILDREN[name]()
+    assert None in explain(model).values()
+    expected = stepped(model, images, targets)
+    for rank in ranks:
+        for found, wanted in zip(rank[f"{name}, children sharded"], expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
