@@ -40,7 +40,8 @@ endif
 ON := $(ON_$(CPU))
 
 READY := $(VENV)/.ready
-BUILT := $(VENV)/.built
+# An editable installation is of one place: a tree that was moved builds again.
+BUILT := $(VENV)/.built$(subst /,-,$(subst $() ,-,$(CURDIR)))
 # test-torch: the torch that runs what TORCH has built, in an environment of its own.
 WITH ?=
 WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
@@ -120,4 +121,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist bench-results fastfuse/_C*.so *.egg-info $(BUILT)
+	rm -rf build dist bench-results fastfuse/_C*.so *.egg-info $(VENV)/.built*

@@ -48,6 +48,9 @@ class CMakeBuild(build_ext):
             "FASTFUSE_ISAS": isas,
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }
+        cache = build / "CMakeCache.txt"
+        if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
+            shutil.rmtree(build)  # of a tree that was moved or copied, which CMake refuses
         definitions = [f"-D{name}={value}" for name, value in configure.items()]
         # cmake and ninja may be installed beside this Python without being on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
