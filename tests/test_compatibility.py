@@ -50,7 +50,7 @@ class Backbone(nn.Module):
 FAST: dict[str, Callable[[], nn.Module]] = {
     "Segmentor": lambda: models.Segmentor(Backbone(), heads.UPerHead([4, 6], 5, 3)),
     "CEDNet": lambda: models.CEDNet(
-        "tiny", "hourglass", channels=(4, 6, 8, 10), depths=(1, 1, 2, 1), stages=1
+        "tiny", "hourglass", channels=(4, 6, 8, 10), depths=(1, 2, 2, 1), stages=1
     ),
 }
 WHOLE: dict[str, Callable[[], nn.Module]] = {
