@@ -248,7 +248,7 @@ NONE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "weights elsewhere": (
         written({"ema": {"w": torch.ones(1)}, "epoch": 3}),
-        r"got a dict with other entries, 'ema': dict, 'epoch': int\. .*pass the state",
+        r"got a dict with other entries, 'ema': dict, 'epoch': int\. .*pass key= or the s",
     ),
     "an empty state dict": (written({"state_dict": {}}), "got an empty one"),
     "arrays for weights": (
@@ -277,7 +277,9 @@ def test_whole_models_are_named(tmp_path: Path, library: Any) -> None:
     path = tmp_path / "model.pth"
     for content in (library.Net(1, 1, 1), {"model": library.Net(1, 1, 1), "epoch": 3}):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=rf"got {library.__name__}\.Net\. .*pass the state"):
+        with pytest.raises(
+            ValueError, match=rf"got {library.__name__}\.Net\. .*pass key= or the state"
+        ):
             load_checkpoint(model(), path)
 
 
@@ -319,3 +321,21 @@ def test_published_cednets(tmp_path: Path) -> None:
     path.write_text("<html>")
     with pytest.raises(ValueError, match=r"cednet\.pth must be a file of torch\.save"):
         load_published_cednet(CEDNet("tiny"), path)
+
+
+def test_a_state_dict_elsewhere(tmp_path: Path) -> None:
+    """Under a key of its own, beside what is not run, and under a wrapper's prefix."""
+    source, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    path = tmp_path / "model.pth"
+    wrapped = {f"module.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"net": wrapped, "palette": np.zeros(3)}, path)
+    before = model.weight.clone()
+    with pytest.raises(
+        RuntimeError, match=r"keys stand under 'module\.' .* pass prefix='module\.'"
+    ):
+        load_checkpoint(model, path, key="net")
+    assert torch.equal(model.weight, before)
+    load_checkpoint(model, path, key="net", prefix="module.")
+    assert torch.equal(model.weight, source.weight)
+    with pytest.raises(ValueError, match=r"model\.pth has no key 'ema'; it has 'net', 'palette'"):
+        load_checkpoint(model, path, key="ema")

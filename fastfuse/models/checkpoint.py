@@ -18,7 +18,11 @@ _SHOWN = 5  # entries of what is no state dict
 
 
 def load_checkpoint(
-    model: nn.Module, checkpoint: str | Path | Mapping[str, Any], *, prefix: str = ""
+    model: nn.Module,
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    prefix: str = "",
+    key: str | None = None,
 ) -> None:
     """Loads a checkpoint that fits exactly; one that does not leaves the model as it was.
 
@@ -30,20 +34,23 @@ def load_checkpoint(
             or under the key "state_dict" or "model", as MMSegmentation and others write it. Files
             are read with ``weights_only=True``: what else they hold beside the weights (numpy's
             arrays, configurations, histories) is neither run nor loaded.
-        prefix: of the keys to take, which is cut off, e.g. "backbone." or "decode_head.".
+        prefix: of the keys to take, which is cut off, e.g. "backbone." or "decode_head.", or
+            "module." of a model that was wrapped by DistributedDataParallel.
+        key: of the state dict, if it is neither "state_dict" nor "model", e.g. "ema".
 
     Raises:
         OSError: the file cannot be opened.
         ValueError: a file that is no checkpoint, is damaged, or cannot be read without running what
             it holds; no state dict in it; no key with that prefix.
-        RuntimeError: keys that are missing, unexpected, of another shape or refused: all listed.
+        RuntimeError: keys that are missing, unexpected, of another shape or refused: all listed,
+            or the prefix with which they fit.
 
     >>> import torch, fastfuse
     >>> head = fastfuse.heads.FCNHead(8, 4, 3, num_convs=1, concat_input=False)
     >>> checkpoint = {"state_dict": {f"decode_head.{k}": v for k, v in head.state_dict().items()}}
     >>> fastfuse.models.load_checkpoint(head, checkpoint, prefix="decode_head.")
     """
-    state = state_dict_of(checkpoint)
+    state = state_dict_of(checkpoint, key)
     chosen = OrderedDict(
         (key.removeprefix(prefix), value) for key, value in state.items() if key.startswith(prefix)
     )
@@ -63,12 +70,20 @@ def load_checkpoint(
         before[key] = value.clone() if isinstance(value, Tensor) else deepcopy(value)
     try:
         model.load_state_dict(chosen)
-    except Exception:
+    except Exception as error:
         model.load_state_dict(before)
+        wrapper = next(iter(chosen)).partition(".")[0] + "."
+        if {wrapper + name for name in before} <= chosen.keys():
+            raise RuntimeError(
+                f"load_checkpoint: the model's keys stand under {wrapper!r} in this checkpoint; "
+                f"pass prefix={prefix + wrapper!r}"
+            ) from error
         raise
 
 
-def state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Tensor]:
+def state_dict_of(
+    checkpoint: str | Path | Mapping[str, Any], key: str | None = None
+) -> Mapping[str, Tensor]:
     """What a file or a mapping holds, as :func:`load_checkpoint` takes it."""
     source, stood_in = "checkpoint", False
     found: Any = checkpoint
@@ -76,14 +91,18 @@ def state_dict_of(checkpoint: str | Path | Mapping[str, Any]) -> Mapping[str, Te
         source = str(checkpoint)
         found, stood_in = read_file(Path(checkpoint))
     strange = _strange(found, stood_in)
-    if strange and isinstance(found, Mapping):
-        found = next((found[key] for key in ("state_dict", "model") if key in found), found)
+    if isinstance(found, Mapping) and key is not None and key not in found:
+        listed = ", ".join(repr(k) for k in list(found)[:_SHOWN])
+        raise ValueError(f"load_checkpoint: {source} has no key {key!r}; it has {listed}")
+    if isinstance(found, Mapping) and (strange or key is not None):
+        keys = ("state_dict", "model") if key is None else (key,)
+        found = next((found[k] for k in keys if k in found), found)
         strange = _strange(found, stood_in)
     if not strange:
         return found
     raise ValueError(
         f"load_checkpoint: {source} must hold a state dict, alone or under the key 'state_dict' or "
-        f"'model'; got {strange}. If it is elsewhere, pass the state dict itself"
+        f"'model'; got {strange}. If it is elsewhere, pass key= or the state dict itself"
     )
 
 

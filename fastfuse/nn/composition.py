@@ -58,6 +58,18 @@ class Part:
             return None if self.optional else "is None"
         if type(child) not in self.kinds:
             return f"is a {type(child).__module__}.{type(child).__qualname__}"
+        first, parameters, buffers = len(into), child._parameters, child._buffers
+        for name in self.tensors:
+            tensor: Tensor | None = parameters.get(name)
+            if tensor is None:
+                tensor = buffers.get(name)
+            if tensor is None:
+                if name not in self.maybe or name in child.__dict__:
+                    computed = name in child.__dict__
+                    return f"has a computed {name}" if computed else f"has no {name}"
+            elif type(tensor) not in _PLAIN:
+                return f"has a {type(tensor).__name__} as {name}"
+            into.append(tensor)
         if (
             child._forward_hooks
             or child._forward_pre_hooks
@@ -69,17 +81,6 @@ class Part:
             return "has a forward of its own"
         if child._compiled_call_impl is not None:
             return "is compiled by itself"
-        first, parameters, buffers = len(into), child._parameters, child._buffers
-        for name in self.tensors:
-            tensor: Tensor | None = parameters.get(name)
-            if tensor is None:
-                tensor = buffers.get(name)
-            if tensor is None:
-                if name not in self.maybe or name in child.__dict__:
-                    return f"has no parameter {name}"
-            elif type(tensor) not in _PLAIN:
-                return f"has a {type(tensor).__name__} as {name}"
-            into.append(tensor)
         for expected, holds in self.conditions.items():
             if not holds(child, into[first]):
                 return f"is not as expected: {expected}"
@@ -154,6 +155,10 @@ def explain(module: nn.Module) -> dict[str, str | None]:
     Returns:
         By name, "" for the module itself, every module that has an op: None where it runs, else the
         reason why the module's children are called, one by one. Results are the same to rounding.
+        Of graphs that were traced or exported there is nothing to tell.
+
+    Raises:
+        TypeError: no module.
 
     >>> import torch, fastfuse
     >>> block = fastfuse.nn.CEDBlock(8)
@@ -163,6 +168,8 @@ def explain(module: nn.Module) -> dict[str, str | None]:
     >>> fastfuse.explain(block)
     {'': 'fc1 has hooks'}
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"explain: module must be an nn.Module; got {type(module).__name__}")
     found = {}
     for name, child in module.named_modules():
         if isinstance(child, Composition):

@@ -42,12 +42,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _named(value: object) -> str:
+    """The class of what is no tensor, and what to do about those of torch.fx."""
+    if isinstance(value, torch.fx.Proxy):
+        return "torch.fx's Proxy: trace a model that contains it, or use torch.export"
+    return type(value).__name__
+
+
 def feature_list(op: str, features: Sequence[Tensor]) -> list[Tensor]:
     """``features`` as a list, once it is known to be a non-empty sequence of tensors."""
     if isinstance(features, Tensor) or not isinstance(features, Sequence):
         raise TypeError(
-            f"{op}: features must be a sequence of tensors, one per level; "
-            f"got {type(features).__name__}"
+            f"{op}: features must be a sequence of tensors, one per level; got {_named(features)}"
         )
     if len(features) == 0:
         raise ValueError(f"{op}: features must have at least one level; got none")
@@ -58,7 +64,7 @@ def feature_list(op: str, features: Sequence[Tensor]) -> list[Tensor]:
 
 def check_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {argument} must be a tensor; got {type(value).__name__}")
+        raise TypeError(f"{op}: {argument} must be a tensor; got {_named(value)}")
 
 
 def check_image(op: str, argument: str, image: Tensor, *, channels: int | None = None) -> None:
