@@ -58,28 +58,30 @@ class Part:
             return None if self.optional else "is None"
         if type(child) not in self.kinds:
             return f"is a {type(child).__module__}.{type(child).__qualname__}"
-        first, parameters, buffers = len(into), child._parameters, child._buffers
+        state = child.__dict__
+        first, parameters, buffers = len(into), state["_parameters"], state["_buffers"]
         for name in self.tensors:
             tensor: Tensor | None = parameters.get(name)
             if tensor is None:
                 tensor = buffers.get(name)
             if tensor is None:
-                if name not in self.maybe or name in child.__dict__:
-                    computed = name in child.__dict__
-                    return f"has a computed {name}" if computed else f"has no {name}"
+                if name in state:
+                    return f"has a computed {name}"
+                if name not in self.maybe:
+                    return f"has no {name}"
             elif type(tensor) not in _PLAIN:
                 return f"has a {type(tensor).__name__} as {name}"
             into.append(tensor)
         if (
-            child._forward_hooks
-            or child._forward_pre_hooks
-            or child._backward_hooks
-            or child._backward_pre_hooks
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
         ):
             return "has hooks"
-        if "forward" in child.__dict__:
+        if "forward" in state:
             return "has a forward of its own"
-        if child._compiled_call_impl is not None:
+        if "_compiled_call_impl" in state:
             return "is compiled by itself"
         for expected, holds in self.conditions.items():
             if not holds(child, into[first]):
