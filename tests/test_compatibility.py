@@ -297,6 +297,23 @@ def test_norms_in_float32() -> None:
         assert relative_error(output, expected.double()) < 0.03
 
 
+def test_a_layer_scale_in_float32() -> None:
+    model, x = CEDBlock(8, layer_scale=1.0), torch.randn(2, 8, 9, 9)
+    expected = model(x)
+    scale = model.layer_scale.detach()
+    model.bfloat16().layer_scale = nn.Parameter(scale)
+    assert explain(model) == {"": "parameters of several dtypes"}
+    assert relative_error(model(x.bfloat16()), expected.double()) < 0.03
+
+
+def test_arguments_by_name() -> None:
+    block, fusion, head = CEDBlock(8), MultiLevelFusion([8], 8), heads.FCNHead(8, 8, 3)
+    x = torch.randn(2, 8, 9, 9)
+    assert torch.equal(block(x=x), block(x))
+    assert torch.equal(fusion(features=[x], size=(5, 5)), fusion([x], (5, 5)))
+    assert torch.equal(head.eval()(features=[x]), head([x]))
+
+
 @every_model
 def test_copies_and_pickles(name: str) -> None:
     model, _, inputs = MODELS[name]()

@@ -157,7 +157,8 @@ class _Block(Composition):
         tensors = super().read_parts()
         if not isinstance(tensors, str):
             dtype = tensors[0].dtype
-            for tensor in tensors:
+            scale = self._parameters.get("layer_scale")
+            for tensor in tensors if scale is None else (*tensors, scale):
                 if tensor.dtype != dtype:  # norms in float32, say
                     return "parameters of several dtypes"
         return tensors

@@ -136,14 +136,15 @@ def leaf(forward: Forward) -> Forward:
     """A module's forward of which torch.fx records the call, as of PyTorch's own modules."""
 
     @wraps(forward)
-    def recorded(self: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
         first = x[0] if isinstance(x, (list, tuple)) and x else x
         if not isinstance(first, Tensor) and isinstance(first, Proxy):
             tracer = cast(Tracer, first.tracer)
             if tracer.root is not self:
                 path = tracer.path_of_module(self)
-                return tracer.create_proxy("call_module", path, (x, *args), kwargs)
-        return forward(self, x, *args, **kwargs)
+                return tracer.create_proxy("call_module", path, args, kwargs)
+        return forward(self, *args, **kwargs)
 
     return cast(Forward, recorded)
 
