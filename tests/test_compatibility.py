@@ -526,3 +526,15 @@ def test_every_row_names_a_test() -> None:
         assert named, row
         for test in named:
             assert any(f"def {test}(" in source for source in sources.values()), f"{test}: {row}"
+
+
+def test_a_convolution_of_the_instance_s_own() -> None:
+    """``_conv_forward`` set on it, as for textures that tile."""
+
+    def circular(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(x, (3,) * 4, mode="circular"), weight, bias, groups=8)
+
+    block, x = CEDBlock(8, layer_scale=1.0), torch.randn(2, 8, 9, 9)
+    block.dw._conv_forward = circular
+    assert_close(block.dw(x), circular(x, block.dw.weight, block.dw.bias))
+    assert explain(block) == {"": "dw has a forward of its own"}

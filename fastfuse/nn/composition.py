@@ -79,7 +79,7 @@ class Part:
             or state["_backward_pre_hooks"]
         ):
             return "has hooks"
-        if "forward" in state:
+        if "forward" in state or "_conv_forward" in state:
             return "has a forward of its own"
         if "_compiled_call_impl" in state:
             return "is compiled by itself"

@@ -60,10 +60,11 @@ class Conv2d(nn.Conv2d):
         return (
             is_plain(x)
             and is_plain(weight)
-            and x.dim() == 4
+            and x.dim() == weight.dim() == 4
             and x.shape[1] == weight.shape[1] * self.groups
             and x.dtype in DTYPES
             and type(self)._conv_forward is nn.Conv2d._conv_forward
+            and "_conv_forward" not in self.__dict__
         )
 
 
@@ -72,6 +73,8 @@ def depthwise_dilation(conv: nn.Conv2d, weight: Tensor) -> int | None:
 
     The weight may be another than the convolution's: parametrizations compute it.
     """
+    if weight.dim() != 4:  # gathered elsewhere
+        return None
     out_channels, per_group, k, k_x = weight.shape
     if per_group != 1 or out_channels != conv.groups:
         return None
@@ -81,7 +84,7 @@ def depthwise_dilation(conv: nn.Conv2d, weight: Tensor) -> int | None:
 
 def dense_padding(conv: nn.Conv2d, weight: Tensor) -> int | None:
     """Of a convolution that :func:`fastfuse.fusion_conv2d` is: of all channels, not dilated."""
-    if conv.groups != 1:
+    if conv.groups != 1 or weight.dim() != 4:
         return None
     dilation, padding = _dilation_and_padding(conv, *weight.shape[2:])
     return padding if dilation == 1 else None
