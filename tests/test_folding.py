@@ -137,12 +137,35 @@ def test_bad_models() -> None:
 
     pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
     nn.utils.parametrizations.weight_norm(pair.fusion.conv)
-    with pytest.raises(
-        ValueError, match=r"fusion 'fusion': .* got a .*ParametrizedConv2d: merge or"
-    ):
+    with pytest.raises(ValueError, match=r"fusion 'fusion': .* is a .*ParametrizedConv2d: remove"):
         fold_scale_equalizers(pair)
     pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
     prune.l1_unstructured(pair.fusion.conv, "weight", 0.5)
     for fold in (lambda: fold_scale_equalizers(pair), pair.fusion.fold_equalizer):
-        with pytest.raises(ValueError, match=r"weight that is a parameter .* got one that is comp"):
+        with pytest.raises(
+            ValueError, match=r"the convolution has a computed weight: .* permanent"
+        ):
+            fold()
+
+
+@pytest.mark.parametrize(
+    "done", ["pre-hook", "hook of the equalizer", "forward", "subclass", "meta"]
+)
+def test_what_children_do_is_not_folded(done: str) -> None:
+    pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
+    conv, equalizer = pair.fusion.conv, pair.fusion.equalizer
+    if done == "pre-hook":
+        conv.register_forward_pre_hook(lambda module, x: (x[0].clamp(-1, 1),))
+    elif done == "hook of the equalizer":
+        equalizer.register_forward_hook(lambda module, x, y: y)
+    elif done == "forward":
+        conv.forward = lambda x: x
+    elif done == "subclass":
+        equalizer.__class__ = type("Clamped", (type(equalizer),), {})
+    else:
+        pair.to("meta")
+    for fold in (lambda: fold_scale_equalizers(pair), pair.fusion.fold_equalizer):
+        with pytest.raises(
+            ValueError, match=r"expected a convolution and an equalizer to which noth"
+        ):
             fold()

@@ -19,6 +19,7 @@ __all__ = ["LevelFusion"]
 
 
 EQUALIZER = Part((ScaleEqualizer,), ("mean", "std"), optional=True)
+_FOLDED_INTO = Part((Conv2d, nn.Conv2d), ("weight",))
 
 
 class LevelFusion(Composition):
@@ -86,19 +87,20 @@ class LevelFusion(Composition):
         raise NotImplementedError
 
     def fold_problem(self) -> str | None:
-        """What keeps the equalizer from being folded into the weight: it is not all of what the
-        levels meet."""
-        conv = self.level_conv
-        if type(conv) not in (Conv2d, nn.Conv2d):
-            return (
-                f"expected a convolution to fold the equalizer into; got a {type(conv).__module__}."
-                f"{type(conv).__qualname__}: merge or remove the adapter or parametrization first"
-            )
-        if not isinstance(conv._parameters.get("weight"), nn.Parameter):
-            return (
-                "expected a weight that is a parameter to fold the equalizer into; got one that is "
-                "computed: make the pruning or weight norm permanent first"
-            )
+        """What keeps the equalizer from being folded into the weight: more is done than they do."""
+        for name, part, child in (
+            ("the convolution", _FOLDED_INTO, self.level_conv),
+            ("the equalizer", EQUALIZER, self.equalizer),
+        ):
+            tensors: list[Any] = []
+            reason = part.read(child, tensors)
+            if reason is None and any(t is not None and t.is_meta for t in tensors):
+                reason = "is on the meta device"
+            if reason is not None:
+                return (
+                    f"expected a convolution and an equalizer to which nothing was done; {name} "
+                    f"{reason}: remove it, merge it or make it permanent first"
+                )
         return None
 
     @torch.no_grad()
