@@ -66,6 +66,14 @@ WHOLE: dict[str, Callable[[], nn.Module]] = {
 whole = [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in WHOLE]
 
 
+def made(name: str) -> tuple[nn.Module, list[Tensor]]:
+    """A whole model or one of a part, in evaluation mode, and inputs."""
+    if name in WHOLE:
+        return WHOLE[name]().eval(), [torch.randn(1, 3, 64, 96)]
+    model, _, inputs = MODELS[name]()
+    return model, inputs
+
+
 def tensors(output: Any) -> tuple[Tensor, ...]:
     leaves = torch.utils._pytree.tree_leaves(output)
     return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -424,12 +432,9 @@ def branches_of_the_package() -> Iterator[None]:
 @pytest.mark.parametrize("name", [*MODELS, *whole])
 def test_traces_run_at_other_sizes(name: str) -> None:
     """torch.jit.trace records PyTorch's functions where an op names a size."""
-    if name in WHOLE:
-        model, inputs = WHOLE[name]().eval(), [torch.randn(1, 3, 64, 96)]
-    else:
-        model, _, inputs = MODELS[name]()
-        if isinstance(model, Levels):
-            model.size = None
+    model, inputs = made(name)
+    if isinstance(model, Levels):
+        model.size = None
     with torch.no_grad(), branches_of_the_package():
         traced = torch.jit.trace(Whole(model), tuple(inputs), check_trace=False)
         buffer = io.BytesIO()
@@ -457,10 +462,7 @@ def test_a_winograd_convolution_traces() -> None:
 
 @pytest.mark.parametrize("name", [*MODELS, *whole])
 def test_the_reference_exports_pytorchs_functions_alone(name: str) -> None:
-    if name in WHOLE:
-        model, inputs = WHOLE[name]().eval(), [torch.randn(1, 3, 64, 96)]
-    else:
-        model, _, inputs = MODELS[name]()
+    model, inputs = made(name)
     with torch.no_grad(), backend("reference"):
         program = torch.export.export(model, tuple(inputs))
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
