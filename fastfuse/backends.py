@@ -96,6 +96,11 @@ def requested_backend() -> str:
     return _requested
 
 
+def is_transformed() -> bool:
+    """Whether torch.func differentiates or vectorizes what is computed."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_tracing() -> bool:
     """Whether torch.jit.trace records this call, with every branch on a size as it is now."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
@@ -141,7 +146,7 @@ def _common_refusal(tensor: Tensor) -> str | None:
     if tensor.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         return f"expected dtype {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return "expected plain tensors, got tensors inside a torch.func transform"
     if forward_ad._current_level >= 0:
         return "expected no forward-mode differentiation, got a call inside a dual level"

@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastfuse.models import CEDNet, load_checkpoint, load_published_cednet
+from fastfuse.models import CEDNet, checkpoint_file, load_checkpoint, load_published_cednet
 from fastfuse.models.checkpoint_file import read_file
 
 np = pytest.importorskip("numpy")
@@ -200,8 +201,8 @@ def test_what_has_no_stand_in(tmp_path: Path, library: Any) -> None:
     load_checkpoint(model(), torch.load(path, weights_only=False))
 
 
-def written(content: Any) -> Callable[[Path], None]:
-    return lambda path: torch.save(content, path)
+def written(content: Any, **options: Any) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path, **options)
 
 
 def cut(keep: float, *, arrays: bool = False, **options: Any) -> Callable[[Path], None]:
@@ -239,8 +240,13 @@ NONE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another zip": (archive("photo.png"), "is a zip archive that torch.save did not write"),
     "TorchScript": (archive("model/constants.pkl"), r"TorchScript.*pass torch.jit.load\(path\)"),
     "a pickle": (
-        lambda p: p.write_bytes(pickle.dumps({"w": 1})),
+        lambda p: p.write_bytes(pickle.dumps({"w": 1}, 2)),
         "pickled otherwise than by torch",
+    ),
+    "protocol 4": (written({"w": 1}, pickle_protocol=4), "is pickled by protocol 4, which torch"),
+    "protocol 5, legacy": (
+        written({"w": torch.ones(1)}, pickle_protocol=5, **LEGACY),
+        r"protocol 5, .* Save it again by torch.save\(state, path\)",
     ),
     "no weights": (
         written({"epoch": 3}),
@@ -271,6 +277,23 @@ def test_what_is_no_checkpoint(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^load_checkpoint: {path} .*{message}"):
         load_checkpoint(ours, path)
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+def test_threads_load_at_once(tmp_path: Path) -> None:
+    """What torch.load allows afterwards is what it allowed before."""
+    path, allowed = tmp_path / "model.pth", torch.serialization.get_safe_globals()
+    torch.save({"state_dict": model().state_dict(), "history": np.ones(3)}, path)
+    ours = [model() for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda net: load_checkpoint(net, path), ours))
+    assert torch.serialization.get_safe_globals() == allowed
+    expected = read_file(path)[0]["state_dict"]
+    assert all(torch.equal(v, expected[k]) for net in ours for k, v in net.state_dict().items())
+
+
+def test_a_stand_in_says_what_it_is() -> None:
+    with pytest.raises(AttributeError, match=r"^shape of a stand-in: fastfuse\."):
+        checkpoint_file._opaque("numpy.ndarray")().shape  # noqa: B018
 
 
 def test_whole_models_are_named(tmp_path: Path, library: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import pickle
 import re
 import threading
@@ -20,7 +21,7 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from test_composition import MODELS, Levels, block, results
+from test_composition import MODELS, Levels, block, plain_cednet, results
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -274,6 +275,72 @@ def test_an_equalizer_that_was_replaced_or_hooked() -> None:
         assert_close(model(*inputs), expected, 1e-9)
 
 
+def test_trainable_statistics() -> None:
+    for name in ("MultiLevelFusion, equalized", "SeparableFusion"):
+        model, _, inputs = MODELS[name]()
+        expected, equalizer = model(*inputs), model.module.equalizer
+        for statistic in ("mean", "std"):
+            values = equalizer._buffers.pop(statistic)
+            equalizer.register_parameter(statistic, nn.Parameter(values))
+        assert explain(model)["module"] == (
+            "equalizer is not as expected: statistics that need no gradient"
+        )
+        output = model(*inputs)
+        assert_close(output, expected, 1e-9)
+        output.pow(2).sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in equalizer.parameters())
+
+
+def test_a_forward_patched_on_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: 2 * method(*args)
+
+    for kind, method, child in (
+        (nn.Linear, "forward", "fc1"),
+        (fastfuse.nn.LayerNorm2d, "forward", "norm"),
+        (nn.Conv2d, "_conv_forward", "dw"),
+    ):
+        model, plain, inputs = block(True)
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, method, doubled(getattr(kind, method)))
+            assert explain(model) == {"": f"{child} has a forward of its own"}
+            output = model(*inputs)
+        for module in plain.modules():
+            if isinstance(module, (plain_cednet.Norm if kind is fastfuse.nn.LayerNorm2d else kind)):
+                module.register_forward_hook(lambda module, x, y: 2 * y)
+        assert_close(output, plain(*inputs), 1e-9)
+        assert explain(model) == {"": None}
+
+
+def test_compiled_code_sees_a_forward_that_is_set() -> None:
+    model, x = CEDBlock(8, layer_scale=1.0).eval(), torch.randn(1, 8, 9, 9)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before, forward = compiled(x), model.fc1.forward
+    model.fc1.forward = lambda x: 2 * forward(x)
+    assert_close(compiled(x), model(x))
+    assert relative_error(compiled(x), before.double()) > 1e-3
+
+
+def test_norms_without_eps() -> None:
+    """An eps of 0, which the op refuses."""
+    model, plain, inputs = block(False)
+    model.norm.eps = plain.norm.eps = 0.0
+    assert explain(model) == {"": "norm is not as expected: eps above 0"}
+    assert_close(model(*inputs), plain(*inputs), 1e-9)
+
+
+class Marked(nn.Parameter):
+    """A tensor of a class of its own."""
+
+
+def test_a_layer_scale_of_another_class() -> None:
+    model, _, inputs = block(False)
+    expected = model(*inputs)
+    model.layer_scale = Marked(model.layer_scale.detach())
+    assert explain(model) == {"": "layer_scale is a Marked"}
+    assert_close(model(*inputs), expected, 1e-9)
+
+
 @pytest.mark.parametrize("attribute", ["padding_mode", "stride", "dilation", "padding"])
 def test_attributes_of_convolutions(attribute: str) -> None:
     value: Any = {"padding_mode": "reflect", "stride": 2, "dilation": 2, "padding": (0, 1)}[
@@ -509,6 +576,55 @@ def test_feature_extractors() -> None:
     _, a, _, b = model(images)
     assert torch.equal(found["a"], a)
     assert torch.equal(found["b"], b)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    """An infinite hidden value: NaN by the op, an infinity by PyTorch."""
+    model, x = CEDBlock(8, layer_scale=1.0), torch.randn(2, 8, 9, 9)
+    with torch.no_grad():
+        model.fc1.bias[3] = math.inf
+    assert not model(x).isfinite().any()
+    with backend("reference"):
+        assert model(x).isinf().all()
+
+
+def whole_models() -> dict[str, nn.Module]:
+    return {
+        "UPerNet": models.cednet_upernet_tiny(5, channels=(4, 6, 8, 10), **TINY),
+        "CEDNetClassifier": models.CEDNetClassifier("tiny", 5, channels=(4, 6, 8, 10), **TINY),
+    }
+
+
+def test_a_backbone_is_called() -> None:
+    """In training and in evaluation, wherever hooks and wrappers are."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    images = torch.randn(2, 3, 64, 64)
+    targets = {
+        "UPerNet": torch.randint(5, (2, 64, 64)),
+        "CEDNetClassifier": torch.randint(5, (2,)),
+    }
+    for name, model in whole_models().items():
+        for head in model.modules():
+            if isinstance(head, nn.Dropout2d):
+                head.p = 0.0
+        calls: list[str] = []
+        expected = model(images, targets[name])
+        model.backbone.register_forward_hook(lambda *_, calls=calls: calls.append("hook"))
+        assert_close(model(images, targets[name]), expected, 1e-5)
+        model.eval()(images)
+        assert calls == ["hook"] * 2
+        model.train().backbone.compile(
+            backend=lambda graph, _, calls=calls: (calls.append("compiled"), graph)[1]
+        )
+        assert_close(model(images, targets[name]), expected, 1e-5)
+        assert "compiled" in calls
+        for wrap in (checkpoint_wrapper, lambda b: torch.compile(b, backend="eager")):
+            model = whole_models()[name]
+            model.backbone = wrap(model.backbone)
+            model(images, targets[name]).backward()
+            assert all(p.grad is not None for p in model.backbone.parameters())
+            model.eval()(images)
 
 
 # ---- the document --------------------------------------------------------------------------------

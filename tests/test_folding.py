@@ -149,12 +149,16 @@ def test_bad_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "done", ["pre-hook", "hook of the equalizer", "forward", "subclass", "meta"]
+    "done", ["pre-hook", "hook of the equalizer", "hook of a unit", "forward", "subclass", "meta"]
 )
 def test_what_children_do_is_not_folded(done: str) -> None:
-    pair = Pair(MultiLevelFusion([3, 3], 4, scale_equalizer=True))
-    conv, equalizer = pair.fusion.conv, pair.fusion.equalizer
-    if done == "pre-hook":
+    separable = done == "hook of a unit"
+    kind = SeparableFusion if separable else MultiLevelFusion
+    pair = Pair(kind([3, 3], 4, scale_equalizer=True))
+    conv, equalizer = pair.fusion.level_conv, pair.fusion.equalizer
+    if separable:
+        pair.fusion.depthwise_conv.register_forward_pre_hook(lambda module, x: None)
+    elif done == "pre-hook":
         conv.register_forward_pre_hook(lambda module, x: (x[0].clamp(-1, 1),))
     elif done == "hook of the equalizer":
         equalizer.register_forward_hook(lambda module, x, y: y)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastfuse
 from fastfuse import heads
 from fastfuse.models import CEDNetClassifier, Segmentor, cednet_upernet_tiny
 from fastfuse.tolerances import relative_error
@@ -300,3 +301,18 @@ def test_classifier_gives_its_loss_when_called() -> None:
     found = model(images, targets, label_smoothing=0.2)
     torch.testing.assert_close(found, expected / len(model.heads))
     assert model(images).shape == (2, 4)
+
+
+def test_functional_gradients() -> None:
+    """torch.func differentiates a loss, whose logits are not computed again then."""
+    model = cednet_upernet_tiny(3, channels=(4, 6, 8, 10), depths=(1, 1, 1, 1), stages=2)
+    model.eval().backbone.checkpoint = True
+    images, targets = torch.randn(2, 3, 32, 32), torch.randint(3, (2, 32, 32))
+    model(images, targets).backward()
+    parameters = dict(model.named_parameters())
+    with fastfuse.backend("reference"):
+        gradients = torch.func.grad(
+            lambda parameters: torch.func.functional_call(model, parameters, (images, targets))
+        )(parameters)
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -270,6 +271,92 @@ def normalized() -> nn.Module:
     return backbone
 
 
+class Watcher:
+    """Knows the model, as tools for activation maps do; a hook of it does not reach the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seen = model, []
+
+    def save(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.note(output)
+
+    def note(self, output: Tensor) -> None:
+        self.seen.append(output.shape)
+
+    def again(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.norms()(output)
+
+    def norms(self) -> nn.Module:
+        return self.model.norm
+
+
+class Calling(Watcher):
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.model.norm(output)
+
+
+class Slotted:
+    __slots__ = ("model",)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    __call__ = Calling.__call__
+
+
+def with_hook(hook: Callable[[Any], Callable[..., Any]]) -> nn.Module:
+    backbone = Backbone()
+    backbone.conv.register_forward_hook(hook(backbone))
+    return backbone
+
+
+def by_default(backbone: Any) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Tensor, norm: Any = backbone.norm) -> None:
+        norm(output)
+
+    return hook
+
+
+def by_named_default(backbone: Any) -> Callable[..., Any]:
+    def hook(*args: Any, norms: Any = (backbone.norm,)) -> None:
+        norms[0](args[2])
+
+    return hook
+
+
+def by_closure(backbone: Any) -> Callable[..., Any]:
+    watcher = Watcher(backbone)
+    return lambda *args: watcher.save(*args)
+
+
+KNOWN: dict[str, Any] = {}
+
+
+def reaching_further(output: Tensor) -> None:
+    KNOWN["norm"](output)
+
+
+def by_global(backbone: Any) -> Callable[..., Any]:
+    KNOWN["norm"] = backbone.norm
+
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        reaching_further(output)
+
+    return hook
+
+
+class Indexed(Backbone):
+    """Its norm in what modules seldom have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue, self.index = deque([self.norm], 3), {self.norm: 2.0}
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        norm = self.queue[0]
+        return [norm(self.conv(images)) * self.index[norm]]
+
+
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "shared": Shared,
     "collecting": Collecting,
@@ -277,6 +364,11 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     "forward of a partial": lambda: replaced(hooked),
     "forward of a closure": lambda: replaced(closing),
     "forward of a method": lambda: replaced(converted),
+    "hook with a default": lambda: with_hook(by_default),
+    "hook with a named default": lambda: with_hook(by_named_default),
+    "hook of an object that knows the model": lambda: with_hook(lambda b: Watcher(b).save),
+    "hook of a closure of it": lambda: with_hook(by_closure),
+    "deque and keys": Indexed,
     "parametrized": normalized,
     "old spectral norm": lambda: (b := Backbone(), nn.utils.spectral_norm(b.conv))[0],
     "data parallel": lambda: nn.DataParallel(Backbone()),
@@ -331,10 +423,15 @@ class Runner:
         return self.modules[0](x)
 
 
+class SlottedRunner:
+    __slots__ = ("modules",)
+    __init__, __call__ = Runner.__init__, Runner.__call__
+
+
 class Running(Backbone):
-    def __init__(self) -> None:
+    def __init__(self, runner: Callable[[nn.Module], Any] = Runner) -> None:
         super().__init__()
-        self.runner = Runner(self.norm)
+        self.runner = runner(self.norm)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [self.runner(self.conv(images))]
@@ -346,6 +443,23 @@ def exported() -> nn.Module:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "object": (Running, r"backbone\.runner is an object \(Runner\) that refers to modules"),
+    "object with slots": (
+        lambda: Running(SlottedRunner),
+        r"backbone\.runner is an object \(SlottedRunner\) that refers to modules",
+    ),
+    "hook of an object": (
+        lambda: with_hook(lambda b: Watcher(b).again),
+        r"backbone\.conv\._forward_hooks has Watcher\.norms, which reaches modules of it by model",
+    ),
+    "hook that is an object": (
+        lambda: with_hook(Calling),
+        r"backbone\.conv\._forward_hooks has Calling\.__call__, which reaches .* by model",
+    ),
+    "hook that is an object with slots": (lambda: with_hook(Slotted), "which reaches .* by model"),
+    "hook that names a global": (
+        lambda: with_hook(by_global),
+        r"has reaching_further, which reaches modules of it by KNOWN",
+    ),
     "lazy": (lambda: nn.LazyConv2d(4, 1), "backbone is lazy and has not run yet"),
     "scripted": (lambda: torch.jit.script(nn.Conv2d(3, 4, 1)), "backbone is TorchScript in"),
     "exported": (exported, r"backbone has a train\(\) of its own, as exported programs have"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastfuse.backends import is_transformed
 from fastfuse.models.cednet_settings import Settings, settings
 from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
 from fastfuse.nn.ced_block import TokenMixer
@@ -244,11 +245,26 @@ class CEDNet(nn.Module):
         )
         kaiming_linear(self)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.last_maps(self.forward_stages(images))
+    def forward(
+        self, images: Tensor, *, stages: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | list[StageOutput]:
+        """c2, c3, c4 and c5; or, of auxiliary heads, the maps of every stage.
+
+        Both come of a call of the module, in which hooks, wrappers and ``compile()`` work.
+
+        Args:
+            images: (N, 3, H, W).
+            stages: whether to return a :class:`StageOutput` for each stage, the first with c2.
+        """
+        outputs = self._stages(images)
+        # Of the root, torch.fx passes a proxy.
+        return outputs if stages is True else self.last_maps(outputs)
 
     def forward_stages(self, images: Tensor) -> list[StageOutput]:
-        """The maps of every stage, and c2 in the first one's; see :class:`StageOutput`."""
+        """As ``self(images, stages=True)``."""
+        return cast("list[StageOutput]", self(images, stages=True))
+
+    def _stages(self, images: Tensor) -> list[StageOutput]:
         _check_images(images)
         images = to_layout(images, True)  # every op below is at its best there
         c2 = self._run(self._stem, images)
@@ -274,6 +290,7 @@ class CEDNet(nn.Module):
         return self.blocks(self.stem(images))
 
     def _run(self, part: Callable[[Tensor], T], x: Tensor) -> T:
-        if self.checkpoint and self.training and torch.is_grad_enabled():
+        recomputes = self.checkpoint and self.training and torch.is_grad_enabled()
+        if recomputes and not is_transformed():
             return checkpoint(part, x, use_reentrant=False)
         return part(x)

@@ -87,12 +87,12 @@ class CEDNetClassifier(nn.Module):
         """
         if targets is not None:
             return self.loss(images, targets, label_smoothing=label_smoothing)
-        last = self.backbone.forward_stages(images)[-1]
-        return self.heads[-1](last.c5)
+        *_, c5 = self.backbone(images)
+        return self.heads[-1](c5)
 
     def forward_heads(self, images: Tensor) -> list[Tensor]:
         """Logits of every head, in the order of the stages."""
-        outputs = self.backbone.forward_stages(images)[-len(self.heads) :]
+        outputs = self.backbone(images, stages=True)[-len(self.heads) :]
         return [head(output.c5) for head, output in zip(self.heads, outputs, strict=True)]
 
     def loss(self, images: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

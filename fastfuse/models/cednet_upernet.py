@@ -21,10 +21,10 @@ class CEDNetSegmentor(Segmentor):
     backbone: CEDNet
 
     def training_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        outputs = self.backbone.forward_stages(images)
+        outputs = self.backbone(images, stages=True)
         auxiliary = outputs[-2].decoded_c3
         assert auxiliary is not None  # every stage but the last decodes
-        return list(self.backbone.last_maps(outputs)), auxiliary
+        return list(CEDNet.last_maps(outputs)), auxiliary
 
 
 def _upernet(variant: str, num_classes: int, cednet: dict[str, Any]) -> Segmentor:

@@ -11,13 +11,16 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import torch
 
 __all__ = ["read_file"]
 
+_PROTOCOL = 3  # the last that weights_only reads; torch.save writes 2
 _LEGACY_PICKLES = 4  # magic number, protocol, system, object: the format before torch 1.6
+_ALLOWING = Lock()  # what torch.load allows is the process's
 _SHOWN = 16  # bytes at the start of what is no checkpoint
 
 
@@ -26,7 +29,9 @@ def read_file(path: Path) -> tuple[Any, bool]:
 
     Read by ``torch.load`` with ``weights_only=True`` alone. Classes and functions that it refuses
     (numpy's arrays beside the weights, configurations, histories) are replaced by stand-ins that
-    keep nothing, so that nothing is imported or called because a file says so.
+    keep nothing, so that nothing is imported or called because a file says so. Other threads should
+    not call ``torch.load(weights_only=True)`` meanwhile: what PyTorch allows it is the process's,
+    so that they would get stand-ins where it refuses.
 
     Raises:
         OSError: the file cannot be opened.
@@ -49,6 +54,12 @@ def read_file(path: Path) -> tuple[Any, bool]:
         except Exception as error:  # of many kinds, where a file is damaged
             refusal = refusal if stand_in is _mapping else error
             break
+    if (protocol := _protocol(path)) > _PROTOCOL:
+        raise ValueError(
+            f"{where} is pickled by protocol {protocol}, which torch.load does not read without "
+            "running what it says. Save it again by torch.save(state, path) or, if you trust it, "
+            "pass what it holds: torch.load(path, weights_only=False)"
+        ) from refusal
     name = re.search(r"GLOBAL (\S+)", str(refusal))
     if isinstance(refusal, pickle.UnpicklingError) and name:
         raise ValueError(
@@ -63,7 +74,7 @@ def read_file(path: Path) -> tuple[Any, bool]:
 
 def _load(path: Path, stand_in: Callable[[str], type] | None) -> Any:
     allowed = [(stand_in(name), name) for name in _names(path)] if stand_in else []
-    with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+    with _ALLOWING, torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -109,6 +120,12 @@ class _StandIn:
     def __setstate__(self, _: Any) -> None:
         pass
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"{name} of a stand-in: fastfuse.models.load_checkpoint, which lets torch.load put it "
+            f"in the place of {type(self).__name__}, ran at the same time"
+        )
+
 
 class _Mapping:
     """For subclasses of dict: weights_only adds items to dict and OrderedDict themselves alone."""
@@ -141,6 +158,14 @@ def _names(path: Path) -> set[str]:
                 renamed = NAME_MAPPING.get((module, name), renamed)
                 found |= {f"{module}.{name}", ".".join(renamed)}
     return found - allowed
+
+
+def _protocol(path: Path) -> int:
+    """0 where a file does not say."""
+    for stream in _pickles(path):
+        start = stream.read(2)
+        return start[1] if start[:1] == b"\x80" and start[1:] else 0
+    return 0
 
 
 def _pickles(path: Path) -> Iterator[BinaryIO]:

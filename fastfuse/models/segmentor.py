@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastfuse.backends import is_transformed
 from fastfuse.models.evaluation import in_evaluation
 from fastfuse.ops.checks import check_image, check_tensor
 from fastfuse.ops.layout import to_layout
@@ -246,8 +247,11 @@ class Segmentor(nn.Module):
                 )
             return losses.sum(dtype=dtype)
 
-        losses = [
-            checkpoint(of_image, *image, use_reentrant=False, preserve_rng_state=False)
-            for image in zip(logits.split(1), targets.split(1), strict=True)
-        ]
+        def recomputed(logits: Tensor, target: Tensor) -> Tensor:
+            return checkpoint(
+                of_image, logits, target, use_reentrant=False, preserve_rng_state=False
+            )
+
+        run = of_image if is_transformed() else recomputed  # torch.func does not recompute
+        losses = list(map(run, logits.split(1), targets.split(1)))
         return torch.stack(losses).sum() / (targets != self.ignore_index).sum()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Composition, Part, leaf
+from fastfuse.nn.composition import Composition, Part, is_plain, leaf
 from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.layer_norm import LayerNorm2d
@@ -66,17 +66,22 @@ def conv3x3(channels: int) -> nn.Conv2d:
 
 _WEIGHT_AND_BIAS = ("weight", "bias")
 _CONVOLUTIONS = (DepthwiseConv2d, Conv2d, nn.Conv2d)
+_NORM = Part(
+    (LayerNorm2d,),
+    _WEIGHT_AND_BIAS,
+    conditions={"eps above 0": lambda norm, weight, bias: norm.eps > 0},
+)
 _STEP = {
     "dw": Part(
         _CONVOLUTIONS,
         _WEIGHT_AND_BIAS,
         conditions={
             "one kernel a channel, undilated, that keeps the size": (
-                lambda dw, weight: depthwise_dilation(dw, weight) == 1
+                lambda dw, weight, bias: depthwise_dilation(dw, weight) == 1
             )
         },
     ),
-    "norm": Part((LayerNorm2d,), _WEIGHT_AND_BIAS),
+    "norm": _NORM,
 }
 _SECOND_STEP = {
     "dw2": Part(
@@ -84,11 +89,11 @@ _SECOND_STEP = {
         _WEIGHT_AND_BIAS,
         conditions={
             "one kernel a channel that keeps the size": (
-                lambda dw, weight: depthwise_dilation(dw, weight) is not None
+                lambda dw, weight, bias: depthwise_dilation(dw, weight) is not None
             )
         },
     ),
-    "norm2": Part((LayerNorm2d,), _WEIGHT_AND_BIAS),
+    "norm2": _NORM,
 }
 _MLP = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
 
@@ -158,6 +163,8 @@ class _Block(Composition):
         if not isinstance(tensors, str):
             dtype = tensors[0].dtype
             scale = self._parameters.get("layer_scale")
+            if scale is not None and not is_plain(scale):
+                return f"layer_scale is a {type(scale).__name__}"
             for tensor in tensors if scale is None else (*tensors, scale):
                 if tensor.dtype != dtype:  # norms in float32, say
                     return "parameters of several dtypes"

@@ -39,9 +39,9 @@ class Part:
         kinds: the classes it may have, themselves and not their subclasses.
         tensors: the parameters or buffers that the op reads, by name.
         maybe: those of them that may be None.
-        conditions: what must hold of the child and the first of its tensors, by the words for what
-            was expected.
+        conditions: what must hold of the child and its tensors, by the words for what was expected.
         optional: whether the child may be None; then its tensors are.
+        methods: of every kind, what calling it runs, as it was when this package was imported.
     """
 
     kinds: tuple[type[nn.Module], ...]
@@ -49,6 +49,11 @@ class Part:
     maybe: tuple[str, ...] = ()
     conditions: Mapping[str, Callable[..., bool]] = field(default_factory=dict)
     optional: bool = False
+    methods: Mapping[type[nn.Module], tuple[Any, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = {kind: (kind.forward, getattr(kind, "_conv_forward", None)) for kind in self.kinds}
+        object.__setattr__(self, "methods", found)
 
     def read(self, child: nn.Module | None, into: list[Any]) -> str | None:
         """Appends the child's tensors; or what of it is not as assumed, as the end of a sentence
@@ -56,7 +61,8 @@ class Part:
         if child is None:
             into.extend([None] * len(self.tensors))
             return None if self.optional else "is None"
-        if type(child) not in self.kinds:
+        methods = self.methods.get(type(child))
+        if methods is None:
             return f"is a {type(child).__module__}.{type(child).__qualname__}"
         state = child.__dict__
         first, parameters, buffers = len(into), state["_parameters"], state["_buffers"]
@@ -79,12 +85,16 @@ class Part:
             or state["_backward_pre_hooks"]
         ):
             return "has hooks"
-        if "forward" in state or "_conv_forward" in state:
+        # Set on the module or, since the import, on its class. Dynamo guards what it reads so.
+        forward, convolve = methods
+        if getattr(child.forward, "__func__", None) is not forward or (
+            convolve is not None and getattr(child._conv_forward, "__func__", None) is not convolve
+        ):
             return "has a forward of its own"
         if "_compiled_call_impl" in state:
             return "is compiled by itself"
         for expected, holds in self.conditions.items():
-            if not holds(child, into[first]):
+            if not holds(child, *into[first:]):
                 return f"is not as expected: {expected}"
         return None
 
@@ -138,10 +148,11 @@ def leaf(forward: Forward) -> Forward:
     @wraps(forward)
     def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        first = x[0] if isinstance(x, (list, tuple)) and x else x
-        if not isinstance(first, Tensor) and isinstance(first, Proxy):
-            tracer = cast(Tracer, first.tracer)
-            if tracer.root is not self:
+        for value in x if isinstance(x, (list, tuple)) else (x,):
+            if not isinstance(value, Tensor) and isinstance(value, Proxy):
+                tracer = cast(Tracer, value.tracer)
+                if tracer.root is self:
+                    break
                 path = tracer.path_of_module(self)
                 return tracer.create_proxy("call_module", path, args, kwargs)
         return forward(self, *args, **kwargs)

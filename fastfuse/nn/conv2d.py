@@ -13,6 +13,8 @@ from fastfuse.ops.policy import policy_of
 
 __all__ = ["Conv2d", "dense_padding", "depthwise_dilation"]
 
+_CONV_FORWARD = nn.Conv2d._conv_forward  # as it is when this package is imported
+
 
 class Conv2d(nn.Conv2d):
     """An ``nn.Conv2d`` in all but speed: the same arguments, initialization, keys and results.
@@ -63,8 +65,7 @@ class Conv2d(nn.Conv2d):
             and x.dim() == weight.dim() == 4
             and x.shape[1] == weight.shape[1] * self.groups
             and x.dtype in DTYPES
-            and type(self)._conv_forward is nn.Conv2d._conv_forward
-            and "_conv_forward" not in self.__dict__
+            and getattr(self._conv_forward, "__func__", None) is _CONV_FORWARD
         )
 
 

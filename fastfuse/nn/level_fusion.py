@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastfuse.nn.composition import Composition, Part
 from fastfuse.nn.conv2d import Conv2d
+from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.scale_equalizer import ScaleEqualizer
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, check_size, feature_list
@@ -18,7 +19,17 @@ from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 __all__ = ["LevelFusion"]
 
 
-EQUALIZER = Part((ScaleEqualizer,), ("mean", "std"), optional=True)
+EQUALIZER = Part(
+    (ScaleEqualizer,),
+    ("mean", "std"),
+    conditions={
+        "statistics that need no gradient": (
+            lambda equalizer, mean, std: not (mean.requires_grad or std.requires_grad)
+        )
+    },
+    optional=True,
+)
+_UNIT = Part((ConvUnit,), ())
 _FOLDED_INTO = Part((Conv2d, nn.Conv2d), ("weight",))
 
 
@@ -77,6 +88,11 @@ class LevelFusion(Composition):
         raise NotImplementedError
 
     @property
+    def level_units(self) -> Sequence[nn.Module]:
+        """The units within this one in which it stands."""
+        return ()
+
+    @property
     def level_weight(self) -> Tensor:
         """Its weight, in which the levels' channels follow each other."""
         return cast(Tensor, self.level_conv.weight)
@@ -89,6 +105,7 @@ class LevelFusion(Composition):
     def fold_problem(self) -> str | None:
         """What keeps the equalizer from being folded into the weight: more is done than they do."""
         for name, part, child in (
+            *(("the unit of the convolution", _UNIT, unit) for unit in self.level_units),
             ("the convolution", _FOLDED_INTO, self.level_conv),
             ("the equalizer", EQUALIZER, self.equalizer),
         ):

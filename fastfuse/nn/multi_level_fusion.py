@@ -52,7 +52,7 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
             maybe=("bias",),
             conditions={
                 "a square kernel of all channels, stride and dilation 1": (
-                    lambda conv, weight: dense_padding(conv, weight) is not None
+                    lambda conv, weight, bias: dense_padding(conv, weight) is not None
                 )
             },
         ),

@@ -115,6 +115,10 @@ class SeparableFusion(SeparableConvUnit, LevelFusion):
         return self.depthwise_conv.conv
 
     @property
+    def level_units(self) -> Sequence[nn.Module]:
+        return (self.depthwise_conv,)
+
+    @property
     def level_axis(self) -> int:
         return 0
 
