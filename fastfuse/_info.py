@@ -18,12 +18,12 @@ from fastfuse.backends import (
     DTYPES,
     ENVIRONMENT,
     BackendError,
-    Operation,
     explain,
     requested_backend,
     select,
 )
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import memory_format
 from fastfuse.ops.policy import Machine, policy_of
 

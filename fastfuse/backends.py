@@ -1,7 +1,7 @@
 """Which backend runs an op, and why.
 
-``reference`` is plain PyTorch and always there; ``cpu`` is C++ for CPU tensors; ``triton`` and
-``cuda`` are for CUDA tensors. ``auto`` takes the first backend of an op that does not refuse the
+``reference`` is plain PyTorch and always there; ``cpu`` is C++ for CPU tensors; ``triton`` is for
+CUDA tensors. ``auto`` takes the first backend of an op that does not refuse the
 input and falls back to the reference with one logged line per reason. A backend asked for by name
 runs or raises :class:`BackendError`.
 
@@ -20,11 +20,10 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ContextDecorator
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,14 +31,11 @@ from torch.autograd import forward_ad
 
 from fastfuse import _extension
 
-if TYPE_CHECKING:
-    from fastfuse.ops.sample import Sample
-
 __all__ = [
     "BACKENDS",
     "ENVIRONMENT",
     "BackendError",
-    "Operation",
+    "Dispatched",
     "backend",
     "cpu_refusal",
     "explain",
@@ -49,7 +45,9 @@ __all__ = [
     "triton_refusal",
 ]
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
+# PyTorch's dispatch keys of the fused backends.
+DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 ENVIRONMENT = ("FASTFUSE_BACKEND", "FASTFUSE_ISA", "FASTFUSE_EXTENSION")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,24 +58,6 @@ Refusal = Callable[[Tensor], "str | None"]
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An op as the dispatcher, ``info`` and ``verify`` see it.
-
-    ``refusals`` maps its fused backends, fastest first, to functions that return None ("I can run
-    this tensor") or a sentence that says why not.
-    """
-
-    name: str
-    refusals: dict[str, Refusal]
-    samples: Callable[..., Iterator[Sample]] = field(repr=False)
-    twice_differentiable: bool = True
-    # Whether calls name a size, which torch.jit.trace would make a constant.
-    takes_size: bool = False
-    # What typical calls on such an image run, by what the calls are; None: the backend alone.
-    routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
 
 
 def _checked(name: str, source: str) -> str:
@@ -116,7 +96,7 @@ class backend(ContextDecorator):  # noqa: N801  (used like a function)
     The choice is process-wide, not per thread. Backward runs on forward's backend.
 
     Args:
-        name: "auto", "reference", "cpu", "triton" or "cuda".
+        name: "auto", "reference", "cpu" or "triton".
 
     Raises:
         ValueError: for an unknown name.
@@ -186,12 +166,30 @@ def triton_refusal(tensor: Tensor) -> str | None:
     return _common_refusal(tensor)
 
 
-def explain(operation: Operation, tensor: Tensor) -> dict[str, str | None]:
+# What tensors a backend refuses: None ("I can run this tensor"), or a sentence that says why not.
+_REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal, "triton": triton_refusal}
+
+
+class Dispatched(Protocol):
+    """An op as the dispatcher sees it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Its fused ones, fastest first."""
+
+    @property
+    def takes_size(self) -> bool:
+        """Whether calls name a size, which torch.jit.trace would make a constant."""
+
+
+def explain(operation: Dispatched, tensor: Tensor) -> dict[str, str | None]:
     """Every fused backend of an op with its refusal of `tensor`, None where it would run."""
-    return {name: refuse(tensor) for name, refuse in operation.refusals.items()}
+    return {name: _REFUSALS[name](tensor) for name in operation.backends}
 
 
-def select(operation: Operation, tensor: Tensor) -> str:
+def select(operation: Dispatched, tensor: Tensor) -> str:
     """The backend that runs ``operation`` on inputs like ``tensor``."""
     if _requested == "reference":
         return "reference"
@@ -204,16 +202,15 @@ def select(operation: Operation, tensor: Tensor) -> str:
             f"'auto' traces PyTorch's own functions"
         )
     if _requested != "auto":
-        refuse = operation.refusals.get(_requested)
-        if refuse is None:
-            reason = f"expected one of its backends ({', '.join(operation.refusals)}, reference)"
+        if _requested in operation.backends:
+            reason = _REFUSALS[_requested](tensor) or ""
         else:
-            reason = refuse(tensor) or ""
+            reason = f"expected one of its backends ({', '.join(operation.backends)}, reference)"
         if reason:
             raise BackendError(f"{operation.name}: backend {_requested!r} cannot run: {reason}")
         return _requested
-    for name, refuse in operation.refusals.items():
-        if refuse(tensor) is None:
+    for name in operation.backends:
+        if _REFUSALS[name](tensor) is None:
             return name
     if not torch.compiler.is_compiling():
         _log_fallback(operation, tensor)
@@ -223,7 +220,7 @@ def select(operation: Operation, tensor: Tensor) -> str:
 _logged: set[str] = set()
 
 
-def _log_fallback(operation: Operation, tensor: Tensor) -> None:
+def _log_fallback(operation: Dispatched, tensor: Tensor) -> None:
     reasons = "; ".join(f"{name}: {why}" for name, why in explain(operation, tensor).items())
     line = f"{operation.name} runs on the reference backend ({reasons})"
     if line not in _logged:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfuse.backends import DTYPES, Operation, backend, explain, requested_backend
+from fastfuse.backends import DTYPES, backend, explain, requested_backend
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import memory_format
 from fastfuse.ops.sample import Sample
 from fastfuse.tolerances import relative_error, tolerance
@@ -302,9 +303,9 @@ def _checks(
     for name in ops or OPERATIONS:
         operation = OPERATIONS[name]
         for which in backends or BACKENDS:
-            if which != "reference" and which not in operation.refusals:
+            if which != "reference" and which not in operation.backends:
                 if backends:  # asked for by name
-                    has = ", ".join(operation.refusals)
+                    has = ", ".join(operation.backends)
                     reason = f"expected one of its backends: {has}"
                     yield Check(name, which, "", "", "skipped", reason)
                 continue

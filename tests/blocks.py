@@ -12,11 +12,11 @@ from inputs import images
 from torch import Tensor
 
 import fastfuse
-from fastfuse.ops.ced_block import PARAMETERS as CED_PARAMETERS
+from fastfuse.ops.ced_block import BLOCK as CED_BLOCK
 from fastfuse.ops.ced_block import reference as ced_reference
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
 from fastfuse.ops.ced_block.samples import samples as ced_samples
-from fastfuse.ops.lr_ced_block import PARAMETERS as LR_PARAMETERS
+from fastfuse.ops.lr_ced_block import BLOCK as LR_CED_BLOCK
 from fastfuse.ops.lr_ced_block import reference as lr_reference
 from fastfuse.ops.lr_ced_block.samples import samples as lr_samples
 from fastfuse.ops.sample import Sample
@@ -55,12 +55,17 @@ class Block:
         return (eps,) if self.steps == 1 else (dilation, eps)
 
 
+def names(block: Any) -> tuple[str, ...]:
+    """Of its parameters, with a "?" behind those that may be None."""
+    return tuple(p.name + "?" * p.optional for p in block.parameters)
+
+
 BLOCKS = {
     "ced_block": Block(
-        "ced_block", 1, fastfuse.ced_block, ced_reference, ced_samples, CED_PARAMETERS
+        "ced_block", 1, fastfuse.ced_block, ced_reference, ced_samples, names(CED_BLOCK)
     ),
     "lr_ced_block": Block(
-        "lr_ced_block", 2, fastfuse.lr_ced_block, lr_reference, lr_samples, LR_PARAMETERS
+        "lr_ced_block", 2, fastfuse.lr_ced_block, lr_reference, lr_samples, names(LR_CED_BLOCK)
     ),
 }
 both_blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastfuse import cli, verify
-from fastfuse.backends import Operation, requested_backend
+from fastfuse.backends import requested_backend
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.sample import Sample
 
@@ -88,16 +88,16 @@ def test_verify_fails_on_a_wrong_kernel(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A kernel that is wrong in one value of a hundred thousand makes the exit code 1."""
-    original = torch.ops.fastfuse.upsample_equalize_concat
+    call = OPERATIONS["upsample_equalize_concat"].op["cpu"]
+    original = call.target
 
-    class Wrong:
-        def __call__(self, *args: object) -> torch.Tensor:
-            output = original(*args)
-            with torch.no_grad():
-                output[-1, -1, -1, -1] += 0.1
-            return output
+    def wrong(*args: object) -> torch.Tensor:
+        output = original(*args)
+        with torch.no_grad():
+            output[-1, -1, -1, -1] += 0.1
+        return output
 
-    monkeypatch.setattr(torch.ops.fastfuse, "upsample_equalize_concat", Wrong())
+    monkeypatch.setattr(call, "target", wrong)
     only = ["--op", "upsample_equalize_concat", "--backend", "cpu", "--dtype", "float32"]
     assert cli.main(["verify", *only]) == 1
     output = " ".join(capsys.readouterr().out.split())
@@ -105,7 +105,16 @@ def test_verify_fails_on_a_wrong_kernel(
     assert "relative error" in output
 
 
-def off_by(factor: float, backends: tuple[str, ...], *dtypes: torch.dtype) -> Operation:
+class Identity:
+    """As much of an op as verify sees."""
+
+    name, backends, takes_size, twice_differentiable = "identity", ("cpu",), False, True
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+
+def off_by(factor: float, backends: tuple[str, ...], *dtypes: torch.dtype) -> Any:
     """The identity, off by a factor on some backends in some dtypes."""
 
     def call(x: Tensor) -> Tensor:
@@ -116,7 +125,7 @@ def off_by(factor: float, backends: tuple[str, ...], *dtypes: torch.dtype) -> Op
         x = torch.randn(2, 3, 4, 4, dtype=dtype)
         yield Sample("identity", (x,), call, lambda x: x.clone(), channels_last=False)
 
-    return Operation("identity", {"cpu": lambda x: None}, samples)
+    return Identity(samples)
 
 
 HALF = (torch.bfloat16, torch.float16)

@@ -1,7 +1,7 @@
 """Fused ops, one package each. ``OPERATIONS`` lists them for ``info`` and ``verify``."""
 
-from fastfuse.backends import Operation
 from fastfuse.ops.ced_block import OPERATION as _CED_BLOCK
+from fastfuse.ops.define import Operation
 from fastfuse.ops.depthwise_conv2d import OPERATION as _DEPTHWISE_CONV2D
 from fastfuse.ops.fusion_conv2d import OPERATION as _FUSION_CONV2D
 from fastfuse.ops.lr_ced_block import OPERATION as _LR_CED_BLOCK

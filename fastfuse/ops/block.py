@@ -1,25 +1,26 @@
-"""Ops that are whole blocks: one definition of schema, shapes, derivatives and FLOPs for all.
+"""Ops that are whole blocks: one definition of checks, schema, shapes, derivatives and FLOPs.
 
 A block takes an image, its parameters and ``keep``, and gives an image of the same shape. For
 backward it keeps its image alone, or, hungrier and faster, some tensors besides; the rest is
 recomputed. A block's module of kernels sees dense channels_last images and has
 
-    forward(x, parameters, keep, option, keeping) -> (out, the tensors kept, if keeping)
-    backward(grad, x, parameters, keep, option, kept, wants_x, wants_parameters)
+    forward(x, parameters, keep, options, keeping) -> (out, the tensors kept, if keeping)
+    backward(grad, x, parameters, keep, options, kept, wants_x, wants_parameters)
         -> (grad_x, a gradient for each parameter, None for one that is None)
     kept_shapes(x, parameters)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from fastfuse.backends import requested_backend, select
 from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
@@ -30,112 +31,220 @@ from fastfuse.ops.checks import (
     check_tensor,
     check_vector,
 )
-from fastfuse.ops.dispatch import backward_of, below_autograd, recording
+from fastfuse.ops.define import Derivative, Op, Operation, below_autograd, no_second_derivative
 from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
+from fastfuse.ops.pointwise.mlp import mlp_route
+from fastfuse.ops.policy import policy_of
+from fastfuse.ops.sample import Sample
 
-__all__ = ["define_block", "prepare"]
-
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+__all__ = ["MLP", "Block", "Parameter", "convolution_and_norm"]
 
 
-def prepare(
-    op: str,
-    x: Tensor,
-    names: Sequence[str],
-    parameters: Sequence[Tensor | None],
-    keep: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, list[Tensor | None], Tensor | None, float]:
-    """The arguments of a block, checked, and cast for autocast but for norms, biases and scale.
+@dataclass(frozen=True)
+class Parameter:
+    """A block's parameter.
 
-    Shapes follow from names: ``dw*_weight`` is depthwise, ``fc1_weight`` (hidden, C),
-    ``fc2_weight`` (C, hidden), ``fc1_bias`` (hidden,), and all others (C,).
+    Attributes:
+        kind: of what shape it is: "depthwise" (C, 1, k, k), "channels" (C,), "fc1" (hidden, C),
+            "hidden" (hidden,), "fc2" (C, hidden).
+        optional: whether it may be None.
     """
-    check_image(op, "x", x)
-    if x.shape[1] < 1:
-        raise ValueError(f"{op}: x must have at least 1 channel; got shape {tuple(x.shape)}")
-    by_name: dict[str, Tensor] = {}
-    for name, parameter in zip(names, parameters, strict=True):
-        if name.endswith("?") and parameter is None:
-            continue
-        check_tensor(op, name.removesuffix("?"), parameter)
-        assert parameter is not None
-        by_name[name.removesuffix("?")] = parameter
-    cast = [n for n in by_name if n.startswith("dw") or n in ("fc1_weight", "fc2_weight")]
-    x, *tensors = cast_for_autocast([x, *(by_name[name] for name in cast)])
-    by_name.update(zip(cast, tensors, strict=True))
-    channels = x.shape[1]
-    fc1 = by_name["fc1_weight"]
-    check_matrix(op, "fc1_weight", fc1, (None, channels), "(hidden, C)", x)
-    hidden = fc1.shape[0]
-    check_matrix(op, "fc2_weight", by_name["fc2_weight"], (channels, hidden), "(C, hidden)", x)
-    for name, parameter in by_name.items():
-        if name.startswith("dw") and name.endswith("weight"):
-            check_depthwise_weight(op, name, parameter, x)
-        elif name not in ("fc1_weight", "fc2_weight"):
-            of_fc1 = name == "fc1_bias"
-            meaning = "one value per row of fc1_weight" if of_fc1 else "one value per channel"
-            if autocasts(x.device.type) and parameter.is_floating_point():
-                parameter = parameter.to(x.dtype)
-            check_vector(op, name, parameter, hidden if of_fc1 else channels, meaning, x)
-    check_eps(op, eps)
-    check_keep(op, keep, x)
-    if keep is not None:  # in the accumulation dtype
-        keep = keep.to(torch.promote_types(x.dtype, torch.float32))
-    return x, [by_name.get(name.removesuffix("?")) for name in names], keep, float(eps)
+
+    name: str
+    kind: str
+    optional: bool = False
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether autocast casts it: what is multiplied with images, and its convolution's bias."""
+        return self.kind in ("depthwise", "fc1", "fc2") or self.name.startswith("dw")
 
 
-def define_block(
-    name: str, parameters: Sequence[str], options: Sequence[str], kernel: ModuleType
-) -> Callable[..., Tensor]:
-    """Defines ``fastfuse::name``, and returns what calls it.
+def convolution_and_norm(suffix: str = "") -> tuple[Parameter, ...]:
+    return (
+        Parameter(f"dw{suffix}_weight", "depthwise"),
+        Parameter(f"dw{suffix}_bias", "channels"),
+        Parameter(f"norm{suffix}_weight", "channels"),
+        Parameter(f"norm{suffix}_bias", "channels"),
+    )
+
+
+MLP = (
+    Parameter("fc1_weight", "fc1"),
+    Parameter("fc1_bias", "hidden"),
+    Parameter("fc2_weight", "fc2"),
+    Parameter("fc2_bias", "channels"),
+    Parameter("layer_scale", "channels", optional=True),
+)
+
+
+class Block:
+    """Defines ``fastfuse::name``, ``name_keeping`` and ``name_backward``; called as the op.
 
     Args:
-        parameters: names, each with a "?" if it may be None; the first is the depthwise weight.
-        options: with their types, such as "float eps"; what kernels see is the tuple of them.
+        parameters: in the order of the schema; the first is a depthwise weight.
+        options: with their types, such as "float eps"; kernels see the tuple of them.
         kernel: see above.
-
-    Returns:
-        call(x, parameters, keep, options, recompute).
+        reference: (x, *parameters, keep, *options) -> the result.
+        samples: inputs that exercise it.
     """
-    count = len(parameters)
-    arguments = ", ".join(
-        f"Tensor{'?' if parameter.endswith('?') else ''} {parameter.removesuffix('?')}"
-        for parameter in parameters
-    )
-    tail = ", ".join(["Tensor? keep", *options])
-    for schema in (
-        f"{name}(Tensor x, {arguments}, {tail}, bool channels_last) -> Tensor",
-        f"{name}_keeping(Tensor x, {arguments}, {tail}, bool channels_last) -> Tensor[]",
-        # the gradients of x, if wanted, and of the parameters there are, if wanted
-        f"{name}_backward(Tensor grad_output, Tensor x, {arguments}, Tensor[] kept, {tail}, "
-        "bool wants_x, bool wants_parameters, bool channels_last) -> Tensor[]",
-    ):
-        _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
 
-    def run(x: Tensor, args: Sequence[Any], keeping: bool) -> list[Tensor]:
-        *rest, channels_last = args
-        weights, keep, option = rest[:count], rest[count], rest[count + 1 :]
+    def __init__(
+        self,
+        name: str,
+        parameters: Sequence[Parameter],
+        options: Sequence[str],
+        *,
+        kernel: ModuleType,
+        reference: Callable[..., Tensor],
+        samples: Callable[..., Iterator[Sample]],
+    ) -> None:
+        self.name = name
+        self.parameters = tuple(parameters)
+        self.kernel = kernel
+        self.reference = reference
+        self._fc1 = [p.kind for p in parameters].index("fc1")
+        self._depthwise = [i for i, p in enumerate(parameters) if p.kind == "depthwise"]
+        tensors = ", ".join(f"Tensor{'?' if p.optional else ''} {p.name}" for p in parameters)
+        tail = ", ".join(["Tensor? keep", *options])
+        first = Derivative(self._save, self._gradients)
+        self.forward = self._op(
+            f"{name}(Tensor x, {tensors}, {tail}, bool channels_last) -> Tensor",
+            lambda x, *args: self._forward(x, args, keeping=False)[0],
+            lambda x, *args: self._empty(x, args[-1]),
+            first,
+            lambda x, *shapes, **_: self._flops(x, shapes, 1),
+        )
+        self.forward_keeping = self._op(
+            f"{name}_keeping(Tensor x, {tensors}, {tail}, bool channels_last) -> Tensor[]",
+            lambda x, *args: self._forward(x, args, keeping=True),
+            self._keeping_fake,
+            first,
+            lambda x, *shapes, **_: self._flops(x, shapes, 1),
+        )
+        # The gradients of x, if wanted, and of the parameters there are, if wanted. What
+        # recomputation adds is not counted, as PyTorch's own formulas do not count what they keep.
+        self.backward = self._op(
+            f"{name}_backward(Tensor grad_output, Tensor x, {tensors}, Tensor[] kept, {tail}, "
+            "bool wants_x, bool wants_parameters, bool channels_last) -> Tensor[]",
+            self._backward,
+            self._backward_fake,
+            no_second_derivative(name),
+            lambda grad, x, *shapes, **_: self._flops(x, shapes, 2),
+        )
+        self.operation = Operation(
+            self.forward,
+            self._reference,
+            samples,
+            twice_differentiable=False,
+            routes=self._routes,
+        )
+
+    @staticmethod
+    def _op(
+        schema: str, kernel: Any, fake: Any, derivative: Derivative, flops: Callable[..., int]
+    ) -> Op:
+        kernels = dict.fromkeys(("cpu", "triton"), kernel)
+        return Op(schema, kernels=kernels, fake=fake, derivative=derivative, flops=flops)
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        x: Tensor,
+        parameters: Sequence[Tensor | None],
+        keep: Tensor | None,
+        options: Sequence[Any],
+        recompute: bool,
+    ) -> Tensor:
+        """Of arguments as users give them; the last of the options is eps."""
+        x, parameters, keep = self._checked(x, parameters, keep)
+        check_eps(self.name, options[-1])
+        options = (*options[:-1], float(options[-1]))
+        backend, channels_last = self._backend(x, parameters), is_channels_last([x])
+        arguments = (x, *parameters, keep, *options, channels_last)
+        if backend == "reference" or recompute or not torch.is_grad_enabled():
+            return self.operation.run(backend, x.device.type, *arguments)
+        if not any(t is not None and t.requires_grad for t in (x, *parameters)):
+            return self.forward[backend](*arguments)
+        return self.forward_keeping[backend](*arguments)[0]
+
+    def _checked(
+        self, x: Tensor, given: Sequence[Tensor | None], keep: Tensor | None
+    ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+        """Cast for autocast, but for norms, biases and scale, which are read in x's dtype."""
+        op = self.name
+        check_image(op, "x", x)
+        if x.shape[1] < 1:
+            raise ValueError(f"{op}: x must have at least 1 channel; got shape {tuple(x.shape)}")
+        found = list(given)
+        present = [
+            (i, p) for i, p in enumerate(self.parameters) if not (p.optional and given[i] is None)
+        ]
+        for i, parameter in present:
+            check_tensor(op, parameter.name, given[i])
+        autocast = autocasts(x.device.type)
+        if autocast:
+            cast = [i for i, parameter in present if parameter.is_cast]
+            x, *tensors = cast_for_autocast([x, *(found[i] for i in cast)])  # type: ignore[list-item]
+            for i, cast_one in zip(cast, tensors, strict=True):
+                found[i] = cast_one
+        channels = x.shape[1]
+        fc1: Any = found[self._fc1]
+        check_matrix(op, "fc1_weight", fc1, (None, channels), "(hidden, C)", x)
+        hidden = fc1.shape[0]
+        for i, parameter in present:
+            name = parameter.name
+            tensor: Any = found[i]
+            if parameter.kind == "depthwise":
+                check_depthwise_weight(op, name, tensor, x)
+            elif parameter.kind == "fc2":
+                check_matrix(op, name, tensor, (channels, hidden), "(C, hidden)", x)
+            elif parameter.kind != "fc1":
+                if autocast and not parameter.is_cast and tensor.is_floating_point():
+                    found[i] = tensor = tensor.to(x.dtype)
+                of_fc1 = parameter.kind == "hidden"
+                meaning = "one value per row of fc1_weight" if of_fc1 else "one value per channel"
+                check_vector(op, name, tensor, hidden if of_fc1 else channels, meaning, x)
+        check_keep(op, keep, x)
+        if keep is not None:  # in the accumulation dtype
+            keep = keep.to(torch.promote_types(x.dtype, torch.float32))
+        return x, found, keep
+
+    def _backend(self, x: Tensor, parameters: Sequence[Tensor | None]) -> str:
+        chosen = select(self.operation, x)
+        if chosen != "cpu" or requested_backend() != "auto" or torch.compiler.is_compiling():
+            return chosen
+        weight: Any = parameters[self._fc1]
+        macs = 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]
+        return "reference" if macs < policy_of("cpu").little_block_macs else chosen
+
+    def _reference(self, x: Tensor, *arguments: Any) -> Tensor:
+        count = len(self.parameters)
+        same = [p if p is None else p.to(x.dtype) for p in arguments[:count]]
+        return self.reference(x, *same, *arguments[count:])
+
+    def _routes(self, image: Tensor) -> dict[str, str]:
+        return {"hidden 4 C": mlp_route(select(self.operation, image), image)}
+
+    # ---- kernels ---------------------------------------------------------------------------------
+
+    def _forward(self, x: Tensor, arguments: Sequence[Any], *, keeping: bool) -> list[Tensor]:
+        weights, (keep, *options, channels_last) = self._split(arguments)
         with without_autocast(x.device.type), below_autograd():
-            out, kept = kernel.forward(in_layout(x, True), weights, keep, option, keeping)
+            out, kept = self.kernel.forward(in_layout(x, True), weights, keep, options, keeping)
             return [in_layout(out, channels_last), *kept]
 
-    def forward(x: Tensor, *args: Any) -> Tensor:
-        return run(x, args, False)[0]
-
-    def forward_keeping(x: Tensor, *args: Any) -> list[Tensor]:
-        return run(x, args, True)
-
-    def backward(grad_output: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-        weights, kept, keep = args[:count], args[count], args[count + 1]
-        *option, wants_x, wants_parameters, channels_last = args[count + 2 :]
+    def _backward(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+        weights, rest = self._split(arguments)
+        kept, keep, *options, wants_x, wants_parameters, channels_last = rest
         with without_autocast(x.device.type), below_autograd():
-            grad_x, gradients = kernel.backward(
+            grad_x, gradients = self.kernel.backward(
                 in_layout(grad_output, True),
                 in_layout(x, True),
                 weights,
                 keep,
-                option,
+                options,
                 kept,
                 wants_x,
                 wants_parameters,
@@ -146,113 +255,59 @@ def define_block(
                     results.append(gradient.to(weight.dtype).reshape(weight.shape).contiguous())
             return results
 
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, forward, device)
-        _LIBRARY.impl(f"{name}_keeping", forward_keeping, device)
-        _LIBRARY.impl(f"{name}_backward", backward, device)
+    def _split(self, arguments: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Parameters, and what follows them."""
+        count = len(self.parameters)
+        return arguments[:count], arguments[count:]
 
-    def like(x: Tensor, channels_last: bool) -> Tensor:
+    # ---- shapes, derivatives, FLOPs --------------------------------------------------------------
+
+    @staticmethod
+    def _empty(x: Tensor, channels_last: bool) -> Tensor:
         return torch.empty(
             x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last)
         )
 
-    @torch.library.register_fake(f"fastfuse::{name}")
-    def _forward_fake(x: Tensor, *args: Any) -> Tensor:
-        return like(x, args[-1])
-
-    @torch.library.register_fake(f"fastfuse::{name}_keeping")
-    def _keeping_fake(x: Tensor, *args: Any) -> list[Tensor]:
+    def _keeping_fake(self, x: Tensor, *arguments: Any) -> list[Tensor]:
+        weights, (*_, channels_last) = self._split(arguments)
         kept = [
             torch.empty(s, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-            for s in kernel.kept_shapes(x, args[:count])
+            for s in self.kernel.kept_shapes(x, weights)
         ]
-        return [like(x, args[-1]), *kept]
+        return [self._empty(x, channels_last), *kept]
 
-    @torch.library.register_fake(f"fastfuse::{name}_backward")
-    def _backward_fake(grad_output: Tensor, x: Tensor, *args: Any) -> list[Tensor]:
-        *_, wants_x, wants_parameters, channels_last = args
-        weights = [w for w in args[:count] if w is not None] if wants_parameters else []
-        images = [like(x, channels_last)] if wants_x else []
-        return images + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in weights]
+    def _backward_fake(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+        weights, (*_, wants_x, wants_parameters, channels_last) = self._split(arguments)
+        images = [self._empty(x, channels_last)] if wants_x else []
+        wanted = [w for w in weights if w is not None] if wants_parameters else []
+        return images + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wanted]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, *args = inputs
-        weights, keep = args[:count], args[count]
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, *arguments = inputs
+        weights, (keep, *ctx.options, _) = self._split(arguments)
         kept = output[1:] if isinstance(output, (list, tuple)) else []
-        ctx.option = args[count + 1 : -1]
         ctx.set_materialize_grads(False)  # of what is kept, there are none
         ctx.save_for_backward(x, keep, *weights, *kept)
 
-    def gradients(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-        if grad_output is None:
-            return (None,) * (count + len(options) + 3)
+    def _gradients(self, ctx: Any, grad_output: Tensor | None, *_: Any) -> Sequence[Any]:
         x, keep, *saved = ctx.saved_tensors
-        weights, kept = saved[:count], saved[count:]
-        wants_x, *wanted = ctx.needs_input_grad[: count + 1]
-        with backward_of(name):
-            results = getattr(torch.ops.fastfuse, f"{name}_backward")(
-                grad_output, x, *weights, kept, keep, *ctx.option, wants_x, any(wanted),
-                is_channels_last([grad_output]),
-            )  # fmt: skip
-        remaining = iter(results)
+        weights, kept = self._split(saved)
+        after = [None] * (len(ctx.options) + 2)  # keep, the options, channels_last
+        if grad_output is None:
+            return None, *[None] * len(weights), *after
+        wants_x, *wanted = ctx.needs[: len(weights) + 1]
+        found = self.backward[ctx.backend](
+            grad_output, x, *weights, kept, keep, *ctx.options, wants_x, any(wanted),
+            is_channels_last([grad_output]),
+        )  # fmt: skip
+        remaining = iter(found)
         grad_x = next(remaining) if wants_x else None
-        of_weights = [next(remaining, None) if weight is not None else None for weight in weights]
-        # keep, the options, channels_last
-        return grad_x, *of_weights, None, *[None] * len(options), None
+        of_weights = [None if weight is None else next(remaining, None) for weight in weights]
+        return grad_x, *of_weights, *after
 
-    def backward_of_keeping(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        return gradients(ctx, grads[0])
-
-    def no_second(ctx: Any, *grads: Any) -> None:
-        raise NotImplementedError(
-            f"{name}: expected first derivatives, got second ones; "
-            "fastfuse.backend('reference') has them"
-        )
-
-    torch.library.register_autograd(f"fastfuse::{name}", gradients, setup_context=setup_context)
-    torch.library.register_autograd(
-        f"fastfuse::{name}_keeping", backward_of_keeping, setup_context=setup_context
-    )
-    torch.library.register_autograd(f"fastfuse::{name}_backward", no_second)
-
-    def formula(products: int, convolutions: int) -> Callable[..., int]:
-        def count_them(*shapes: Any, **kwargs: Any) -> int:
-            x_shape, *weights = shapes if products == 1 else shapes[1:]
-            names = [parameter.removesuffix("?") for parameter in parameters]
-            hidden = weights[names.index("fc1_weight")][0]
-            kernel_sizes = [
-                shape[2]
-                for shape, n in zip(weights, names, strict=False)
-                if n.startswith("dw") and n.endswith("weight")
-            ]
-            pixels = x_shape[0] * x_shape[2] * x_shape[3]
-            of_products = 2 * 2 * x_shape[1] * hidden
-            of_convolutions = sum(2 * k * k * x_shape[1] for k in kernel_sizes)
-            return pixels * (products * of_products + convolutions * of_convolutions)
-
-        return count_them
-
-    operators = torch.ops.fastfuse
-    register_flop_formula(getattr(operators, name))(formula(1, 1))
-    register_flop_formula(getattr(operators, f"{name}_keeping"))(formula(1, 1))
-    # What recomputation adds is not counted, as PyTorch's own formulas do not count what they keep.
-    register_flop_formula(getattr(operators, f"{name}_backward"))(formula(2, 2))
-
-    def call(
-        x: Tensor,
-        weights: Sequence[Tensor | None],
-        keep: Tensor | None,
-        option: Sequence[Any],
-        recompute: bool,
-    ) -> Tensor:
-        wanted = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *weights)
-        )
-        channels_last = is_channels_last([x])
-        with recording(wanted):
-            if wanted and not recompute:
-                keeping_op = getattr(operators, f"{name}_keeping")
-                return keeping_op(x, *weights, keep, *option, channels_last)[0]
-            return getattr(operators, name)(x, *weights, keep, *option, channels_last)
-
-    return call
+    def _flops(self, x: torch.Size, shapes: Sequence[Any], products: int) -> int:
+        hidden = shapes[self._fc1][0]
+        batch, channels, height, width = x
+        of_products = 2 * 2 * channels * hidden
+        of_convolutions = sum(2 * shapes[i][2] ** 2 * channels for i in self._depthwise)
+        return products * batch * height * width * (of_products + of_convolutions)

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastfuse import _extension
-from fastfuse.backends import cpu_refusal, requested_backend
+from fastfuse.backends import cpu_refusal, is_transformed, requested_backend
+from fastfuse.ops.define import COMPILED, Derivative, Op
 
 __all__ = ["in_layout", "is_channels_last", "memory_format", "rows", "to_layout"]
-
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
-_LIBRARY.define(
-    "copy_layout(Tensor image, bool channels_last) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
 
 
 def is_channels_last(images: Sequence[Tensor]) -> bool:
@@ -51,30 +46,29 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
         return image
     dense = image.is_contiguous(memory_format=other)
     if dense and image.device.type == "cpu" and _extension.module is not None:
-        return torch.ops.fastfuse.copy_layout(image, channels_last)
+        return cast(Tensor, _copy["cpu"](image, channels_last))
     return image.contiguous(memory_format=wanted)
 
 
 def to_layout(image: Tensor, channels_last: bool) -> Tensor:
     """:func:`in_layout` for modules, with derivatives; in transforms, where images may be batches
     of images, the image as it is."""
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return image
     if requested_backend() != "reference" and cpu_refusal(image) is None:
         return in_layout(image, channels_last)
     return image.contiguous(memory_format=memory_format(channels_last))
 
 
-@torch.library.register_fake("fastfuse::copy_layout")
 def _fake(image: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(image, memory_format=memory_format(channels_last))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.channels_last = inputs[1]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.channels_last = inputs
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
     try:
         return to_layout(grad_output, not ctx.channels_last), None
     except RuntimeError as error:  # batched gradients have no memory format
@@ -83,7 +77,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output, None
 
 
-torch.library.register_autograd("fastfuse::copy_layout", _backward, setup_context=_setup_context)
+_copy = Op(
+    "copy_layout(Tensor image, bool channels_last) -> Tensor",
+    kernels={"cpu": COMPILED},
+    fake=_fake,
+    derivative=Derivative(_save, _gradients),
+)
 
 
 def rows(image: Tensor) -> Tensor:

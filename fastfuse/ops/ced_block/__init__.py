@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
-from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.block import define_block, prepare
+from fastfuse.ops.block import MLP, Block, convolution_and_norm
 from fastfuse.ops.ced_block import kernel
 from fastfuse.ops.ced_block.reference import reference
 from fastfuse.ops.ced_block.samples import samples
-from fastfuse.ops.pointwise.mlp import mlp_route
 
-__all__ = ["OPERATION", "ced_block"]
+__all__ = ["BLOCK", "OPERATION", "ced_block"]
 
-NAME = "ced_block"
-PARAMETERS = (
-    "dw_weight",
-    "dw_bias",
-    "norm_weight",
-    "norm_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "layer_scale?",
+BLOCK = Block(
+    "ced_block",
+    [*convolution_and_norm(), *MLP],
+    ["float eps"],
+    kernel=kernel,
+    reference=reference,
+    samples=samples,
 )
-_call = define_block(NAME, PARAMETERS, ["float eps"], kernel)
+OPERATION = BLOCK.operation
 
 
 def ced_block(
@@ -89,22 +82,4 @@ def ced_block(
         dw_weight, dw_bias, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
         layer_scale,
     ]  # fmt: skip
-    x, parameters, keep, eps = prepare(NAME, x, PARAMETERS, parameters, keep, eps)
-    if select(OPERATION, x) == "reference":
-        with without_autocast(x.device.type):
-            same = [p if p is None else p.to(x.dtype) for p in parameters]
-            return reference(x, *same, keep, eps)  # type: ignore[arg-type, call-arg]
-    return _call(x, parameters, keep, (eps,), recompute)
-
-
-def _routes(image: Tensor) -> dict[str, str]:
-    return {"hidden 4 C": mlp_route(select(OPERATION, image), image)}
-
-
-OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
-    twice_differentiable=False,
-    routes=_routes,
-)
+    return BLOCK(x, parameters, keep, (eps,), recompute)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, requested_backend, select, triton_refusal
-from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.backends import requested_backend, select
+from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
     check_dilation,
@@ -14,7 +14,8 @@ from fastfuse.ops.checks import (
     check_tensor,
     check_vector,
 )
-from fastfuse.ops.depthwise_conv2d.autograd import call
+from fastfuse.ops.define import Operation
+from fastfuse.ops.depthwise_conv2d.autograd import forward
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.depthwise_conv2d.samples import samples
 from fastfuse.ops.layout import is_channels_last
@@ -98,15 +99,16 @@ def depthwise_conv2d(
     check_depthwise_weight(NAME, "weight", weight, x)
     if bias is not None:
         check_vector(NAME, "bias", bias, x.shape[1], "one value per channel", x)
-    if _backend(x, weight, bias, dilation) in ("reference", LIBRARY):
-        with without_autocast(x.device.type):
-            return reference(x, weight, bias, dilation)
-    return call(x, weight, bias, dilation)
+    backend = _backend(x, weight, bias, dilation)
+    return OPERATION.run(
+        "reference" if backend == LIBRARY else backend, x.device.type,
+        x, weight, bias, None, dilation, False, is_channels_last([x]),
+    )  # fmt: skip
 
 
 OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
+    forward,
+    lambda x, weight, bias, addend, dilation, flip: reference(x, weight, bias, dilation),
+    samples,
     routes=_routes,
 )

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfuse.backends import (
-    Operation,
-    cpu_refusal,
-    is_tracing,
-    requested_backend,
-    select,
-    triton_refusal,
-)
-from fastfuse.ops.autocast import cast_dtype, cast_for_autocast, without_autocast
+from fastfuse.backends import cpu_refusal, is_tracing, requested_backend, select
+from fastfuse.ops.autocast import cast_dtype, cast_for_autocast
 from fastfuse.ops.checks import (
     check_constants,
     check_convolved_size,
@@ -27,8 +21,9 @@ from fastfuse.ops.checks import (
     check_vector,
     feature_list,
 )
+from fastfuse.ops.define import Operation
 from fastfuse.ops.fusion_conv2d import winograd
-from fastfuse.ops.fusion_conv2d.autograd import call
+from fastfuse.ops.fusion_conv2d.autograd import forward
 from fastfuse.ops.fusion_conv2d.geometry import geometry_of
 from fastfuse.ops.fusion_conv2d.reference import reference
 from fastfuse.ops.fusion_conv2d.samples import samples
@@ -110,15 +105,17 @@ def fusion_conv2d(
     check_convolved_size(NAME, (height, width), weight.shape[2], padding)
     mean = check_constants(NAME, "mean", mean, features)
     std = check_constants(NAME, "std", std, features, positive=True)
-    if _backend(features[0], weight, height, width) == "reference":
-        with without_autocast(features[0].device.type):
-            return reference(
-                features, weight, bias, (height, width), mean, std, padding, align_corners
-            )
-    return call(
+    return OPERATION.run(
+        _backend(features[0], weight, height, width), features[0].device.type,
         features, weight, bias, height, width, mean, std, padding, align_corners,
         is_channels_last(features),
     )  # fmt: skip
+
+
+def _reference(
+    features: Sequence[Tensor], weight: Tensor, bias: Any, height: int, width: int, *rest: Any
+) -> Tensor:
+    return reference(features, weight, bias, (height, width), *rest)
 
 
 def _backend(first: Tensor, weight: Tensor, height: int, width: int) -> str:
@@ -197,10 +194,4 @@ def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:
         )
 
 
-OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
-    takes_size=True,
-    routes=_routes,
-)
+OPERATION = Operation(forward, _reference, samples, takes_size=True, routes=_routes)

@@ -12,51 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.dispatch import backward_of, below_autograd
+from fastfuse.ops.define import Derivative, Op
 from fastfuse.ops.fusion_conv2d import kernel, winograd
 from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry, geometry_of
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
 
-__all__ = ["call"]
-
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
-for _schema in (
-    "fusion_conv2d(Tensor[] features, Tensor weight, Tensor? bias, SymInt height, SymInt width, "
-    "Tensor? mean, Tensor? std, SymInt padding, bool align_corners, bool channels_last) -> Tensor",
-    # The gradients of the features that are wanted, and of the weight if there are features. Shapes
-    # are arguments, for features are needed for the weight's gradient only, and the weight for
-    # theirs.
-    "fusion_conv2d_backward(Tensor grad_output, Tensor[] features, Tensor? weight, Tensor? mean, "
-    "Tensor? std, SymInt[] channels, SymInt[] heights, SymInt[] widths, SymInt height, "
-    "SymInt width, int kernel_size, SymInt padding, bool align_corners, bool[] wanted, "
-    "bool channels_last, bool weight_channels_last) -> Tensor[]",
-):
-    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+__all__ = ["forward"]
 
 
-def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel whose products have the dtype of their inputs, autocast or not."""
-
-    def run(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
-        tensor = first if isinstance(first, Tensor) else first[0]
-        with without_autocast(tensor.device.type):
-            return function(first, *args)
-
-    return run
-
-
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("fusion_conv2d", _as_given(kernel.forward), _device)
-    _LIBRARY.impl("fusion_conv2d_backward", _as_given(kernel.backward), _device)
-
-_FORWARD, _BACKWARD = "fastfuse::fusion_conv2d", "fastfuse::fusion_conv2d_backward"
-
-
-@torch.library.register_fake(_FORWARD)
 def _forward_fake(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -78,7 +44,6 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake(_BACKWARD)
 def _backward_fake(
     grad_output: Tensor,
     features: Sequence[Tensor],
@@ -114,61 +79,45 @@ def _backward_fake(
     return gradients
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """``needs_input_grad`` has an entry for every feature, and those of weight and bias follow."""
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, weight, bias, height, width, mean, std, padding, align_corners, _ = inputs
-    *wanted, weight_wanted, bias_wanted = ctx.needs_input_grad[: len(features) + 2]
-    ctx.wanted = wanted, weight_wanted, bias_wanted
+    wanted, weight_wanted, bias_wanted = ctx.needs[:3]
     ctx.shapes = [f.shape for f in features]
     ctx.geometry = (height, width, weight.shape[2], padding, align_corners)
     ctx.weight_channels_last = is_channels_last([weight])
     ctx.bias_dtype = bias.dtype if bias_wanted else None
-    ctx.has_weight = any(wanted)
-    saved = list(features) if weight_wanted else []
+    saved = features if weight_wanted else []
     ctx.save_for_backward(weight if any(wanted) else None, mean, std, *saved)
 
 
-def _gradients(ctx: Any, grad_output: Tensor) -> tuple[list[Tensor | None], Any, Any]:
-    """The gradients of features, weight and bias."""
+def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
     weight, mean, std, *features = ctx.saved_tensors
-    wanted, weight_wanted, bias_wanted = ctx.wanted
+    wanted, weight_wanted, bias_wanted = ctx.needs[:3]
     gradients: list[Tensor | None] = [None] * len(wanted)
     weight_gradient = bias_gradient = None
     if any(wanted) or weight_wanted:
-        height, width, kernel_size, padding, align_corners = ctx.geometry
-        shapes = ctx.shapes
-        with backward_of("fusion_conv2d"):
-            computed = torch.ops.fastfuse.fusion_conv2d_backward(
-                grad_output,
-                features,
-                weight,
-                mean,
-                std,
-                *([shape[dim] for shape in shapes] for dim in (1, 2, 3)),
-                height,
-                width,
-                kernel_size,
-                padding,
-                align_corners,
-                wanted,
-                is_channels_last([grad_output]),
-                ctx.weight_channels_last,
-            )
+        computed = backward[ctx.backend](
+            grad_output,
+            features,
+            weight,
+            mean,
+            std,
+            *([shape[dim] for shape in ctx.shapes] for dim in (1, 2, 3)),
+            *ctx.geometry,
+            wanted,
+            is_channels_last([grad_output]),
+            ctx.weight_channels_last,
+        )
         remaining = iter(computed)
         gradients = [next(remaining) if want else None for want in wanted]
         weight_gradient = next(remaining, None)
     if bias_wanted:
         wide = torch.promote_types(grad_output.dtype, torch.float32)
         bias_gradient = grad_output.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
-    return gradients, weight_gradient, bias_gradient
-
-
-def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    gradients, weight_gradient, bias_gradient = _gradients(ctx, grad_output)
     return gradients, weight_gradient, bias_gradient, *[None] * 7
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     (grad_output, features, weight, mean, std, channels, heights, widths, *geometry, wanted,
      _, weight_channels_last) = inputs  # fmt: skip
     ctx.shapes = list(zip(channels, heights, widths, strict=True))
@@ -177,7 +126,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
     ctx.save_for_backward(grad_output, weight, mean, std, *features)
 
 
-def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _gradients_of_backward(ctx: Any, *grads: Tensor | None) -> Sequence[Any]:
     """dx_i = X_i(g, w) and dw = W(g, x), each bilinear but for the mean in W.
 
     With gradients a_i of dx_i and b of dw, those of g are fusion(a, w) + fusion(x, b), of w
@@ -192,13 +141,13 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     channels_last = is_channels_last([grad_output])
 
     def fuse(inputs: list[Tensor], weights: Tensor, m: Tensor | None, s: Tensor | None) -> Tensor:
-        return torch.ops.fastfuse.fusion_conv2d(
+        return forward[ctx.backend](
             inputs, weights, None, height, width, m, s, padding, align_corners, channels_last
         )
 
     def gradients(inputs: list[Tensor], weights: Tensor | None, which: list[int],
                   s: Tensor | None, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
-        return torch.ops.fastfuse.fusion_conv2d_backward(
+        return backward[ctx.backend](
             grad_output, inputs, weights, None, s,
             *([ctx.shapes[i][dim] for i in which] for dim in range(3)),
             height, width, kernel_size, padding, align_corners, wanted, channels_last,
@@ -214,10 +163,10 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         ]
         slices = [slice(sum(channels[:i]), sum(channels[: i + 1])) for i in levels]
         their_std = None if std is None else torch.stack([std[i] for i in levels])
-        if ctx.needs_input_grad[0]:
+        if ctx.needs[0]:
             weights = torch.cat([weight[:, s] for s in slices], dim=1)
             grad_of_grad = fuse(given, weights, None, their_std)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs[2]:
             (pieces,) = gradients(given, None, levels, their_std, [False] * len(levels))
             grad_of_weight = grad_output.new_zeros(weight.shape)
             for s, piece in zip(
@@ -225,50 +174,14 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
             ):
                 grad_of_weight = grad_of_weight.slice_scatter(piece, 1, s.start, s.stop)
     if of_weight is not None:
-        if ctx.needs_input_grad[0]:
+        if ctx.needs[0]:
             term = fuse(features, of_weight, mean, std)
             grad_of_grad = term if grad_of_grad is None else grad_of_grad + term
-        wanted = [bool(need) for need in ctx.needs_input_grad[1]]
+        wanted = [bool(need) for need in ctx.needs[1]]
         if any(wanted):
             found = iter(gradients([], of_weight, list(range(len(channels))), std, wanted))
             grad_of_features = [next(found) if want else None for want in wanted]
     return grad_of_grad, grad_of_features, grad_of_weight, *[None] * 13
-
-
-torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    _BACKWARD, _backward_backward, setup_context=_backward_setup_context
-)
-
-
-class FusionConv2d(torch.autograd.Function):
-    """The formula registered above, for eager mode, whose tensors are the arguments."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors_and_arguments: Any) -> Tensor:
-        *features, weight, bias, arguments = tensors_and_arguments
-        with below_autograd():
-            output = torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
-        _setup_context(ctx, (features, weight, bias, *arguments), output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        gradients, weight_gradient, bias_gradient = _gradients(ctx, grad_output)
-        return *gradients, weight_gradient, bias_gradient, None
-
-
-def call(
-    features: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *arguments: Any
-) -> Tensor:
-    """The op with its autograd, by the shortest way."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
-    tensors = [weight, *features, *([] if bias is None else [bias])]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return FusionConv2d.apply(*features, weight, bias, arguments)
-    with below_autograd():
-        return torch.ops.fastfuse.fusion_conv2d(features, weight, bias, *arguments)
 
 
 def _flops(g: Geometry, batch: int) -> int:
@@ -286,7 +199,6 @@ def _flops(g: Geometry, batch: int) -> int:
     return batch * total
 
 
-@register_flop_formula(torch.ops.fastfuse.fusion_conv2d, get_raw=True)
 def _forward_flops(
     features: Sequence[Tensor],
     weight: Tensor,
@@ -304,7 +216,6 @@ def _forward_flops(
     return _flops(g, features[0].shape[0])
 
 
-@register_flop_formula(torch.ops.fastfuse.fusion_conv2d_backward, get_raw=True)
 def _backward_flops(
     grad_output: Tensor,
     features: Sequence[Tensor],
@@ -335,3 +246,38 @@ def _backward_flops(
     )
     products = bool(features) + any(wanted)
     return products * _flops(g, grad_output.shape[0])
+
+
+def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel whose products have the dtype of their inputs, autocast or not."""
+
+    def run(first: Tensor | Sequence[Tensor], *args: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        with without_autocast(tensor.device.type):
+            return function(first, *args)
+
+    return run
+
+
+forward = Op(
+    "fusion_conv2d(Tensor[] features, Tensor weight, Tensor? bias, SymInt height, SymInt width, "
+    "Tensor? mean, Tensor? std, SymInt padding, bool align_corners, bool channels_last) -> Tensor",
+    kernels=dict.fromkeys(("cpu", "triton"), _as_given(kernel.forward)),
+    fake=_forward_fake,
+    derivative=Derivative(_save, _gradients),
+    flops=_forward_flops,
+    flops_of_tensors=True,
+)
+# The gradients of the features that are wanted, and of the weight if there are features. Shapes are
+# arguments, for features are needed for the weight's gradient only, and the weight for theirs.
+backward = Op(
+    "fusion_conv2d_backward(Tensor grad_output, Tensor[] features, Tensor? weight, Tensor? mean, "
+    "Tensor? std, SymInt[] channels, SymInt[] heights, SymInt[] widths, SymInt height, "
+    "SymInt width, int kernel_size, SymInt padding, bool align_corners, bool[] wanted, "
+    "bool channels_last, bool weight_channels_last) -> Tensor[]",
+    kernels=dict.fromkeys(("cpu", "triton"), _as_given(kernel.backward)),
+    fake=_backward_fake,
+    derivative=Derivative(_save_backward, _gradients_of_backward),
+    flops=_backward_flops,
+    flops_of_tensors=True,
+)

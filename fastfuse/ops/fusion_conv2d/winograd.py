@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastfuse import _extension
+from fastfuse.ops.define import COMPILED, Op
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 from fastfuse.ops.product import Weight
@@ -31,7 +32,6 @@ __all__ = [
     "weight_gradient",
 ]
 
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 for _schema in (
     # tiles (36, count, C) of the count tiles from `first` on that make outputs height x width
     "winograd_input(Tensor(a!) tiles, Tensor image, SymInt first, SymInt height, SymInt width, "
@@ -39,7 +39,7 @@ for _schema in (
     "winograd_output(Tensor(a!) image, Tensor[] products, SymInt first, Tensor? bias) -> ()",
     "winograd_output_adjoint(Tensor(a!) tiles, Tensor image, SymInt first) -> ()",
 ):
-    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
+    Op(_schema, kernels={"cpu": COMPILED})
 
 OUTPUTS = 4  # of a tile, on each side
 ELEMENTS = (OUTPUTS + 2) ** 2  # of a transformed tile

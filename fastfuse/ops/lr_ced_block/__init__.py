@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
-from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.block import define_block, prepare
+from fastfuse.ops.block import MLP, Block, convolution_and_norm
 from fastfuse.ops.checks import check_dilation
 from fastfuse.ops.lr_ced_block import kernel
 from fastfuse.ops.lr_ced_block.reference import reference
 from fastfuse.ops.lr_ced_block.samples import samples
-from fastfuse.ops.pointwise.mlp import mlp_route
 
-__all__ = ["OPERATION", "lr_ced_block"]
+__all__ = ["BLOCK", "OPERATION", "lr_ced_block"]
 
-NAME = "lr_ced_block"
-PARAMETERS = (
-    "dw_weight",
-    "dw_bias",
-    "norm_weight",
-    "norm_bias",
-    "dw2_weight",
-    "dw2_bias",
-    "norm2_weight",
-    "norm2_bias",
-    "fc1_weight",
-    "fc1_bias",
-    "fc2_weight",
-    "fc2_bias",
-    "layer_scale?",
+BLOCK = Block(
+    "lr_ced_block",
+    [*convolution_and_norm(), *convolution_and_norm("2"), *MLP],
+    ["int dilation", "float eps"],
+    kernel=kernel,
+    reference=reference,
+    samples=samples,
 )
-_call = define_block(NAME, PARAMETERS, ["int dilation", "float eps"], kernel)
+OPERATION = BLOCK.operation
 
 
 def lr_ced_block(
@@ -97,27 +86,9 @@ def lr_ced_block(
     >>> fastfuse.lr_ced_block(x, *step, *step, *products).shape
     torch.Size([2, 16, 8, 8])
     """
-    check_dilation(NAME, dilation)
+    check_dilation("lr_ced_block", dilation)
     parameters = [
         dw_weight, dw_bias, norm_weight, norm_bias, dw2_weight, dw2_bias, norm2_weight, norm2_bias,
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale,
     ]  # fmt: skip
-    x, parameters, keep, eps = prepare(NAME, x, PARAMETERS, parameters, keep, eps)
-    if select(OPERATION, x) == "reference":
-        with without_autocast(x.device.type):
-            same = [p if p is None else p.to(x.dtype) for p in parameters]
-            return reference(x, *same, keep, dilation, eps)  # type: ignore[arg-type, call-arg]
-    return _call(x, parameters, keep, (dilation, eps), recompute)
-
-
-def _routes(image: Tensor) -> dict[str, str]:
-    return {"hidden 4 C": mlp_route(select(OPERATION, image), image)}
-
-
-OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
-    twice_differentiable=False,
-    routes=_routes,
-)
+    return BLOCK(x, parameters, keep, (dilation, eps), recompute)

@@ -10,11 +10,7 @@ image ``(first + i) // pixels``.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
-from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
+from fastfuse.ops.define import COMPILED, Op
 
 __all__ = ["SCHEMAS"]
 
@@ -40,19 +36,6 @@ SCHEMAS = (
     "SymInt pixels, SymInt first) -> ()",
 )
 
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
-
-
-def _cuda(name: str) -> Any:
-    def launch(*args: Any) -> Any:
-        from fastfuse.ops.pointwise import triton
-
-        return getattr(triton, name)(*args)
-
-    return launch
-
-
 for _schema in SCHEMAS:
-    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
     _name = _schema.partition("(")[0]
-    _LIBRARY.impl(_name, _cuda(_name), "CUDA")
+    Op(_schema, kernels={"cpu": COMPILED, "triton": f"fastfuse.ops.pointwise.triton:{_name}"})

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
-from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.backends import select
+from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import (
     check_convolved_size,
     check_image,
@@ -17,8 +17,9 @@ from fastfuse.ops.checks import (
     check_tensor,
     check_vector,
 )
+from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import is_channels_last
-from fastfuse.ops.tap_sum.autograd import call
+from fastfuse.ops.tap_sum.autograd import forward
 from fastfuse.ops.tap_sum.reference import reference
 from fastfuse.ops.tap_sum.samples import samples
 
@@ -88,17 +89,15 @@ def tap_sum(
         (taps,) = cast_for_autocast([taps])
     height, width = check_size(NAME, size)
     check_convolved_size(NAME, (height, width), kernel_size, padding)
-    if select(OPERATION, taps) == "reference":
-        with without_autocast(taps.device.type):
-            return reference(taps, offsets, (height, width), kernel_size, padding, align_corners)
-    return call(
-        taps, offsets, height, width, kernel_size, padding, align_corners, is_channels_last([taps])
-    )
+    return OPERATION.run(
+        select(OPERATION, taps), taps.device.type,
+        taps, offsets, height, width, kernel_size, padding, align_corners, is_channels_last([taps]),
+    )  # fmt: skip
 
 
 OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
+    forward,
+    lambda taps, offsets, height, width, *rest: reference(taps, offsets, (height, width), *rest),
+    samples,
     takes_size=True,
 )

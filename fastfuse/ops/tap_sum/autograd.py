@@ -12,51 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import backward_of, recording
+from fastfuse.ops.define import COMPILED, Derivative, Op
 from fastfuse.ops.layout import is_channels_last, memory_format
 
-__all__ = ["call", "flops"]
-
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
-_GEOMETRY = "SymInt height, SymInt width, int kernel_size, int padding, bool align_corners"
-for _schema in (
-    f"tap_sum(Tensor taps, Tensor? offsets, {_GEOMETRY}, bool channels_last) -> Tensor",
-    # the gradient of taps (N, k * k * C, in_height, in_width)
-    f"tap_sum_backward(Tensor grad_output, SymInt in_height, SymInt in_width, {_GEOMETRY}, "
-    "bool channels_last) -> Tensor",
-    # out = (accumulate ? scales[0] * out : 0) + bias + sum_i scales[1 + i] * tap_sum(taps[i])
-    # with the offsets, which are not scaled, counted once; scales, offsets and bias in the
-    # accumulation dtype, None for 1, 0 and 0
-    "tap_sum_into(Tensor(a!) out, Tensor[] taps, Tensor? scales, Tensor? offsets, Tensor? bias, "
-    f"bool accumulate, {_GEOMETRY}, bool channels_last) -> ()",
-    # grad_taps = scale * tap_sum_backward(grad_output); scale of shape (1,)
-    f"tap_sum_backward_into(Tensor(a!) grad_taps, Tensor grad_output, Tensor? scale, {_GEOMETRY}, "
-    "bool channels_last) -> ()",
-):
-    _LIBRARY.define(_schema, tags=[torch.Tag.pt2_compliant_tag])
-
-_FORWARD, _BACKWARD = "fastfuse::tap_sum", "fastfuse::tap_sum_backward"
+__all__ = ["flops", "forward"]
 
 
-def _cuda(name: str) -> Any:
-    def launch(*args: Any) -> Any:
-        from fastfuse.ops.tap_sum import triton
-
-        return getattr(triton, name)(*args)
-
-    return launch
-
-
-_LIBRARY.impl("tap_sum", _cuda("forward"), "CUDA")
-_LIBRARY.impl("tap_sum_backward", _cuda("backward"), "CUDA")
-_LIBRARY.impl("tap_sum_into", _cuda("forward_into"), "CUDA")
-_LIBRARY.impl("tap_sum_backward_into", _cuda("backward_into"), "CUDA")
-
-
-@torch.library.register_fake(_FORWARD)
 def _forward_fake(
     taps: Tensor,
     offsets: Tensor | None,
@@ -74,7 +36,6 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake(_BACKWARD)
 def _backward_fake(
     grad_output: Tensor,
     in_height: int,
@@ -138,45 +99,30 @@ def _offsets_gradient(
     return torch.stack(by_ky).flatten()  # (ky, kx, C)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     taps, offsets, *geometry, _ = inputs
     ctx.in_size, ctx.geometry = taps.shape[2:], geometry
     ctx.offsets_dtype = None if offsets is None else offsets.dtype
 
 
-def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    taps_gradient = offsets_grad = None
-    if ctx.needs_input_grad[0]:
-        with backward_of("tap_sum"):
-            taps_gradient = torch.ops.fastfuse.tap_sum_backward(
-                grad_output, *ctx.in_size, *ctx.geometry, is_channels_last([grad_output])
-            )
-    if ctx.needs_input_grad[1]:
-        offsets_grad = _offsets_gradient(grad_output, *ctx.geometry[:4]).to(ctx.offsets_dtype)
-    return taps_gradient, offsets_grad, *[None] * 6
+def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
+    taps_gradient = offsets_gradient = None
+    if ctx.needs[0]:
+        taps_gradient = backward[ctx.backend](
+            grad_output, *ctx.in_size, *ctx.geometry, is_channels_last([grad_output])
+        )
+    if ctx.needs[1]:
+        offsets_gradient = _offsets_gradient(grad_output, *ctx.geometry[:4]).to(ctx.offsets_dtype)
+    return taps_gradient, offsets_gradient, *[None] * 6
 
 
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, _, _, *geometry, _ = inputs
-    ctx.geometry = geometry
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, _, *ctx.geometry, _ = inputs
 
 
-def _backward_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    taps = torch.ops.fastfuse.tap_sum(grad, None, *ctx.geometry, is_channels_last([grad]))
+def _gradients_of_backward(ctx: Any, grad: Tensor) -> Sequence[Any]:
+    taps = forward[ctx.backend](grad, None, *ctx.geometry, is_channels_last([grad]))
     return taps, *[None] * 8
-
-
-torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    _BACKWARD, _backward_backward, setup_context=_backward_setup_context
-)
-
-
-def call(taps: Tensor, offsets: Tensor | None, *arguments: Any) -> Tensor:
-    """The op with its autograd, by the shortest way."""
-    wanted = taps.requires_grad or (offsets is not None and offsets.requires_grad)
-    with recording(wanted and torch.is_grad_enabled()):
-        return torch.ops.fastfuse.tap_sum(taps, offsets, *arguments)
 
 
 def flops(
@@ -190,7 +136,6 @@ def flops(
     return 2 * channels * (neighbours[0] * along_y + neighbours[1] * along_x)
 
 
-@register_flop_formula(torch.ops.fastfuse.tap_sum)
 def _forward_flops(
     taps_shape: torch.Size,
     offsets: Any,
@@ -206,7 +151,6 @@ def _forward_flops(
     return batch * one
 
 
-@register_flop_formula(torch.ops.fastfuse.tap_sum_backward)
 def _backward_flops(
     grad_shape: torch.Size,
     in_height: int,
@@ -221,3 +165,42 @@ def _backward_flops(
     batch, channels = grad_shape[:2]
     source, target = (in_height, in_width), (height, width)
     return batch * flops(channels, source, target, kernel_size, padding)
+
+
+_SIZES = "SymInt height, SymInt width, int kernel_size, int padding, bool align_corners"
+
+
+def _kernels(function: str) -> dict[str, Any]:
+    return {"cpu": COMPILED, "triton": f"fastfuse.ops.tap_sum.triton:{function}"}
+
+
+forward = Op(
+    f"tap_sum(Tensor taps, Tensor? offsets, {_SIZES}, bool channels_last) -> Tensor",
+    kernels=_kernels("forward"),
+    fake=_forward_fake,
+    derivative=Derivative(_save, _gradients),
+    flops=_forward_flops,
+)
+# The gradient of taps (N, k * k * C, in_height, in_width).
+backward = Op(
+    f"tap_sum_backward(Tensor grad_output, SymInt in_height, SymInt in_width, {_SIZES}, "
+    "bool channels_last) -> Tensor",
+    kernels=_kernels("backward"),
+    fake=_backward_fake,
+    derivative=Derivative(_save_backward, _gradients_of_backward),
+    flops=_backward_flops,
+)
+# out = (accumulate ? scales[0] * out : 0) + bias + sum_i scales[1 + i] * tap_sum(taps[i]) with the
+# offsets, which are not scaled, counted once; scales, offsets and bias in the accumulation dtype,
+# None for 1, 0 and 0.
+Op(
+    "tap_sum_into(Tensor(a!) out, Tensor[] taps, Tensor? scales, Tensor? offsets, Tensor? bias, "
+    f"bool accumulate, {_SIZES}, bool channels_last) -> ()",
+    kernels=_kernels("forward_into"),
+)
+# grad_taps = scale * tap_sum_backward(grad_output); scale of shape (1,).
+Op(
+    f"tap_sum_backward_into(Tensor(a!) grad_taps, Tensor grad_output, Tensor? scale, {_SIZES}, "
+    "bool channels_last) -> ()",
+    kernels=_kernels("backward_into"),
+)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
-from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.backends import select
+from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_image, check_same_kind, check_tensor
+from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import is_channels_last
-from fastfuse.ops.upsample_add.autograd import call
+from fastfuse.ops.upsample_add.autograd import forward
 from fastfuse.ops.upsample_add.reference import reference
 from fastfuse.ops.upsample_add.samples import samples
 
@@ -59,14 +60,8 @@ def upsample_add(x: Tensor, skip: Tensor, *, align_corners: bool = False) -> Ten
             f"{NAME}: skip must have the input's batch size and channels, N, C = "
             f"{x.shape[0]}, {x.shape[1]}; got {skip.shape[0]}, {skip.shape[1]}"
         )
-    if select(OPERATION, x) == "reference":
-        with without_autocast(x.device.type):
-            return reference(x, skip, align_corners)
-    return call(x, skip, align_corners, is_channels_last([x, skip]))
+    backend, channels_last = select(OPERATION, x), is_channels_last([x, skip])
+    return OPERATION.run(backend, x.device.type, x, skip, align_corners, channels_last)
 
 
-OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
-)
+OPERATION = Operation(forward, reference, samples)

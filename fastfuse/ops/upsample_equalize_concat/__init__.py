@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastfuse.backends import Operation, cpu_refusal, select, triton_refusal
-from fastfuse.ops.autocast import cast_for_autocast, without_autocast
+from fastfuse.backends import select
+from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_constants, check_features, check_size, feature_list
+from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import is_channels_last
-from fastfuse.ops.upsample_equalize_concat.autograd import call
+from fastfuse.ops.upsample_equalize_concat.autograd import forward
 from fastfuse.ops.upsample_equalize_concat.reference import reference
 from fastfuse.ops.upsample_equalize_concat.samples import samples
 
@@ -66,15 +67,15 @@ def upsample_equalize_concat(
     height, width = check_size(NAME, size, features)
     mean = check_constants(NAME, "mean", mean, features)
     std = check_constants(NAME, "std", std, features, positive=True)
-    if select(OPERATION, features[0]) == "reference":
-        with without_autocast(features[0].device.type):
-            return reference(features, (height, width), mean, std, align_corners)
-    return call(features, height, width, mean, std, align_corners, is_channels_last(features))
+    return OPERATION.run(
+        select(OPERATION, features[0]), features[0].device.type,
+        features, height, width, mean, std, align_corners, is_channels_last(features),
+    )  # fmt: skip
 
 
 OPERATION = Operation(
-    name=NAME,
-    refusals={"cpu": cpu_refusal, "triton": triton_refusal},
-    samples=samples,
+    forward,
+    lambda features, height, width, *rest: reference(features, (height, width), *rest),
+    samples,
     takes_size=True,
 )

@@ -11,46 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
-from fastfuse.ops.dispatch import backward_of, below_autograd
+from fastfuse.ops.define import COMPILED, Derivative, Op
 from fastfuse.ops.layout import is_channels_last, memory_format
 
-_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
-_LIBRARY.define(
-    "upsample_equalize_concat(Tensor[] features, SymInt height, SymInt width, Tensor? mean, "
-    "Tensor? std, bool align_corners, bool channels_last) -> Tensor",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-_LIBRARY.define(
-    "upsample_equalize_concat_backward(Tensor grad_output, SymInt[] offsets, SymInt[] channels, "
-    "SymInt[] heights, SymInt[] widths, Tensor? std, bool align_corners, bool channels_last) "
-    "-> Tensor[]",
-    tags=[torch.Tag.pt2_compliant_tag],
-)
-
-_FORWARD = "fastfuse::upsample_equalize_concat"
-_BACKWARD = "fastfuse::upsample_equalize_concat_backward"
+__all__ = ["backward", "flops", "forward"]
 
 
-def _forward_cuda(*args: Any) -> Tensor:
-    from fastfuse.ops.upsample_equalize_concat.triton import forward
-
-    return forward(*args)
-
-
-def _backward_cuda(*args: Any) -> list[Tensor]:
-    from fastfuse.ops.upsample_equalize_concat.triton import backward
-
-    return backward(*args)
-
-
-_LIBRARY.impl("upsample_equalize_concat", _forward_cuda, "CUDA")
-_LIBRARY.impl("upsample_equalize_concat_backward", _backward_cuda, "CUDA")
-
-
-@torch.library.register_fake(_FORWARD)
 def _forward_fake(
     features: Sequence[Tensor],
     height: int,
@@ -70,7 +37,6 @@ def _forward_fake(
     )
 
 
-@torch.library.register_fake(_BACKWARD)
 def _backward_fake(
     grad_output: Tensor,
     offsets: Sequence[int],
@@ -92,43 +58,36 @@ def _backward_fake(
     ]
 
 
-def _forward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, _, _, _, std, align_corners, _ = inputs
     ctx.shapes = [f.shape for f in features]
     ctx.align_corners = align_corners
     ctx.save_for_backward(std)
 
 
-def _gradients(ctx: Any, grad_output: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
     (std,) = ctx.saved_tensors
-    needed = [i for i, need in enumerate(needs) if need]
+    needed = [i for i, need in enumerate(ctx.needs[0]) if need]
     gradients: list[Tensor | None] = [None] * len(ctx.shapes)
-    if needed:
-        channels = [shape[1] for shape in ctx.shapes]
-        if std is not None and len(needed) < len(ctx.shapes):
-            std = torch.stack([std[i] for i in needed])
-        arguments = (
-            [sum(channels[:i]) for i in needed],
-            [channels[i] for i in needed],
-            [ctx.shapes[i][2] for i in needed],
-            [ctx.shapes[i][3] for i in needed],
-            std,
-            ctx.align_corners,
-            is_channels_last([grad_output]),
-        )
-        with backward_of("upsample_equalize_concat"):
-            computed = torch.ops.fastfuse.upsample_equalize_concat_backward(grad_output, *arguments)
-        for i, gradient in zip(needed, computed, strict=True):
-            gradients[i] = gradient
-    return gradients
+    channels = [shape[1] for shape in ctx.shapes]
+    if std is not None and len(needed) < len(ctx.shapes):
+        std = torch.stack([std[i] for i in needed])
+    computed = backward[ctx.backend](
+        grad_output,
+        [sum(channels[:i]) for i in needed],
+        [channels[i] for i in needed],
+        [ctx.shapes[i][2] for i in needed],
+        [ctx.shapes[i][3] for i in needed],
+        std,
+        ctx.align_corners,
+        is_channels_last([grad_output]),
+    )
+    for i, gradient in zip(needed, computed, strict=True):
+        gradients[i] = gradient
+    return gradients, *[None] * 6
 
 
-def _forward_backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    gradients = _gradients(ctx, grad_output, ctx.needs_input_grad[0])
-    return gradients, None, None, None, None, None, None
-
-
-def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     grad_output, offsets, channels, heights, widths, std, align_corners, _ = inputs
     ctx.shape = grad_output.shape
     ctx.offsets, ctx.channels, ctx.heights, ctx.widths = offsets, channels, heights, widths
@@ -136,7 +95,7 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tens
     ctx.save_for_backward(std)
 
 
-def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _gradients_of_backward(ctx: Any, *grads: Any) -> Sequence[Any]:
     (std,) = ctx.saved_tensors
     batch, total, height, width = ctx.shape
     given = next(g for g in grads if g is not None)
@@ -145,7 +104,7 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         for g, c, h, w in zip(grads, ctx.channels, ctx.heights, ctx.widths, strict=True)
     ]
     channels_last = is_channels_last(features)
-    levels = torch.ops.fastfuse.upsample_equalize_concat(
+    levels = forward[ctx.backend](
         features, height, width, None, std, ctx.align_corners, channels_last
     )
     if sum(ctx.channels) != total:  # gradients were asked of some levels only: zeros between them
@@ -156,42 +115,7 @@ def _backward_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
             end = offset + piece.shape[1]
         pieces.append(given.new_zeros((batch, total - end, height, width)))
         levels = torch.cat(pieces, dim=1)
-    return levels, None, None, None, None, None, None, None
-
-
-torch.library.register_autograd(_FORWARD, _forward_backward, setup_context=_forward_setup_context)
-torch.library.register_autograd(
-    _BACKWARD, _backward_backward, setup_context=_backward_setup_context
-)
-
-
-class UpsampleEqualizeConcat(torch.autograd.Function):
-    """The formula registered above, for eager mode.
-
-    ``register_autograd`` flattens an op's arguments with pytrees to support tensor lists, which
-    takes longer than all of a small call; here the tensors are the arguments.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, arguments: tuple[Any, ...], *features: Tensor) -> Tensor:
-        with below_autograd():
-            output = torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
-        _forward_setup_context(ctx, (features, *arguments), output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        return None, *_gradients(ctx, grad_output, ctx.needs_input_grad[1:])
-
-
-def call(features: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """The op with its autograd, by the shortest way."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
-    if torch.is_grad_enabled() and any(f.requires_grad for f in features):
-        return UpsampleEqualizeConcat.apply(arguments, *features)
-    with below_autograd():
-        return torch.ops.fastfuse.upsample_equalize_concat(features, *arguments)
+    return levels, *[None] * 7
 
 
 def flops(channels: int, source: Sequence[int], target: Sequence[int], equalized: bool) -> int:
@@ -202,7 +126,6 @@ def flops(channels: int, source: Sequence[int], target: Sequence[int], equalized
     return channels * (along_x + along_y + (2 * h * w if equalized else 0))
 
 
-@register_flop_formula(torch.ops.fastfuse.upsample_equalize_concat)
 def _forward_flops(
     feature_shapes: Sequence[torch.Size],
     height: int,
@@ -216,7 +139,6 @@ def _forward_flops(
     return sum(n * flops(c, (h, w), (height, width), equalized) for n, c, h, w in feature_shapes)
 
 
-@register_flop_formula(torch.ops.fastfuse.upsample_equalize_concat_backward)
 def _backward_flops(
     grad_shape: torch.Size,
     offsets: Sequence[int],
@@ -232,3 +154,22 @@ def _backward_flops(
         batch * flops(c, (h, w), (height, width), std is not None)
         for c, h, w in zip(channels, heights, widths, strict=True)
     )
+
+
+forward = Op(
+    "upsample_equalize_concat(Tensor[] features, SymInt height, SymInt width, Tensor? mean, "
+    "Tensor? std, bool align_corners, bool channels_last) -> Tensor",
+    kernels={"cpu": COMPILED, "triton": "fastfuse.ops.upsample_equalize_concat.triton:forward"},
+    fake=_forward_fake,
+    derivative=Derivative(_save, _gradients),
+    flops=_forward_flops,
+)
+backward = Op(
+    "upsample_equalize_concat_backward(Tensor grad_output, SymInt[] offsets, SymInt[] channels, "
+    "SymInt[] heights, SymInt[] widths, Tensor? std, bool align_corners, bool channels_last) "
+    "-> Tensor[]",
+    kernels={"cpu": COMPILED, "triton": "fastfuse.ops.upsample_equalize_concat.triton:backward"},
+    fake=_backward_fake,
+    derivative=Derivative(_save_backward, _gradients_of_backward),
+    flops=_backward_flops,
+)

@@ -1,0 +1,270 @@
+"""The one way to define an op: ``fastfuse::name`` with a kernel for each backend.
+
+A definition says what PyTorch has to know, data first: the schema, kernels by backend, shapes
+(``fake``), derivative, FLOPs. A backend is an overload, ``fastfuse::name`` for the first of a
+device and ``fastfuse::name.backend`` for others, so that a graph names what runs, and backward
+runs where forward did.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastfuse import _extension  # noqa: F401  (its kernels register themselves when it loads)
+from fastfuse.backends import DISPATCH_KEYS
+from fastfuse.ops.autocast import without_autocast
+
+if TYPE_CHECKING:
+    from fastfuse.ops.sample import Sample
+
+__all__ = ["COMPILED", "Derivative", "Op", "Operation", "below_autograd", "no_second_derivative"]
+
+_LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
+
+# A kernel of the compiled module, which registers it itself.
+COMPILED = "compiled"
+# A function, or "module:function", imported when it is first called.
+Kernel = Callable[..., Any] | str
+
+# PyTorch's autograd of custom ops is a Python function, and costs a call about 10 us even if
+# nothing is recorded. Where it is known that nothing is, this goes past it, as that function itself
+# does. The name is private to PyTorch: without it calls take the longer way.
+below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """The two functions of ``torch.library.register_autograd``.
+
+    Attributes:
+        save: (ctx, inputs, output) -> None. ``ctx.needs`` tells for each input whether its gradient
+            is wanted, of a list for each of its tensors; ``ctx.backend`` is what runs forward.
+        gradients: (ctx, a gradient of each tensor of the output) -> a gradient or None for each
+            input, a list for a list. Ops are called as ``op[ctx.backend](...)``.
+    """
+
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    gradients: Callable[..., Sequence[Any]]
+
+
+class Op:
+    """An op of PyTorch's, called as ``op[backend](*arguments)``.
+
+    Args:
+        schema: as PyTorch's, ``name(Tensor x, ...) -> Tensor``.
+        kernels: by backend, fastest first.
+        fake: what it returns, of the same arguments, with no values.
+        derivative: None: nothing is ever recorded of it.
+        flops: of the arguments, with shapes in the places of tensors.
+        flops_of_tensors: whether ``flops`` gets the tensors themselves.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        kernels: Mapping[str, Kernel],
+        fake: Callable[..., Any] | None = None,
+        derivative: Derivative | None = None,
+        flops: Callable[..., int] | None = None,
+        flops_of_tensors: bool = False,
+    ) -> None:
+        self.name, bracket, arguments = schema.partition("(")
+        self.backends = tuple(kernels)
+        self._calls: dict[str, _Call] = {}
+        calls: dict[str, _Call] = {}  # by overload
+        taken: set[str] = set()
+        for backend, kernel in kernels.items():
+            key = DISPATCH_KEYS[backend]
+            overload = f".{backend}" if key in taken else ""
+            taken.add(key)
+            if overload not in calls:
+                _LIBRARY.define(
+                    f"{self.name}{overload}{bracket}{arguments}",
+                    tags=[torch.Tag.pt2_compliant_tag],
+                )
+            if kernel != COMPILED:
+                _LIBRARY.impl(f"{self.name}{overload}", _loaded(kernel), key)
+            if overload not in calls:
+                packet = getattr(torch.ops.fastfuse, self.name)
+                call = _Call(getattr(packet, overload[1:] or "default"), backend, derivative)
+                if fake is not None:
+                    torch.library.register_fake(f"fastfuse::{self.name}{overload}", fake)
+                if derivative is not None:
+                    torch.library.register_autograd(
+                        f"fastfuse::{self.name}{overload}", call.gradients, setup_context=call.save
+                    )
+                calls[overload] = call
+            self._calls[backend] = calls[overload]
+        if flops is not None:
+            register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
+
+    def __getitem__(self, backend: str) -> _Call:
+        return self._calls[backend]
+
+
+class _Call:
+    """An overload with its autograd, by the shortest way."""
+
+    def __init__(self, target: Any, backend: str, derivative: Derivative | None) -> None:
+        self.target = target
+        self.backend = backend
+        self.derivative = derivative
+        # A class of its own, for a tensor's grad_fn has its name.
+        name = "".join(word.capitalize() for word in target._opname.split("_"))
+        self.recorded: Any = type(name, (_Recorded,), {})
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.target(*arguments)
+        if self.derivative is not None and torch.is_grad_enabled():
+            tensors = _tensors(arguments)
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return self.recorded.apply(self, arguments, *tensors)
+        with below_autograd():
+            return self.target(*arguments)
+
+    def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        assert self.derivative is not None
+        ctx.needs = tuple(
+            [t.requires_grad for t in value if isinstance(t, Tensor)]
+            if isinstance(value, (list, tuple))
+            else isinstance(value, Tensor) and value.requires_grad
+            for value in inputs
+        )
+        ctx.backend = self.backend
+        self.derivative.save(ctx, inputs, output)
+
+    def gradients(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        assert self.derivative is not None
+        if len(grads) == 1 and isinstance(grads[0], (list, tuple)):  # of an output that is a list
+            (grads,) = grads
+        try:
+            return tuple(self.derivative.gradients(ctx, *grads))
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.target._opname}: backward expects plain gradients, got batched ones "
+                f"(is_grads_batched, vectorize); fastfuse.backend('reference') runs them"
+            ) from error
+
+
+class _Recorded(torch.autograd.Function):
+    """What ``register_autograd`` has of an op, for eager mode.
+
+    Theirs flattens arguments with pytrees to support lists of tensors, which takes longer than all
+    of a small call; here the tensors are the arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
+        with below_autograd():
+            output = call.target(*arguments)
+        call.save(ctx, arguments, output)
+        ctx.call = call
+        ctx.places = [
+            (i, len(value) if _is_tensor_list(value) else 0)
+            for i, value in enumerate(arguments)
+            if isinstance(value, Tensor) or _is_tensor_list(value)
+        ]
+        return tuple(output) if isinstance(output, list) else output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        gradients = ctx.call.gradients(ctx, *grads)
+        found: list[Any] = [None, None]
+        for i, count in ctx.places:
+            gradient = gradients[i]
+            if count:
+                found += [None] * count if gradient is None else gradient
+            else:
+                found.append(gradient)
+        return tuple(found)
+
+
+def _is_tensor_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
+
+
+def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
+    """All of them, in order, those of lists too."""
+    found = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(t for t in value if isinstance(t, Tensor))
+    return found
+
+
+def _loaded(kernel: Kernel) -> Callable[..., Any]:
+    if not isinstance(kernel, str):
+        return kernel
+    module, _, function = kernel.partition(":")
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    return launch
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public op: what its function, ``info``, ``verify`` and the tests need to know.
+
+    Attributes:
+        op: what fused backends run.
+        reference: the definition, in plain PyTorch, of the same arguments but the last one, which
+            is the memory format of the result.
+        samples: inputs that exercise it.
+        twice_differentiable: on fused backends, too.
+        takes_size: whether calls name a size, which torch.jit.trace would make a constant.
+        routes: what typical calls on such an image run, by what the calls are; None: the backend.
+    """
+
+    op: Op
+    reference: Callable[..., Any] = field(repr=False)
+    samples: Callable[..., Iterator[Sample]] = field(repr=False)
+    twice_differentiable: bool = True
+    takes_size: bool = False
+    routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return self.op.backends
+
+    def run(self, backend: str, device: str, *arguments: Any) -> Any:
+        """The op on a backend; arguments are checked, cast for autocast, and as the schema's."""
+        if backend != "reference":
+            return self.op[backend](*arguments)
+        with without_autocast(device):
+            return self.reference(*arguments[:-1])
+
+
+def no_second_derivative(op: str) -> Derivative:
+    """Of a backward: an error that says what has it."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    def refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        raise NotImplementedError(
+            f"{op}: expected first derivatives, got second ones; "
+            "fastfuse.backend('reference') has them"
+        )
+
+    return Derivative(save, refuse)
