@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.backends import requested_backend, select
+from fastfuse.backends import select
 from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
@@ -34,7 +34,6 @@ from fastfuse.ops.checks import (
 from fastfuse.ops.define import Derivative, Op, Operation, below_autograd, no_second_derivative
 from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
 from fastfuse.ops.pointwise.mlp import mlp_route
-from fastfuse.ops.policy import policy_of
 from fastfuse.ops.sample import Sample
 
 __all__ = ["MLP", "Block", "Parameter", "convolution_and_norm"]
@@ -161,7 +160,7 @@ class Block:
         x, parameters, keep = self._checked(x, parameters, keep)
         check_eps(self.name, options[-1])
         options = (*options[:-1], float(options[-1]))
-        backend, channels_last = self._backend(x, parameters), is_channels_last([x])
+        backend, channels_last = select(self.operation, x), is_channels_last([x])
         arguments = (x, *parameters, keep, *options, channels_last)
         if backend == "reference" or recompute or not torch.is_grad_enabled():
             return self.operation.run(backend, x.device.type, *arguments)
@@ -210,14 +209,6 @@ class Block:
         if keep is not None:  # in the accumulation dtype
             keep = keep.to(torch.promote_types(x.dtype, torch.float32))
         return x, found, keep
-
-    def _backend(self, x: Tensor, parameters: Sequence[Tensor | None]) -> str:
-        chosen = select(self.operation, x)
-        if chosen != "cpu" or requested_backend() != "auto" or torch.compiler.is_compiling():
-            return chosen
-        weight: Any = parameters[self._fc1]
-        macs = 2 * weight.numel() * x.shape[0] * x.shape[2] * x.shape[3]
-        return "reference" if macs < policy_of("cpu").little_block_macs else chosen
 
     def _reference(self, x: Tensor, *arguments: Any) -> Tensor:
         count = len(self.parameters)

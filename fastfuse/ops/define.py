@@ -126,22 +126,16 @@ class _Call:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.target(*arguments)
         if self.derivative is not None and torch.is_grad_enabled():
-            tensors = _tensors(arguments)
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    return self.recorded.apply(self, arguments, *tensors)
+            needs, places, tensors = _needs(arguments)
+            if any(tensor.requires_grad for tensor in tensors):
+                return self.recorded.apply(self, arguments, needs, places, *tensors)
         with below_autograd():
             return self.target(*arguments)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         assert self.derivative is not None
-        ctx.needs = tuple(
-            [t.requires_grad for t in value if isinstance(t, Tensor)]
-            if isinstance(value, (list, tuple))
-            else isinstance(value, Tensor) and value.requires_grad
-            for value in inputs
-        )
         ctx.backend = self.backend
+        ctx.needs = _needs(inputs)[0]
         self.derivative.save(ctx, inputs, output)
 
     def gradients(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -167,22 +161,24 @@ class _Recorded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, arguments: tuple[Any, ...], *tensors: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        call: _Call,
+        arguments: tuple[Any, ...],
+        needs: Sequence[Any],
+        places: Sequence[tuple[int, int]],
+        *tensors: Tensor,
+    ) -> Any:
         with below_autograd():
             output = call.target(*arguments)
-        call.save(ctx, arguments, output)
-        ctx.call = call
-        ctx.places = [
-            (i, len(value) if _is_tensor_list(value) else 0)
-            for i, value in enumerate(arguments)
-            if isinstance(value, Tensor) or _is_tensor_list(value)
-        ]
+        ctx.call, ctx.backend, ctx.needs, ctx.places = call, call.backend, needs, places
+        call.derivative.save(ctx, arguments, output)  # type: ignore[union-attr]
         return tuple(output) if isinstance(output, list) else output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         gradients = ctx.call.gradients(ctx, *grads)
-        found: list[Any] = [None, None]
+        found: list[Any] = [None] * 4
         for i, count in ctx.places:
             gradient = gradients[i]
             if count:
@@ -192,19 +188,26 @@ class _Recorded(torch.autograd.Function):
         return tuple(found)
 
 
-def _is_tensor_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
-
-
-def _tensors(arguments: Sequence[Any]) -> list[Tensor]:
-    """All of them, in order, those of lists too."""
-    found = []
-    for value in arguments:
+def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], list[Tensor]]:
+    """Whether each argument's gradient is wanted, of a list for each of its tensors; which of them
+    are tensors, or lists of how many; and these tensors."""
+    needs: list[Any] = []
+    places: list[tuple[int, int]] = []
+    tensors: list[Tensor] = []
+    for i, value in enumerate(arguments):
         if isinstance(value, Tensor):
-            found.append(value)
+            needs.append(value.requires_grad)
+            places.append((i, 0))
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found.extend(t for t in value if isinstance(t, Tensor))
-    return found
+            inside = [t for t in value if isinstance(t, Tensor)]
+            needs.append([t.requires_grad for t in inside])
+            if inside:
+                places.append((i, len(inside)))
+                tensors += inside
+        else:
+            needs.append(False)
+    return needs, places, tensors
 
 
 def _loaded(kernel: Kernel) -> Callable[..., Any]:

@@ -165,7 +165,6 @@ class Policy:
     # Multiply-adds at the target's resolution below which a call is bound by its overhead: "auto"
     # takes the reference. Not while compiling, where the question would be a condition on sizes.
     little_macs: int
-    little_block_macs: int  # the same of a block's products
 
     # ---- Winograd's algorithm ----
     winograd: Mapping[torch.dtype, WinogradRule]
@@ -232,7 +231,6 @@ def _cpu(machine: Machine) -> Policy:
         taps_bytes=min(machine.l3 * 3 // 4, 24 * MIB),  # more would only be more memory
         exact_pixels=1 / 32,
         little_macs=4_000_000,
-        little_block_macs=0,
         winograd={
             # PyTorch has no fast convolution for float64, nor for what is not native.
             torch.float64: WinogradRule(channels=64, pixels=100, work=2_000_000),
@@ -273,7 +271,6 @@ _CUDA = Policy(
     taps_bytes=256 * MIB,
     exact_pixels=1 / 32,
     little_macs=0,
-    little_block_macs=0,
     winograd={},
     winograd_single_channels=0,
     winograd_bytes=0,
