@@ -10,15 +10,12 @@ import torch
 from inputs import both_layouts, images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d
-from fastfuse.backends import BackendError
 from fastfuse.ops.fusion_conv2d.samples import samples
 from fastfuse.ops.policy import policy_of, use_policy
 
-OPS = torch.ops.fastfuse
 SHAPES = ((2, 3, 6, 8), (2, 40, 3, 4), (2, 2, 5, 7), (2, 50, 1, 2))
 SIZE, LEVELS = (6, 8), range(4)
 
@@ -146,52 +143,6 @@ def test_what_is_kept_for_backward(wanted: Sequence[int], kept: Sequence[int]) -
 # ---- machinery ----------------------------------------------------------------------------------
 
 
-def _op_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
-    forward, backward = OPS.fusion_conv2d.default, OPS.fusion_conv2d_backward.default
-    tensors = [x.requires_grad_() for x in inputs()]
-    frozen = [x.detach() for x in inputs(channels_last=True)]
-    std, mean = torch.rand(4) + 0.5, torch.randn(4)
-    grad = torch.randn(2, 4, 6, 8, requires_grad=True)
-    shapes = [[s[dim] for s in SHAPES] for dim in (1, 2, 3)]
-    tail = (*shapes, *SIZE, 3, 1, False)
-    return [
-        (forward, (tensors[:4], *tensors[4:], *SIZE, mean, std, 1, False, False)),
-        (forward, (frozen[:4], frozen[4], None, 9, 7, None, None, 0, True, True)),
-        (backward, (grad, tensors[:4], tensors[4], mean, std, *tail, [True] * 4, False, False)),
-        (backward, (grad, [], tensors[4], None, std, *tail, [False, True] * 2, True, False)),
-        (backward, (grad, frozen[:4], None, mean, None, *tail, [False] * 4, True, True)),
-    ]
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_opcheck(case: int) -> None:
-    op, args = _op_inputs()[case]
-    torch.library.opcheck(op, args)
-
-
-def _step(tensors: list[Tensor], mean: Tensor, std: Tensor) -> Tensor:
-    return call(tensors, mean=mean, std=std).relu() * 2
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(any_backend: str, dynamic: bool) -> None:
-    """One graph, forward and backward, static and dynamic shapes."""
-    torch._dynamo.reset()
-    compiler = "inductor" if any_backend == "cpu" else "aot_eager"  # the reference is many nodes
-    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=compiler)
-    mean, std = torch.randn(3), torch.rand(3) + 0.5
-    weight, bias = torch.randn(6, 100, 3, 3) / 30, torch.randn(6)
-    for height in (12, 20) if dynamic else (12,):
-        features = images((2, 20, height, 16), (2, 50, height // 2, 8), (2, 30, 3, 4))
-        results = []
-        for function in (_step, compiled):
-            leaves = [x.clone().requires_grad_() for x in (*features, weight, bias)]
-            output = function(leaves, mean, std)
-            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
-        for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-4)
-
-
 def test_compile_with_floats_and_a_backend_inside() -> None:
     constants = {"mean": [0.1, 0.2, 0.3, 0.4], "std": [1.0, 2.0, 3.0, 4.0]}
 
@@ -202,27 +153,6 @@ def test_compile_with_floats_and_a_backend_inside() -> None:
 
     tensors = inputs()
     torch.testing.assert_close(step(tensors), call(tensors, **constants))
-
-
-def test_export() -> None:
-    class Fusion(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(3, 64, 3, 3))
-
-        def forward(self, p2: Tensor, p3: Tensor) -> Tensor:
-            return fusion_conv2d([p2, p3], self.weight, std=[0.5, 2.0])
-
-    fusion = Fusion()
-    batch = torch.export.Dim("batch", min=1, max=8)
-    program = torch.export.export(
-        fusion,
-        tuple(images((2, 4, 8, 8), (2, 60, 4, 4))),
-        dynamic_shapes={"p2": {0: batch}, "p3": {0: batch}},
-    )
-    assert any("fastfuse.fusion_conv2d" in str(node.target) for node in program.graph.nodes)
-    p2, p3 = images((5, 4, 8, 8), (5, 60, 4, 4))
-    torch.testing.assert_close(program.module()(p2, p3), fusion(p2, p3))
 
 
 def test_autocast_casts_features_weight_and_bias(any_backend: str) -> None:
@@ -284,64 +214,6 @@ def test_far_fewer_flops_than_the_reference() -> None:
 
     assert flops("reference") == 2 * 9 * 2048 * 512 * 128 * 128
     assert flops("cpu") < 0.4 * flops("reference")
-
-
-def test_meta() -> None:
-    on_meta = call([x.to("meta") for x in inputs()], size=(7, 9), padding=0)
-    assert on_meta.shape == (2, 4, 5, 7)
-
-
-def test_torch_func_transforms() -> None:
-    """They run on the reference; a fused backend asked for by name says why it cannot."""
-    tensors = inputs(torch.float64)
-
-    def loss(weight: Tensor) -> Tensor:
-        return call([*tensors[:4], weight, tensors[5]], mean=[0.5] * 4).square().sum()
-
-    leaf = tensors[4].clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss)(tensors[4]), expected)
-    stacked = torch.randn(3, *tensors[4].shape, dtype=torch.float64)
-    mapped = torch.vmap(lambda w: call([*tensors[:4], w, tensors[5]]))(stacked)
-    torch.testing.assert_close(mapped[1], call([*tensors[:4], stacked[1], tensors[5]]))
-    with backend("cpu"), pytest.raises(BackendError, match=r"fusion_conv2d: .*torch.func transfo"):
-        torch.func.grad(loss)(tensors[4])
-
-
-def test_forward_mode_runs_on_the_reference() -> None:
-    tensors, tangents = inputs(torch.float64), inputs(torch.float64)
-    with forward_ad.dual_level():
-        duals = [forward_ad.make_dual(x, t) for x, t in zip(tensors[:4], tangents[:4], strict=True)]
-        output = call([*duals, *tensors[4:]], mean=[0.5] * 4)
-        result = forward_ad.unpack_dual(output).tangent
-        with backend("cpu"), pytest.raises(BackendError, match="forward-mode differentiation"):
-            call(tensors)
-    torch.testing.assert_close(result, call([*tangents[:4], tensors[4], None]))
-
-
-def test_batched_gradients_say_what_to_do() -> None:
-    leaves = [x.requires_grad_() for x in inputs()]
-    output = call(leaves)
-    with pytest.raises(RuntimeError, match="expects plain gradients, got batched ones"):
-        torch.autograd.grad(output, leaves, torch.randn(3, *output.shape), is_grads_batched=True)
-
-
-def test_inference_mode() -> None:
-    leaves = [x.requires_grad_() for x in inputs()]
-    expected = call(leaves, mean=[0.5] * 4)
-    with torch.inference_mode():
-        assert torch.equal(call(leaves, mean=[0.5] * 4), expected)
-
-
-def test_backward_of_float32_under_autocast() -> None:
-    """Products have the dtype of their inputs: nothing inside is cast once more."""
-    levels = images((1, 64, 32, 32), (1, 64, 4, 4), channels_last=True)
-    inputs = [x.requires_grad_() for x in (*levels, torch.randn(64, 128, 3, 3) / 34)]
-    output = fusion_conv2d(inputs[:2], inputs[2])
-    expected = torch.autograd.grad(output, inputs, torch.ones_like(output), retain_graph=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torch.autograd.grad(output, inputs, torch.ones_like(output))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_small_levels_are_exact_under_autocast() -> None:

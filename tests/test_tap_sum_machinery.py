@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from inputs import both_layouts, every_dtype, images
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastfuse import backend, tap_sum
-from fastfuse.backends import BackendError
+from fastfuse import tap_sum
 from fastfuse.ops.tap_sum.samples import exact
 from fastfuse.tolerances import relative_error, tolerance
 
 OPS = torch.ops.fastfuse
-
-
-def _op_inputs() -> list[tuple[Any, tuple[Any, ...]]]:
-    (taps,) = images((2, 45, 4, 6))
-    last = taps.contiguous(memory_format=torch.channels_last)
-    taps.requires_grad_()
-    offsets = torch.randn(45, requires_grad=True)
-    grad = torch.randn(2, 5, 8, 9, requires_grad=True)
-    forward, backward = OPS.tap_sum.default, OPS.tap_sum_backward.default
-    return [
-        (forward, (taps, offsets, 8, 9, 3, 1, False, False)),
-        (forward, (last, None, 7, 5, 3, 3, True, True)),
-        (backward, (grad, 4, 6, 8, 9, 3, 1, False, False)),
-        (backward, (grad.detach(), 2, 3, 8, 9, 1, 0, True, True)),
-        (backward, (grad, 2, 3, 6, 7, 3, 2, True, True)),
-    ]
-
-
-@pytest.mark.parametrize("case", range(5))
-def test_opcheck(case: int) -> None:
-    op, args = _op_inputs()[case]
-    torch.library.opcheck(op, args)
-
-
-def _step(taps: Tensor, offsets: Tensor, size: list[int]) -> Tensor:
-    return tap_sum(taps, size, kernel_size=3, offsets=offsets).relu() * 2
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(any_backend: str, dynamic: bool) -> None:
-    """One graph, forward and backward, static and dynamic shapes."""
-    torch._dynamo.reset()
-    compiler = "inductor" if any_backend == "cpu" else "aot_eager"  # the reference is many nodes
-    compiled = torch.compile(_step, fullgraph=True, dynamic=dynamic, backend=compiler)
-    for height in (12, 20) if dynamic else (12,):
-        values = [torch.randn(2, 36, height // 2, 8), torch.randn(36)]
-        results = []
-        for function in (_step, compiled):
-            leaves = [x.clone().requires_grad_() for x in values]
-            output = function(*leaves, [height, 16])
-            results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
-        for eager, graph in zip(*results, strict=True):
-            torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-4)
-
-
-def test_export() -> None:
-    class Sum(torch.nn.Module):
-        def forward(self, taps: Tensor) -> Tensor:
-            return tap_sum(taps, (8, 8), kernel_size=3)
-
-    batch = torch.export.Dim("batch", min=1, max=8)
-    (taps,) = images((2, 36, 4, 4))
-    program = torch.export.export(Sum(), (taps,), dynamic_shapes={"taps": {0: batch}})
-    assert any("fastfuse.tap_sum" in str(node.target) for node in program.graph.nodes)
-    (taps,) = images((5, 36, 4, 4))
-    torch.testing.assert_close(program.module()(taps), Sum()(taps))
 
 
 def test_autocast_casts_taps_and_offsets(any_backend: str) -> None:
@@ -105,45 +45,6 @@ def test_flop_formula() -> None:
     with FlopCounterMode(display=False) as counter:
         tap_sum(taps.detach(), (3, 8), kernel_size=3, padding=0)  # one row; one weight along y
     assert counter.get_total_flops() == 5 * 2 * 2 * (9 * 1 * 4 * 1 + 3 * 1 * 6 * 2)
-
-
-def test_meta() -> None:
-    result = tap_sum(torch.randn(2, 45, 4, 4, device="meta"), (7, 9), kernel_size=3, padding=2)
-    assert result.shape == (2, 5, 9, 11)
-
-
-def test_torch_func_transforms() -> None:
-    """They run on the reference; a fused backend asked for by name says why it cannot."""
-    (taps,) = images((2, 27, 4, 4))
-
-    def loss(taps: Tensor) -> Tensor:
-        return tap_sum(taps, (8, 8), kernel_size=3).square().sum()
-
-    leaf = taps.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(leaf), leaf)
-    torch.testing.assert_close(torch.func.grad(loss)(taps), expected, rtol=1e-4, atol=1e-4)
-    stacked = torch.randn(3, 2, 27, 4, 4)
-    mapped = torch.vmap(lambda x: tap_sum(x, (8, 8), kernel_size=3))(stacked)
-    torch.testing.assert_close(mapped[1], tap_sum(stacked[1], (8, 8), kernel_size=3))
-    with backend("cpu"), pytest.raises(BackendError, match=r"tap_sum: .*torch.func transform"):
-        torch.func.grad(loss)(taps)
-
-
-def test_forward_mode_runs_on_the_reference() -> None:
-    x, tangent = images((2, 27, 4, 4), (2, 27, 4, 4), dtype=torch.float64)
-    with forward_ad.dual_level():
-        output = tap_sum(forward_ad.make_dual(x, tangent), (8, 8), kernel_size=3)
-        result = forward_ad.unpack_dual(output).tangent
-        with backend("cpu"), pytest.raises(BackendError, match="forward-mode differentiation"):
-            tap_sum(x, (8, 8), kernel_size=3)
-    torch.testing.assert_close(result, tap_sum(tangent, (8, 8), kernel_size=3))
-
-
-def test_inference_mode() -> None:
-    taps = torch.randn(2, 27, 4, 4, requires_grad=True)
-    expected = tap_sum(taps, (8, 8), kernel_size=3)
-    with torch.inference_mode():
-        assert torch.equal(tap_sum(taps, (8, 8), kernel_size=3), expected)
 
 
 # ---- writing to memory that is there ------------------------------------------------------------

@@ -1,0 +1,296 @@
+"""What every op owes PyTorch's machinery, of the ops' own samples; a new op is held to it by being
+declared. What an op owes beside stands in its own tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from inputs import both_layouts
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastfuse
+from fastfuse.backends import BackendError, backend
+from fastfuse.ops import OPERATIONS
+from fastfuse.ops.policy import policy_of, use_policy
+from fastfuse.ops.sample import Sample
+
+each_op = pytest.mark.parametrize("op", OPERATIONS)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_little_work() -> Iterator[None]:
+    with use_policy(policy_of("cpu"), little_macs=0):
+        yield
+
+
+def small(op: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> list[Sample]:
+    options = {"device": "cpu", "dtype": dtype, "channels_last": channels_last, "small": True}
+    return list(OPERATIONS[op].samples(**options))
+
+
+def leaves_of(sample: Sample) -> list[Tensor]:
+    return [t.detach().clone().requires_grad_() for t in sample.inputs]
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> Sequence[Tensor]:
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    return torch.autograd.grad(output, inputs, cotangent, **options)
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of this package's ops that are not within another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastfuse":
+            self.found.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def again(value: Any, wanted: bool) -> Any:
+    """An argument of a call, as one of another."""
+    if isinstance(value, (list, tuple)):
+        return [again(v, wanted) for v in value]
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().clone().requires_grad_(wanted and value.requires_grad)
+
+
+@each_op
+@both_layouts
+def test_opcheck(op: str, channels_last: bool) -> None:
+    """Of the op and of its backward, with every combination of arguments that samples have."""
+    seen = set()
+    for sample in small(op, channels_last=channels_last):
+        leaves = leaves_of(sample)
+        with backend("cpu"), Calls() as calls:
+            output = sample.call(*leaves)
+            gradients(output, leaves, create_graph=OPERATIONS[op].twice_differentiable)
+        assert op in {func._opname.removesuffix("_keeping") for func, _ in calls.found}
+        for func, args in calls.found:
+            absent = tuple(i for i, value in enumerate(args) if value is None)
+            flags = tuple(value for value in args if isinstance(value, bool))
+            if (func, absent, flags) not in seen:
+                seen.add((func, absent, flags))
+                wanted = OPERATIONS[op].twice_differentiable or "_backward" not in func._opname
+                torch.library.opcheck(func, tuple(again(value, wanted) for value in args))
+    assert len({func for func, *_ in seen}) >= 2
+
+
+@each_op
+@pytest.mark.parametrize(("name", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
+def test_compile(op: str, name: str, dynamic: bool) -> None:
+    """One graph, forward and backward, with the strides of eager mode."""
+    torch._dynamo.reset()
+    sample = small(op, channels_last=dynamic)[0]
+
+    def step(*inputs: Tensor) -> Tensor:
+        return sample.call(*inputs).relu() * 2
+
+    graphs: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=record)
+    results = []
+    with backend(name):
+        for function in (step, compiled):
+            leaves = leaves_of(sample)
+            output = function(*leaves)
+            results.append([output, *gradients(output, leaves)])
+    for eager, graph in zip(*results, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-4)
+        assert graph.stride() == eager.stride() or name == "reference"
+    assert (f"fastfuse.{op}" in graphs[0]) == (name == "cpu")
+    with backend("triton"), pytest.raises(Exception, match="backend 'triton' cannot run"):
+        compiled(*leaves)
+
+
+@each_op
+def test_compile_with_a_backend_inside(op: str) -> None:
+    sample = small(op)[0]
+
+    def step(*inputs: Tensor) -> Tensor:
+        with backend("cpu"):
+            return sample.call(*inputs)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*sample.inputs), step(*sample.inputs))
+
+
+class Module(torch.nn.Module):
+    def __init__(self, call: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.call(*inputs)
+
+
+@each_op
+def test_export(op: str) -> None:
+    sample = small(op)[0]
+    module = Module(sample.call)
+    program = torch.export.export(module, sample.inputs)
+    assert any(f"fastfuse.{op}" in str(node.target) for node in program.graph.nodes)
+    with backend("cpu"):
+        expected = module(*sample.inputs)
+    torch.testing.assert_close(program.module()(*sample.inputs), expected)
+
+
+@each_op
+@both_layouts
+def test_meta_and_fake(op: str, channels_last: bool) -> None:
+    """Shapes, dtypes and memory formats with no values; backward too."""
+    if op.endswith("ced_block"):
+        pytest.skip("samples of blocks have a tensor in their call; tests/test_ced_block_machinery")
+    for sample in small(op, channels_last=channels_last):
+        leaves = leaves_of(sample)
+        with backend("cpu"):
+            output = sample.call(*leaves)
+        expected = [output, *gradients(output, leaves)]
+        assert sample.call(*(t.to("meta") for t in sample.inputs)).shape == output.shape
+        with FakeTensorMode() as mode, backend("cpu"):
+            leaves = [mode.from_tensor(t).requires_grad_() for t in sample.inputs]
+            output = sample.call(*leaves)
+            found = [output, *torch.autograd.grad(output.sum(), leaves)]
+        for fake, real in zip(found, expected, strict=True):
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+        assert found[0].stride() == expected[0].stride()
+
+
+@each_op
+def test_autocast(op: str, any_backend: str) -> None:
+    """The dtype of autocast, but for float64; gradients in the dtype of what they are of."""
+    for sample in small(op):
+        leaves = leaves_of(sample)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = sample.call(*leaves)
+            double = sample.call(*(t.double() for t in sample.inputs))
+        assert (output.dtype, double.dtype) == (torch.bfloat16, torch.float64)
+        for leaf, gradient in zip(leaves, gradients(output, leaves), strict=True):
+            assert gradient.dtype == leaf.dtype
+        close = sample.call(*sample.inputs)
+        torch.testing.assert_close(output.float(), close, rtol=0.05, atol=0.1)
+
+
+@each_op
+def test_backward_of_float32_under_autocast(op: str) -> None:
+    leaves = leaves_of(small(op)[0])
+    output = small(op)[0].call(*leaves)
+    expected = gradients(output, leaves, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(output, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@each_op
+def test_torch_func_transforms(op: str) -> None:
+    """They run on the reference; a fused backend asked for by name says why it cannot."""
+    sample = small(op, torch.float64)[0]
+    first, *others = sample.inputs
+
+    def loss(x: Tensor) -> Tensor:
+        return sample.call(x, *others).square().sum()
+
+    leaf = first.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(first), expected)
+    mapped = torch.vmap(lambda x: sample.call(x, *others))(torch.stack([first, 2 * first]))
+    torch.testing.assert_close(mapped[1], sample.call(2 * first, *others))
+    with backend("cpu"), pytest.raises(BackendError, match=rf"{op}: .*inside a torch.func trans"):
+        torch.func.grad(loss)(first)
+
+
+@each_op
+def test_forward_mode_runs_on_the_reference(op: str) -> None:
+    """Fused kernels have no forward-mode formula; a tangent must never vanish silently."""
+    sample = small(op, torch.float64)[0]
+    first, *others = sample.inputs
+    tangent = torch.randn_like(first)
+    with forward_ad.dual_level():
+        output = sample.call(forward_ad.make_dual(first, tangent), *others)
+        found = forward_ad.unpack_dual(output).tangent
+        with backend("cpu"), pytest.raises(BackendError, match="forward-mode differentiation"):
+            sample.call(*sample.inputs)
+    step = 1e-6
+    ahead, behind = (sample.call(first + s * tangent, *others) for s in (step, -step))
+    torch.testing.assert_close(found, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+
+
+@each_op
+def test_batched_gradients(op: str) -> None:
+    """The same as one by one, or an error that says what to do."""
+    sample = small(op, torch.float64)[0]
+    leaves = leaves_of(sample)
+    output = sample.call(*leaves)
+    cotangents = torch.randn(3, *output.shape, dtype=output.dtype)
+
+    def batched_gradients() -> Sequence[Tensor]:
+        return torch.autograd.grad(output, leaves, cotangents, True, is_grads_batched=True)
+
+    if op != "depthwise_conv2d":  # of whose kernels PyTorch runs one after the other
+        refused = rf"^{op}(_\w+)?: backward expects plain gradients, got batched ones"
+        with pytest.raises(RuntimeError, match=refused):
+            batched_gradients()
+        return
+    batched = batched_gradients()
+    for i, cotangent in enumerate(cotangents):
+        one = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
+        for mine, expected in zip(batched, one, strict=True):
+            torch.testing.assert_close(mine[i], expected)
+
+
+@each_op
+@both_layouts
+def test_inference_mode(op: str, channels_last: bool) -> None:
+    for sample in small(op, channels_last=channels_last):
+        expected = sample.call(*leaves_of(sample))
+        with torch.inference_mode():
+            assert torch.equal(sample.call(*sample.inputs), expected)
+
+
+@each_op
+def test_checkpointing(op: str) -> None:
+    sample = small(op)[0]
+    leaves = leaves_of(sample)
+    expected = gradients(sample.call(*leaves), leaves)
+    output = torch.utils.checkpoint.checkpoint(sample.call, *leaves, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(output, leaves), expected, strict=True))
+
+
+@each_op
+def test_the_function_is_public(op: str) -> None:
+    function = getattr(fastfuse, op)
+    assert op in fastfuse.__all__
+    for section in ("Args:", "Returns:", "Raises:", ">>> "):
+        assert section in function.__doc__, section
+
+
+@pytest.mark.gpu
+@each_op
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_agrees_with_the_cpu(op: str, channels_last: bool, dtype: torch.dtype) -> None:
+    options = {"dtype": dtype, "channels_last": channels_last}
+    for here, there in zip(
+        OPERATIONS[op].samples(device="cpu", **options),
+        OPERATIONS[op].samples(device="cuda", **options),
+        strict=True,
+    ):
+        exact = here.call(*(t.float() for t in here.inputs))
+        tolerance = 1e-3 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(
+            there.call(*there.inputs).cpu().float(), exact, rtol=tolerance, atol=tolerance
+        )
