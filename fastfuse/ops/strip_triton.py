@@ -31,9 +31,9 @@ __all__ = [
     "strip_shape",
 ]
 
-# Target rows of a strip at most, and its values per thread, each with a running maximum and sum
-# (a quarter in float64).
-MAX_ROWS, VALUES_PER_THREAD = 8, 16
+# Target rows of a strip at most, and values that a thread has of each: 24 loads at once, and 16
+# running maxima and sums. (In float64 it has one of each row.)
+MAX_ROWS, VALUES_PER_ROW = 4, 4
 # Three programs of four warps per multiprocessor. Without a limit the assembler may spill to reach
 # one it likes.
 MAX_REGISTERS = 168
@@ -199,13 +199,12 @@ def strip_shape(
     (ROWS - 1) / ratio < 1: ``lower`` of the rows of a strip differs by one at most.
     """
     classes, in_height, in_width = logits.shape[1:]
-    values = VALUES_PER_THREAD // (4 if logits.element_size() == 8 else 1)
+    values = 1 if logits.element_size() == 8 else VALUES_PER_ROW
     corner = int(align_corners)
     ratio = (size[0] - corner) // max(in_height - corner, 1)
-    rows = 1 << (min(max(ratio, 1), MAX_ROWS, values).bit_length() - 1)
+    rows = 1 << (min(max(ratio, 1), MAX_ROWS).bit_length() - 1)
     if (in_height, in_width) == size:
         rows = 1
-    values //= rows
     if channels_last:
         # The largest power of two that divides the classes, so that few blocks run over the end.
         block_c = min(max(classes & -classes, MIN_LANES), MAX_LANES, power_of_two(classes))

@@ -43,10 +43,10 @@ __all__ = ["backward", "forward"]
 
 NAME = "upsample_cross_entropy"
 
-# Backward: source rows of a program, which computes the target rows above the first for the last of
-# its neighbour above; and classes of a thread, that share a target pixel's coordinates.
-SOURCE_ROWS, CLASSES = 8, 8
-MAX_REGISTERS = 168
+# Backward: source rows of a program, which computes the target rows above the first as the one
+# above does; classes of a thread, that share a target pixel's coordinates (float64: half); and a
+# limit without which the assembler may spill to reach one it likes.
+SOURCE_ROWS, CLASSES, MAX_REGISTERS = 8, 4, 168
 
 
 @triton.jit
@@ -344,7 +344,7 @@ def backward(
     check_plane(NAME, height, width)
     check_plane(NAME, in_height, in_width)
     block_x = column_run(in_width)
-    block_c = min(CLASSES if logits.element_size() <= 4 else CLASSES // 4, power_of_two(classes))
+    block_c = min(CLASSES // (2 if logits.element_size() == 8 else 1), power_of_two(classes))
     blocks = (in_width, block_x), (classes, block_c), (in_height, SOURCE_ROWS)
     x_blocks, class_blocks, row_blocks = (triton.cdiv(n, block) for n, block in blocks)
     weight = None if weight is None else weight.contiguous()
