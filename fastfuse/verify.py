@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfuse.backends import DTYPES, backend, explain, requested_backend
+from fastfuse.backends import BACKENDS, DTYPES, backend, explain, requested_backend
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import memory_format
@@ -31,9 +31,6 @@ __all__ = [
     "self_test",
     "verify",
 ]
-
-BACKENDS = ("reference", "cpu", "triton", "cuda")
-
 
 class MismatchError(AssertionError):
     """A result that is not what the definition says."""
@@ -142,11 +139,12 @@ class _Result:
 
 def _results(sample: Sample, roundings: int) -> list[_Result]:
     """The output and the gradient of every input."""
+    wanted = sample.differentiable
     inputs = tuple(
-        x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        x.detach().clone(memory_format=torch.preserve_format).requires_grad_(wanted)
         for x in sample.inputs
     )
-    doubles = tuple(x.detach().double().requires_grad_() for x in inputs)
+    doubles = tuple(x.detach().double().requires_grad_(wanted) for x in inputs)
     dtype = inputs[0].dtype
 
     def result(what: str, value: Tensor, exact: Tensor, reduction: float) -> _Result:
@@ -158,6 +156,9 @@ def _results(sample: Sample, roundings: int) -> list[_Result]:
         raise MismatchError(f"{sample.name}: output has the wrong memory format")
     if output.dtype != dtype:
         raise MismatchError(f"{sample.name}: output is {output.dtype}, expected {dtype}")
+    results = [result("output", output, exact, sample.output_reduction)]
+    if not sample.differentiable:
+        return results
 
     generator = torch.Generator().manual_seed(1)
     cotangent = (
@@ -167,15 +168,10 @@ def _results(sample: Sample, roundings: int) -> list[_Result]:
     )
     gradients = torch.autograd.grad(output, inputs, cotangent)
     exact_gradients = torch.autograd.grad(exact, doubles, cotangent.double())
-    return [
-        result("output", output, exact, sample.output_reduction),
-        *(
-            result(f"gradient of input {i}", gradient, exact_gradient, sample.reduction_of(i))
-            for i, (gradient, exact_gradient) in enumerate(
-                zip(gradients, exact_gradients, strict=True)
-            )
-        ),
-    ]
+    for i, (gradient, exact_gradient) in enumerate(zip(gradients, exact_gradients, strict=True)):
+        reduction = sample.reduction_of(i)
+        results.append(result(f"gradient of input {i}", gradient, exact_gradient, reduction))
+    return results
 
 
 def check_sample(sample: Sample, *, roundings: int = 1) -> Deviation:
@@ -245,13 +241,13 @@ def _run(
             device=device, dtype=dtype, channels_last=channels_last, small=small
         ):
             deviations.append(check_sample(sample, roundings=_roundings()))
-            if small and dtype == torch.float64:
+            if small and dtype == torch.float64 and sample.differentiable:
                 gradcheck(sample, twice=operation.twice_differentiable)
     worst = max(deviations, key=_severity)
     if not worst.within:
         return "coarse", f"PyTorch itself: {worst}"
     detail = f"{len(deviations)} samples, error {worst.error:.1e}, tolerance {worst.tolerance:.1e}"
-    if dtype == torch.float64:
+    if dtype == torch.float64 and operation.differentiable:
         detail += ", gradcheck" + (", gradgradcheck" if operation.twice_differentiable else "")
     return "passed", detail
 
@@ -270,7 +266,7 @@ def _run_self_test(
             if result.deviation(fault).within:
                 raise MismatchError(f"{fault.name} in {place} was not caught")
             caught += 1
-    if dtype == torch.float64:
+    if dtype == torch.float64 and operation.differentiable:
         try:
             gradcheck(next(operation.samples(**arguments, small=True)), faulty=True)
         except MismatchError:
@@ -302,7 +298,7 @@ def _checks(
 ) -> Iterator[Check]:
     for name in ops or OPERATIONS:
         operation = OPERATIONS[name]
-        for which in backends or BACKENDS:
+        for which in backends or BACKENDS[1:]:  # without auto
             if which != "reference" and which not in operation.backends:
                 if backends:  # asked for by name
                     has = ", ".join(operation.backends)

@@ -7,6 +7,7 @@ from fastfuse.ops.fusion_conv2d import OPERATION as _FUSION_CONV2D
 from fastfuse.ops.lr_ced_block import OPERATION as _LR_CED_BLOCK
 from fastfuse.ops.tap_sum import OPERATION as _TAP_SUM
 from fastfuse.ops.upsample_add import OPERATION as _UPSAMPLE_ADD
+from fastfuse.ops.upsample_argmax import OPERATION as _UPSAMPLE_ARGMAX
 from fastfuse.ops.upsample_equalize_concat import OPERATION as _UPSAMPLE_EQUALIZE_CONCAT
 
 __all__ = ["OPERATIONS"]
@@ -21,5 +22,6 @@ OPERATIONS: dict[str, Operation] = {
         _CED_BLOCK,
         _LR_CED_BLOCK,
         _UPSAMPLE_ADD,
+        _UPSAMPLE_ARGMAX,
     )
 }

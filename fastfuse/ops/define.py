@@ -230,6 +230,7 @@ class Operation:
         reference: the definition, in plain PyTorch, of the same arguments but the last one, which
             is the memory format of the result.
         samples: inputs that exercise it.
+        differentiable: whether it has derivatives.
         twice_differentiable: on fused backends, too.
         takes_size: whether calls name a size, which torch.jit.trace would make a constant.
         routes: what typical calls on such an image run, by what the calls are; None: the backend.
@@ -238,6 +239,7 @@ class Operation:
     op: Op
     reference: Callable[..., Any] = field(repr=False)
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
+    differentiable: bool = True
     twice_differentiable: bool = True
     takes_size: bool = False
     routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)

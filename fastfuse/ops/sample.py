@@ -14,7 +14,9 @@ __all__ = ["Sample"]
 class Sample:
     name: str
     inputs: tuple[Tensor, ...]  # the differentiable arguments
-    call: Callable[..., Tensor]  # the public op on such inputs
+    # The public op on such inputs, in their dtype; of several or of integer outputs something that
+    # tells as much, such as the value of the class that was chosen.
+    call: Callable[..., Tensor]
     exact: Callable[..., Tensor]  # its definition on float64 inputs
     channels_last: bool  # the memory format the output must have
     # How many values a gradient sums, for all or for each: its tolerance grows by the root.
@@ -22,6 +24,7 @@ class Sample:
     # As much for the output, and how often the fused op rounds on the way to either.
     output_reduction: float = 1.0
     roundings: int = 1
+    differentiable: bool = True
 
     def reduction_of(self, index: int) -> float:
         return self.reduction[index] if isinstance(self.reduction, tuple) else self.reduction

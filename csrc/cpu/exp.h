@@ -1,0 +1,91 @@
+// exp for vector bodies, and the steps it is made of.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/vec.h"
+
+namespace fastfuse {
+namespace {
+
+// c0 + c1 x + ... by Estrin's scheme: halves are independent, for a chain of as many multiply-adds
+// as there are coefficients is what would bound GELU.
+template <int N, class V>
+FASTFUSE_INLINE V polynomial_of(V x, const V (&c)[N]) {
+  if constexpr (N == 1) {
+    return c[0];
+  } else {
+    V pairs[(N + 1) / 2];
+    unrolled<0, N / 2>([&](auto i) __attribute__((always_inline)) {
+      pairs[i.value] = c[2 * i.value] + x * c[2 * i.value + 1];
+    });
+    if constexpr (N % 2 == 1) pairs[N / 2] = c[N - 1];
+    return polynomial_of(x * x, pairs);
+  }
+}
+
+template <class V, class... Coefficients>
+FASTFUSE_INLINE V polynomial(V x, Coefficients... coefficients) {
+  const V c[] = {V{} + coefficients...};
+  return polynomial_of(x, c);
+}
+
+#if defined(__AVX512F__)
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm512_max_ps((__m512)x, _mm512_set1_ps(low));
+}
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
+  return (Vec<float>)_mm512_roundscale_ps((__m512)x, 0);
+}
+// 2^n p, n whole and at least -126.
+FASTFUSE_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
+  return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+#else
+#if defined(__AVX2__)
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) {
+  return (Vec<float>)_mm256_max_ps((__m256)x, _mm256_set1_ps(low));
+}
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
+  return (Vec<float>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+FASTFUSE_INLINE Vec<float> at_least(Vec<float> x, float low) { return x > low ? x : splat(low); }
+FASTFUSE_INLINE Vec<float> rounded(Vec<float> x) {
+  const Vec<float> large = Vec<float>{} + 0x1.8p23f;  // its last bit is 1
+  Vec<float> sum = x + large;
+  asm("" : "+m"(sum));  // or the compiler might take the difference for x
+  return sum - large;
+}
+#endif
+FASTFUSE_INLINE Vec<float> scaled(Vec<float> p, Vec<float> n) {
+  const IndexVec<float> exponent = __builtin_convertvector(n, IndexVec<float>) + 127;
+  return p * (Vec<float>)(exponent << 23);
+}
+#endif
+
+// 2^r for |r| <= 1/2: relative error 7e-5, or that of float32.
+template <bool Narrow>
+FASTFUSE_INLINE Vec<float> exp2_of_fraction(Vec<float> r) {
+  if constexpr (Narrow)
+    return polynomial(r, 0.999928074f, 0.69326099f, 0.24261112f, 0.0551716435f);
+  else
+    return polynomial(r, 1.0f, 0.693147206f, 0.240226469f, 0.0555032878f, 0.00961848897f,
+                      0.00133999312f, 0.000153458094f);
+}
+
+// exp(x), x at most 0; below -87 it stays at 2^-126. What log2(e) loses in float32 is added.
+FASTFUSE_INLINE Vec<float> exp_of_negative(Vec<float> x) {
+  constexpr float kLog2E = 1.44269502f, kRest = 1.92596303e-8f;
+  const Vec<float> bounded = at_least(x, -87.3f);
+  const Vec<float> n = rounded(bounded * kLog2E);
+  const Vec<float> r = (bounded * kLog2E - n) + bounded * kRest;
+  return scaled(exp2_of_fraction<false>(r), n);
+}
+FASTFUSE_INLINE Vec<double> exp_of_negative(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = exp(x[i]);
+  return x;
+}
+
+}  // namespace
+}  // namespace fastfuse

@@ -1,0 +1,54 @@
+// What the host functions of ops on upsampled logits share.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/host.h"
+#include "cpu/logits.h"
+
+namespace fastfuse {
+
+inline ScalarType compute_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Fresh (N, height, width) memory for a value of each target pixel.
+inline Tensor pixels(const char* op, const Tensor& logits, int64_t height, int64_t width,
+                     ScalarType type) {
+  check_image(op, "logits", logits);
+  check(logits.size(1) >= 1, op, "logits must have at least 1 class");
+  check_axis(op, "size", height);
+  check_axis(op, "size", width);
+  return torch::stable::empty({logits.size(0), height, width}, type, std::nullopt, logits.device(),
+                              std::nullopt, std::nullopt);
+}
+
+// Logits as bodies see them, in the layout that has unit stride.
+struct LogitsOf {
+  LogitsOf(const char* op, const Tensor& given, int64_t height, int64_t width, bool align_corners)
+      : dtype(dtype_of(op, "logits", given)), tables(dtype) {
+    for (const int64_t dim : {2, 3}) check_axis(op, "logits", given.size(dim));
+    view.channels_last = !has_unit_stride(given, false) && has_unit_stride(given, true);
+    tensor = with_unit_stride(given, view.channels_last);
+    view.batch = given.size(0);
+    view.classes = given.size(1);
+    view.image = image(tensor);
+    view.y = tables.axis(view.image.height, height, align_corners);
+    view.x = tables.axis(view.image.width, width, align_corners);
+  }
+
+  // body(begin, end) over the target rows of all images, in pieces worth waking a thread for.
+  template <class Body>
+  void for_target_rows(Body body) const {
+    const int64_t values = view.x.out * view.classes;
+    torch::stable::parallel_for(0, view.batch * view.y.out,
+                                std::max<int64_t>(1, sizes().grain / values), body);
+  }
+
+  Dtype dtype;
+  Tables tables;
+  Tensor tensor;
+  Logits view{};
+};
+
+}  // namespace fastfuse
