@@ -20,6 +20,8 @@ from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.lr_ced_block import lr_ced_block
 from fastfuse.ops.tap_sum import tap_sum
 from fastfuse.ops.upsample_add import upsample_add
+from fastfuse.ops.upsample_argmax import upsample_argmax
+from fastfuse.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 try:
@@ -47,5 +49,7 @@ __all__ = [
     "save_calibration",
     "tap_sum",
     "upsample_add",
+    "upsample_argmax",
+    "upsample_cross_entropy",
     "upsample_equalize_concat",
 ]

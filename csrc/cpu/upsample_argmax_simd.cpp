@@ -46,9 +46,8 @@ FASTFUSE_INLINE void argmax_of(const Logits& logits, const A* row, int64_t x, in
   }
   IndexVec<A> lane;
   for (int i = 0; i < lanes; ++i) lane[i] = i;
-  const auto smaller = [](IndexVec<A> a, IndexVec<A> b) __attribute__((always_inline)) {
-    return a < b ? a : b;
-  };
+  const auto smaller = [](IndexVec<A> a, IndexVec<A> b)
+                           __attribute__((always_inline)) { return a < b ? a : b; };
   Vec<A> top[Pixels];
   FASTFUSE_UNROLL
   for (int p = 0; p < Pixels; ++p) {
@@ -59,9 +58,8 @@ FASTFUSE_INLINE void argmax_of(const Logits& logits, const A* row, int64_t x, in
   if (!confidence) return;
   Vec<A> sum[Pixels] = {};
   for (int64_t c = 0; c < stride; c += lanes)
-    pixels.at(c, [&](int p, Vec<A> v) __attribute__((always_inline)) {
-      sum[p] += exp_of_negative(v - top[p]);
-    });
+    pixels.at(c, [&](int p, Vec<A> v)
+                     __attribute__((always_inline)) { sum[p] += exp_of_negative(v - top[p]); });
   FASTFUSE_UNROLL
   for (int p = 0; p < Pixels; ++p) confidence[p] = A(1) / sum_of_lanes<A>(sum[p]);
 }

@@ -8,6 +8,7 @@ from fastfuse.ops.lr_ced_block import OPERATION as _LR_CED_BLOCK
 from fastfuse.ops.tap_sum import OPERATION as _TAP_SUM
 from fastfuse.ops.upsample_add import OPERATION as _UPSAMPLE_ADD
 from fastfuse.ops.upsample_argmax import OPERATION as _UPSAMPLE_ARGMAX
+from fastfuse.ops.upsample_cross_entropy import OPERATION as _UPSAMPLE_CROSS_ENTROPY
 from fastfuse.ops.upsample_equalize_concat import OPERATION as _UPSAMPLE_EQUALIZE_CONCAT
 
 __all__ = ["OPERATIONS"]
@@ -23,5 +24,6 @@ OPERATIONS: dict[str, Operation] = {
         _LR_CED_BLOCK,
         _UPSAMPLE_ADD,
         _UPSAMPLE_ARGMAX,
+        _UPSAMPLE_CROSS_ENTROPY,
     )
 }
