@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,6 +30,8 @@ from fastfuse.ops.depthwise_conv2d import triton as depthwise_kernels
 from fastfuse.ops.pointwise import triton as pointwise_kernels
 from fastfuse.ops.tap_sum import triton as tap_sum_kernels
 from fastfuse.ops.upsample_add import triton as add_kernels
+from fastfuse.ops.upsample_argmax import triton as argmax_kernels
+from fastfuse.ops.upsample_cross_entropy import triton as cross_entropy_kernels
 from fastfuse.ops.upsample_equalize_concat import triton as concat_kernels
 
 SIZE = (128, 128)
@@ -207,6 +210,108 @@ def test_sizes_of_one_compile_in_upsample_add() -> None:
         F32, False, 1, [(1, 1), (32, 32)], (1, 1)
     ) + _add_launches(F32, False, 1, [(1, 1), (16, 1)], (32, 7)):
         assert compiled(kernel, arguments, 90).asm["cubin"]
+
+
+def _argmax_launches(
+    dtype: torch.dtype,
+    channels_last: bool,
+    classes: int,
+    source: tuple[int, int],
+    target: tuple[int, int] = SIZE,
+) -> list[Launch]:
+    def call() -> None:
+        logits = _image(classes, source, dtype, channels_last)
+        argmax_kernels.forward(logits, *target, False)
+        argmax_kernels.forward_confidence(logits, *target, False)
+
+    return recorded(argmax_kernels, call)
+
+
+def _cross_entropy_launches(
+    dtype: torch.dtype,
+    channels_last: bool,
+    classes: int,
+    source: tuple[int, int],
+    target: tuple[int, int] = SIZE,
+) -> list[Launch]:
+    """Plain, and with all that is optional."""
+
+    def call() -> None:
+        logits = _image(classes, source, dtype, channels_last)
+        labels = torch.zeros(2, *target, dtype=torch.int64)
+        weights = torch.ones(classes, dtype=torch.promote_types(dtype, F32))
+        for weight, smoothing in ((None, 0.0), (weights, 0.1)):
+            loss, logsumexp = cross_entropy_kernels.forward(
+                logits, labels, weight, 255, smoothing, False
+            )
+            cross_entropy_kernels.backward(
+                loss, logits, labels, weight, logsumexp, 255, smoothing, False, channels_last
+            )
+
+    return recorded(cross_entropy_kernels, call)
+
+
+def _strip_results(
+    module: ModuleType,
+    launches_of: Callable[..., list[Launch]],
+    names: Sequence[str],
+    arch: int,
+    *case: Any,
+) -> dict[str, dict[str, Any]]:
+    def launches() -> Iterator[tuple[str, Launch]]:
+        for ratio in RATIOS:  # strips of as many rows
+            launched = launches_of(*case, (SIZE[0] // ratio, SIZE[1] // ratio))
+            yield from zip((f"{name} {ratio}" for name in names), launched, strict=True)
+
+    results = inspected(module, " ".join(map(str, case)), arch, launches)
+    print_table(f"{module.NAME} sm_{arch} {case}", results)
+    return results
+
+
+def _assert_threads_stay(results: dict[str, dict[str, Any]], channels_last: bool) -> None:
+    """In a forward logits pass between threads only to be reduced over the classes, which lie
+    along threads in channels_last; results may, once (triton 3.6)."""
+    for name, row in results.items() if not channels_last else ():
+        assert "backward" in name or row["passed"] <= 6, f"{name}: {row}"
+
+
+every_strip = fast_and_slow(
+    "arch dtype channels_last classes",
+    [(90, F32, False, 150), (90, BF16, True, 19)],
+    [*product((80, 90, 100), (F32, BF16), (True, False), (150,)), (80, F32, True, 512),
+     *product((80, 90), (F64,), (True, False), (19,)), (90, F16, False, 21)],
+    ids=_id,
+)  # fmt: skip
+
+
+@every_strip
+def test_upsample_argmax_has_no_spills(
+    arch: int, dtype: torch.dtype, channels_last: bool, classes: int
+) -> None:
+    names = ("class", "confidence")
+    case = dtype, channels_last, classes
+    results = _strip_results(argmax_kernels, _argmax_launches, names, arch, *case)
+    _assert_no_spills(results)
+    _assert_threads_stay(results, channels_last)
+
+
+@every_strip
+def test_upsample_cross_entropy_has_no_spills(
+    arch: int, dtype: torch.dtype, channels_last: bool, classes: int
+) -> None:
+    names = ("forward", "backward", "weighted forward", "weighted backward")
+    case = dtype, channels_last, classes
+    results = _strip_results(cross_entropy_kernels, _cross_entropy_launches, names, arch, *case)
+    _assert_no_spills(results)
+    _assert_threads_stay(results, channels_last)
+
+
+@pytest.mark.parametrize("name", SIZES_OF_ONE)
+def test_sizes_of_one_compile_in_strips(name: str) -> None:
+    source, target = SIZES_OF_ONE[name]
+    for launches in (_argmax_launches, _cross_entropy_launches):
+        for kernel, arguments in launches(F32, False, 1, source, target):
+            assert compiled(kernel, arguments, 90).asm["cubin"]
 
 
 def _tap_sum_launches(

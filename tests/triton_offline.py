@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastfuse.ops.bilinear_triton as sampling
+import fastfuse.ops.strip_triton as strips
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "triton_offline"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -35,6 +36,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 
@@ -99,7 +101,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
 def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
     """Registers, bytes of local memory, and how many global accesses have which width.
 
-    What is spilled is on the stack. Widths are those of PTX, which the assembler keeps.
+    What is spilled is on the stack, what passes from thread to thread is stored to shared memory.
+    Widths are those of PTX, which the assembler keeps.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(assembly["cubin"])
@@ -114,6 +117,7 @@ def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": int(usage["SHARED"]),
+        "passed": assembly["ptx"].count("st.shared"),
         **{name: {str(w): n for w, n in sorted(counts.items())} for name, counts in widths.items()},
     }
 
@@ -126,7 +130,13 @@ def inspected(
     ``launches`` gives names and launches of the module's kernels; ``case`` is its name in the
     cache, where it stays as long as the kernels and the file that defines ``launches`` do.
     """
-    files = (sampling.__file__, module.__file__, __file__, launches.__code__.co_filename)
+    files = (
+        sampling.__file__,
+        strips.__file__,
+        module.__file__,
+        __file__,
+        launches.__code__.co_filename,
+    )
     sources = [Path(str(file)).read_bytes() for file in files]
     case = f"{triton.__version__} {arch} {case}"
     key = hashlib.sha256(b"\0".join([*sources, case.encode()])).hexdigest()
