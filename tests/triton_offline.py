@@ -101,7 +101,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
 def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
     """Registers, bytes of local memory, and how many global accesses have which width.
 
-    What is spilled is on the stack. Widths are those of PTX, which the assembler keeps.
+    What is spilled is on the stack, what passes from thread to thread is stored to shared memory.
+    Widths are those of PTX, which the assembler keeps.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(assembly["cubin"])
@@ -116,6 +117,7 @@ def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "shared": int(usage["SHARED"]),
+        "passed": assembly["ptx"].count("st.shared"),
         **{name: {str(w): n for w, n in sorted(counts.items())} for name, counts in widths.items()},
     }
 
