@@ -32,6 +32,7 @@ __all__ = [
     "verify",
 ]
 
+
 class MismatchError(AssertionError):
     """A result that is not what the definition says."""
 

@@ -232,6 +232,7 @@ class Operation:
         samples: inputs that exercise it.
         differentiable: whether it has derivatives.
         twice_differentiable: on fused backends, too.
+        autocasts: whether autocast casts what it takes.
         takes_size: whether calls name a size, which torch.jit.trace would make a constant.
         routes: what typical calls on such an image run, by what the calls are; None: the backend.
     """
@@ -241,6 +242,7 @@ class Operation:
     samples: Callable[..., Iterator[Sample]] = field(repr=False)
     differentiable: bool = True
     twice_differentiable: bool = True
+    autocasts: bool = True
     takes_size: bool = False
     routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
 

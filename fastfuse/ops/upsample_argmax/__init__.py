@@ -69,7 +69,9 @@ def upsample_argmax(
         with without_autocast(logits.device.type):
             return reference(logits, (height, width), align_corners, return_confidence)
     op = labels_and_confidence if return_confidence else labels
-    return op[backend](logits, height, width, align_corners)  # type: ignore[no-any-return]
+    return op[backend](logits, height, width, align_corners)
 
 
-OPERATION = Operation(labels, reference, samples, differentiable=False, takes_size=True)
+OPERATION = Operation(
+    labels, reference, samples, differentiable=False, autocasts=False, takes_size=True
+)

@@ -43,15 +43,14 @@ def samples(
             logits = logits.to(device, dtype).contiguous(memory_format=memory_format(channels_last))
             options: Any = {"size": size, "align_corners": align_corners}
 
-            def upsampled(x: Tensor, size: Any = size, align: bool = align_corners) -> Tensor:
-                return interpolate_exactly(
-                    x.double(), size, align_corners=align, coordinates=dtype
-                )
+            values = interpolate_exactly(
+                logits.double(), size, align_corners=align_corners, coordinates=dtype
+            )
 
-            def chosen(x: Tensor, options: Any = options, up: Any = upsampled) -> Tensor:
+            def chosen(x: Tensor, options: Any = options, values: Tensor = values) -> Tensor:
                 labels = upsample_argmax(x, **options)
                 assert isinstance(labels, Tensor)
-                return up(x).gather(1, labels[:, None]).to(x.dtype)
+                return values.gather(1, labels[:, None]).to(x.dtype)
 
             def confidence(x: Tensor, options: Any = options) -> Tensor:
                 _, found = upsample_argmax(x, **options, return_confidence=True)
@@ -62,13 +61,13 @@ def samples(
             yield Sample(
                 name=name,
                 call=chosen,
-                exact=lambda x, up=upsampled: up(x).amax(1, keepdim=True),
+                exact=lambda x, values=values: values.amax(1, keepdim=True),
                 **shared,
             )
             yield Sample(
                 name=f"{name}, confidence",
                 call=confidence,
-                exact=lambda x, up=upsampled: up(x).softmax(1).amax(1, keepdim=True),
+                exact=lambda x, values=values: values.softmax(1).amax(1, keepdim=True),
                 output_reduction=float(shape[1]),
                 **shared,
             )

@@ -90,7 +90,7 @@ def upsample_cross_entropy(
             return reference(logits, target, *options, reduction)
         loss, _ = forward[backend](logits, target, *options)
         if reduction == "none":
-            return loss  # type: ignore[no-any-return]
+            return loss
         total = loss.sum()
         return total if reduction == "sum" else total / _count(target, weight, ignore_index)
 
@@ -99,7 +99,7 @@ def _count(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """How many pixels count, or their weights' sum."""
     counted = target != ignore_index
     if weight is None:
-        return counted.sum()
+        return counted.count_nonzero()
     return weight[target.masked_fill(~counted, 0).clamp(0, weight.shape[0] - 1)][counted].sum()
 
 
@@ -148,4 +148,4 @@ def _checked_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
     return weight
 
 
-OPERATION = Operation(forward, reference, samples, twice_differentiable=False)
+OPERATION = Operation(forward, reference, samples, twice_differentiable=False, autocasts=False)

@@ -22,8 +22,9 @@ def reference(
 ) -> Tensor:
     """``cross_entropy(UP(logits), target, ...)``; narrow logits in float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    size = (target.shape[1], target.shape[2])
     return F.cross_entropy(
-        interpolate(wide, tuple(target.shape[1:]), align_corners=align_corners),
+        interpolate(wide, size, align_corners=align_corners),
         target,
         weight,
         ignore_index=ignore_index,
