@@ -255,7 +255,7 @@ def test_transformers_backbone() -> None:
         (
             lambda: segmentor().predict(torch.zeros(2, 3, 8, 8), mode="half"),
             ValueError,
-            "Segmentor: mode must be one of whole; got 'half'",
+            "Segmentor: mode must be one of whole, slide; got 'half'",
         ),
         (
             lambda: segmentor().loss(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 7).long()),

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from fastfuse.backends import is_transformed
 from fastfuse.models.evaluation import in_evaluation
+from fastfuse.models.prediction import Prediction, check_prediction
 from fastfuse.ops.checks import check_image, check_tensor
 from fastfuse.ops.layout import to_layout
+from fastfuse.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 __all__ = ["Segmentor", "feature_maps"]
-
-_MODES = ("whole",)
 
 
 def feature_maps(output: Any, name: str = "Segmentor") -> list[Tensor]:
@@ -98,18 +95,25 @@ class Segmentor(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index = ignore_index
 
-    def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, *, upsample: bool = True
+    ) -> Tensor:
         """Logits at the images' size; with targets the loss, a scalar: see :meth:`loss`.
 
         DistributedDataParallel, FSDP and ``compile()`` work in the call of a module: train with
         ``wrapped(images, targets)``. ``wrapped.module.loss`` goes past them, and every rank keeps
         the gradients of its own batch.
+
+        Args:
+            images: (N, 3, H, W).
+            targets: see :meth:`loss`.
+            upsample: False: logits of the head's own size, for :func:`fastfuse.upsample_argmax`.
         """
         if targets is not None:
             return self.loss(images, targets)
         check_image("Segmentor", "images", images)
-        logits = self._logits(self.decode_head, self._features(images))
-        return self._to_size(self.decode_head, logits, images)
+        logits = self.decode_head(self._features(images))
+        return self._to_size(self.decode_head, logits, images) if upsample else logits
 
     def training_features(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The decode head's features, and the one that the auxiliary head reads."""
@@ -128,7 +132,15 @@ class Segmentor(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, images: Tensor, *, mode: str = "whole", threshold: float | None = None
+        self,
+        images: Tensor,
+        *,
+        mode: str = "whole",
+        threshold: float | None = None,
+        crop: Sequence[int] | int | None = None,
+        stride: Sequence[int] | int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
     ) -> Tensor:
         """The class of each pixel, (N, H, W) int64; in evaluation mode whatever the model's is.
 
@@ -138,35 +150,58 @@ class Segmentor(nn.Module):
 
         Args:
             images: (N, 3, H, W).
-            mode: "whole": the images as they are.
+            mode: "whole": the images as they are, whose logits are never built at their size;
+                "slide": windows, and the mean of the logits where they overlap.
             threshold: of one class alone: above which probability a pixel is 1. None: 0.5.
+            crop: the window's (height, width) in pixels, or one number for both.
+            stride: from one window to the next, in pixels; None: two thirds of crop.
+            scales: by which images are resized, bilinearly and to multiples of 32, beforehand.
+            flip: whether they are mirrored from left to right too. Of several scales, and of flips,
+                the mean of the probabilities decides: the papers' multi-scale test is
+                ``scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True``.
+
+        A window takes memory for the windows that overlap it, whatever the image's size; scales
+        and flips take three maps of all classes at the images' size.
 
         Raises:
-            ValueError: an unknown mode; a threshold outside (0, 1), or of several classes.
+            ValueError: an unknown mode; a threshold outside (0, 1), or of several classes; a crop
+                larger than the images, a stride larger than the crop; no scales.
             RuntimeError: a module in training mode that cannot be copied.
         """
-        if mode not in _MODES:
-            raise ValueError(f"Segmentor: mode must be one of {', '.join(_MODES)}; got {mode!r}")
+        check_image("Segmentor", "images", images)
+        window, step = check_prediction("Segmentor", images, mode, crop, stride, scales)
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"Segmentor: threshold must be between 0 and 1; got {threshold}")
-        logits = in_evaluation("Segmentor", self)(images)
-        if logits.shape[1] > 1:
-            if threshold is not None:
+        model = in_evaluation("Segmentor", self)
+
+        def logits_of(images: Tensor) -> Tensor:
+            logits: Tensor = model(images, upsample=False)
+            if threshold is not None and logits.shape[1] > 1:
                 raise ValueError(
                     f"Segmentor: threshold must be None for several classes, of which predict "
                     f"takes the likeliest; got {threshold} for {logits.shape[1]} classes"
                 )
-            return logits.argmax(1)
-        above = 0.0 if threshold is None else math.log(threshold / (1 - threshold))
-        return (logits[:, 0] > above).long()
+            return logits
+
+        prediction = Prediction(
+            logits_of,
+            bool(getattr(self.decode_head, "align_corners", False)),
+            0.5 if threshold is None else threshold,
+            window,
+            step,
+            tuple(scales),
+            flip,
+        )
+        return prediction.labels(images)
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy at the images' size, with the auxiliary head's, a scalar.
 
         Of several classes the softmax's, of one class the sigmoid's (binary cross-entropy). The
         mean is over the pixels that count, of the whole batch; nan if there are none, as in
-        ``torch.nn.functional.cross_entropy``. Full-size logits are held of one image at a time, and
-        not kept for backward. To train with several processes call the model: see :meth:`forward`.
+        ``torch.nn.functional.cross_entropy``. Full-size logits are not built, but of one class:
+        see :func:`fastfuse.upsample_cross_entropy`. To train with several processes call the
+        model: see :meth:`forward`.
 
         Args:
             images: (N, 3, H, W).
@@ -185,12 +220,12 @@ class Segmentor(nn.Module):
                 f"got {str(targets.dtype).removeprefix('torch.')} of shape {tuple(targets.shape)}"
             )
         if self.auxiliary_head is None:
-            logits = self._logits(self.decode_head, self._features(images))
+            logits = self.decode_head(self._features(images))
             self._check_targets(targets, logits)
             return self._cross_entropy(self.decode_head, logits, targets)
         features, auxiliary = self.training_features(images)
-        logits = self._logits(self.decode_head, features)
-        auxiliary_logits = self._logits(self.auxiliary_head, [auxiliary])
+        logits = self.decode_head(features)
+        auxiliary_logits = self.auxiliary_head([auxiliary])
         if logits.shape[1] != auxiliary_logits.shape[1]:
             raise ValueError(
                 f"Segmentor: auxiliary_head must have the decode_head's {logits.shape[1]} classes; "
@@ -200,11 +235,6 @@ class Segmentor(nn.Module):
         loss = self._cross_entropy(self.decode_head, logits, targets)
         auxiliary_loss = self._cross_entropy(self.auxiliary_head, auxiliary_logits, targets)
         return loss + self.auxiliary_weight * auxiliary_loss
-
-    @staticmethod
-    def _logits(head: nn.Module, features: Sequence[Tensor]) -> Tensor:
-        """At the head's own size, contiguous."""
-        return to_layout(head(features), False)
 
     def _check_targets(self, targets: Tensor, logits: Tensor) -> None:
         """Device and labels, without waiting for a GPU."""
@@ -224,6 +254,7 @@ class Segmentor(nn.Module):
 
     def _to_size(self, head: nn.Module, logits: Tensor, like: Tensor) -> Tensor:
         """A head's logits, contiguous, at the height and width of ``like``."""
+        logits = to_layout(logits, False)
         if logits.shape[2:] == like.shape[-2:]:
             return logits
         align_corners = bool(getattr(head, "align_corners", False))
@@ -231,27 +262,18 @@ class Segmentor(nn.Module):
         return upsample_equalize_concat([logits], size=size, align_corners=align_corners)
 
     def _cross_entropy(self, head: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
-        """The mean over pixels that count, in float32 at least, an image at a time: its full-size
-        logits are more than all features, and are computed again for backward."""
-
-        def of_image(logits: Tensor, target: Tensor) -> Tensor:
-            upsampled = self._to_size(head, logits, target)
-            dtype = torch.promote_types(upsampled.dtype, torch.float32)
-            if upsampled.shape[1] == 1:
-                losses = F.binary_cross_entropy_with_logits(
-                    upsampled[:, 0].to(dtype), (target == 1).to(dtype), reduction="none"
-                ).masked_fill(target == self.ignore_index, 0)
-            else:
-                losses = F.cross_entropy(
-                    upsampled, target, ignore_index=self.ignore_index, reduction="none"
-                )
-            return losses.sum(dtype=dtype)
-
-        def recomputed(logits: Tensor, target: Tensor) -> Tensor:
-            return checkpoint(
-                of_image, logits, target, use_reentrant=False, preserve_rng_state=False
+        """The mean over pixels that count, in float32 at least."""
+        if logits.shape[1] > 1:
+            return upsample_cross_entropy(
+                logits,
+                targets,
+                ignore_index=self.ignore_index,
+                align_corners=bool(getattr(head, "align_corners", False)),
             )
-
-        run = of_image if is_transformed() else recomputed  # torch.func does not recompute
-        losses = list(map(run, logits.split(1), targets.split(1)))
-        return torch.stack(losses).sum() / (targets != self.ignore_index).sum()
+        upsampled = self._to_size(head, logits, targets)[:, 0]
+        dtype = torch.promote_types(upsampled.dtype, torch.float32)
+        losses = F.binary_cross_entropy_with_logits(
+            upsampled.to(dtype), (targets == 1).to(dtype), reduction="none"
+        )
+        counted = targets != self.ignore_index
+        return losses.masked_fill(~counted, 0).sum() / counted.sum()
