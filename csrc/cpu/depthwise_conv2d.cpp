@@ -15,14 +15,7 @@ namespace {
 
 constexpr const char* kOp = "depthwise_conv2d";
 
-const DepthwiseKernels& kernels(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, depthwise_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
-}
+const DepthwiseKernels& kernels(Dtype dtype) { return depthwise_kernels_of(isa_of(dtype)); }
 
 int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -57,8 +57,6 @@ struct DepthwiseKernels {
   Kernel kernels[kNumDtypes];  // bodies by channels_last
 };
 
-#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, DepthwiseKernels, depthwise_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(DepthwiseKernels, depthwise_kernels)
 
 }  // namespace fastfuse

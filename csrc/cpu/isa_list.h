@@ -6,7 +6,7 @@
 // AVX-512 copy of a shared inline function for every processor.
 #pragma once
 
-#include "fastfuse_isas.h"  // FASTFUSE_FOR_EACH_ISA(DO), slowest first; CMakeLists.txt writes it
+#include "fastfuse_isas.h"  // FASTFUSE_FOR_EACH_ISA(DO, ...), slowest first; CMakeLists.txt writes it
 
 namespace fastfuse {
 
@@ -25,16 +25,19 @@ namespace fastfuse {
 enum class Isa { FASTFUSE_FOR_EACH_ISA(FASTFUSE_ISA_NAME) };
 #undef FASTFUSE_ISA_NAME
 
-// A kernel table `name` that every instruction set's vector body defines is declared with
-//   #define DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, Type, name)
-//   FASTFUSE_FOR_EACH_ISA(DECLARE)
-// and the one in force is chosen by a switch over isa_of(dtype) of FASTFUSE_KERNEL_CASE(isa, name).
-#define FASTFUSE_DECLARE_KERNELS(isa, Type, name) \
-  namespace isa {                                 \
-  extern const Type name;                         \
+// Declares the table `name` that every instruction set's vector body defines, and name_of(isa).
+#define FASTFUSE_DECLARE_KERNELS(Type, name)                        \
+  FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE_TABLE, Type, name)         \
+  [[maybe_unused]] static const Type& name##_of(Isa wanted) {       \
+    switch (wanted) { FASTFUSE_FOR_EACH_ISA(FASTFUSE_TABLE, name) } \
+    __builtin_unreachable();                                        \
   }
-#define FASTFUSE_KERNEL_CASE(isa, name) \
-  case Isa::isa:                        \
+#define FASTFUSE_DECLARE_TABLE(isa, Type, name) \
+  namespace isa {                               \
+  extern const Type name;                       \
+  }
+#define FASTFUSE_TABLE(isa, name) \
+  case Isa::isa:                  \
     return isa::name;
 
 }  // namespace fastfuse

@@ -14,14 +14,7 @@ namespace {
 
 constexpr const char* kOp = "copy_layout";
 
-const LayoutKernels& kernels() {
-  switch (current_isa()) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, layout_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
-}
+const LayoutKernels& kernels() { return layout_kernels_of(current_isa()); }
 
 Tensor copy(Tensor image, bool channels_last) {
   check_image(kOp, "image", image);

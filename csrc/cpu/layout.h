@@ -23,8 +23,6 @@ struct LayoutKernels {
   LayoutBody copy[3];  // elements of 2, 4 and 8 bytes
 };
 
-#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, LayoutKernels, layout_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(LayoutKernels, layout_kernels)
 
 }  // namespace fastfuse

@@ -13,14 +13,7 @@ namespace fastfuse {
 namespace {
 
 const PointwiseKernels::Kernel& kernel(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_PICK(isa) \
-  case Isa::isa:           \
-    return isa::pointwise_kernels.kernels[dtype];
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_PICK)
-#undef FASTFUSE_PICK
-  }
-  __builtin_unreachable();
+  return pointwise_kernels_of(isa_of(dtype)).kernels[dtype];
 }
 
 // An op's first matrix, which the others and the vectors have to fit.

@@ -62,8 +62,6 @@ struct PointwiseKernels {
   Kernel kernels[kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, PointwiseKernels, pointwise_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(PointwiseKernels, pointwise_kernels)
 
 }  // namespace fastfuse

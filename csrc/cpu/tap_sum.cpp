@@ -14,14 +14,7 @@ namespace {
 
 constexpr const char* kOp = "tap_sum";
 
-const TapSumKernels& kernels(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, tap_sum_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
-}
+const TapSumKernels& kernels(Dtype dtype) { return tap_sum_kernels_of(isa_of(dtype)); }
 
 // The upsampled map and how a kernel walks over it.
 struct Geometry {

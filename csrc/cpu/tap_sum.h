@@ -62,8 +62,6 @@ struct TapSumKernels {
   TapSumKernel backward[2][kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, TapSumKernels, tap_sum_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(TapSumKernels, tap_sum_kernels)
 
 }  // namespace fastfuse

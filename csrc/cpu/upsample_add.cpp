@@ -14,14 +14,7 @@ namespace {
 
 constexpr const char* kOp = "upsample_add";
 
-const UpsampleAddKernels& kernels(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, upsample_add_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
-}
+const UpsampleAddKernels& kernels(Dtype dtype) { return upsample_add_kernels_of(isa_of(dtype)); }
 
 Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
   check_image(kOp, "x", x);

@@ -15,9 +15,6 @@ struct UpsampleAddKernels {
   UnitsKernel<UpsampleAdd> forward[2][kNumDtypes];  // [channels_last][dtype]
 };
 
-#define FASTFUSE_DECLARE(isa) \
-  FASTFUSE_DECLARE_KERNELS(isa, UpsampleAddKernels, upsample_add_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(UpsampleAddKernels, upsample_add_kernels)
 
 }  // namespace fastfuse

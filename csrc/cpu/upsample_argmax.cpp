@@ -14,14 +14,7 @@ namespace fastfuse {
 namespace {
 
 const UpsampleArgmaxKernels::Kernel& kernel(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_PICK(isa) \
-  case Isa::isa:           \
-    return isa::upsample_argmax_kernels.kernels[dtype];
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_PICK)
-#undef FASTFUSE_PICK
-  }
-  __builtin_unreachable();
+  return upsample_argmax_kernels_of(isa_of(dtype)).kernels[dtype];
 }
 
 void run(const char* op, const Tensor& given, int64_t height, int64_t width, bool align_corners,

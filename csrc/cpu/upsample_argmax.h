@@ -20,9 +20,6 @@ struct UpsampleArgmaxKernels {
   } kernels[kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) \
-  FASTFUSE_DECLARE_KERNELS(isa, UpsampleArgmaxKernels, upsample_argmax_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(UpsampleArgmaxKernels, upsample_argmax_kernels)
 
 }  // namespace fastfuse

@@ -17,14 +17,7 @@ namespace {
 constexpr const char* kOp = "upsample_cross_entropy";
 
 const UpsampleCrossEntropyKernels::Kernel& kernel(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_PICK(isa) \
-  case Isa::isa:           \
-    return isa::upsample_cross_entropy_kernels.kernels[dtype];
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_PICK)
-#undef FASTFUSE_PICK
-  }
-  __builtin_unreachable();
+  return upsample_cross_entropy_kernels_of(isa_of(dtype)).kernels[dtype];
 }
 
 // Targets and weights, whose memory must outlive the work.

@@ -40,9 +40,6 @@ struct UpsampleCrossEntropyKernels {
   } kernels[kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) \
-  FASTFUSE_DECLARE_KERNELS(isa, UpsampleCrossEntropyKernels, upsample_cross_entropy_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(UpsampleCrossEntropyKernels, upsample_cross_entropy_kernels)
 
 }  // namespace fastfuse

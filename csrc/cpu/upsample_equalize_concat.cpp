@@ -17,12 +17,7 @@ namespace {
 constexpr const char* kOp = "upsample_equalize_concat";
 
 const UpsampleEqualizeConcatKernels& kernels(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, upsample_equalize_concat_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
+  return upsample_equalize_concat_kernels_of(isa_of(dtype));
 }
 
 // One value per level, from an optional float32 or float64 tensor.

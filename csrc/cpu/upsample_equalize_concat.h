@@ -23,9 +23,6 @@ struct UpsampleEqualizeConcatKernels {
   UpsampleEqualizeConcatKernel backward[2][kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) \
-  FASTFUSE_DECLARE_KERNELS(isa, UpsampleEqualizeConcatKernels, upsample_equalize_concat_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(UpsampleEqualizeConcatKernels, upsample_equalize_concat_kernels)
 
 }  // namespace fastfuse

@@ -18,14 +18,7 @@ constexpr const char* kOp = "winograd";
 constexpr const char* kTilesExpected =
     "tiles must be (36, tiles, channels) in the accumulation dtype, with unit stride";
 
-const WinogradKernels& kernels(Dtype dtype) {
-  switch (isa_of(dtype)) {
-#define FASTFUSE_CASE(isa) FASTFUSE_KERNEL_CASE(isa, winograd_kernels)
-    FASTFUSE_FOR_EACH_ISA(FASTFUSE_CASE)
-#undef FASTFUSE_CASE
-  }
-  __builtin_unreachable();
-}
+const WinogradKernels& kernels(Dtype dtype) { return winograd_kernels_of(isa_of(dtype)); }
 
 const WinogradKernels::Kernel& kernel(const Tensor& image) {
   const Dtype dtype = dtype_of(kOp, "image", image);

@@ -35,8 +35,6 @@ struct WinogradKernels {
   } kernels[kNumDtypes];
 };
 
-#define FASTFUSE_DECLARE(isa) FASTFUSE_DECLARE_KERNELS(isa, WinogradKernels, winograd_kernels)
-FASTFUSE_FOR_EACH_ISA(FASTFUSE_DECLARE)
-#undef FASTFUSE_DECLARE
+FASTFUSE_DECLARE_KERNELS(WinogradKernels, winograd_kernels)
 
 }  // namespace fastfuse
