@@ -130,6 +130,7 @@ def test_compile(op: str, name: str, dynamic: bool) -> None:
 
 @each_op
 def test_compile_with_a_backend_inside(op: str) -> None:
+    torch._dynamo.reset()
     sample = small(op)[0]
 
     def step(*inputs: Tensor) -> Tensor:
