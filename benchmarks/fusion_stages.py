@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastfuse._terminal import spell_out
-from fastfuse.ops.fusion_conv2d import at_target
+from fastfuse.ops.fusion_conv2d.target_resolution import LibraryConvolution, WinogradConvolution
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -42,17 +42,23 @@ PRODUCTS, _, TAP_SUM, REST = STAGES
 @contextmanager
 def _marked() -> Iterator[None]:
     """Gives the convolution at the target's resolution a range of its own in profiles."""
-    convolve = at_target.convolve
+    strategies = (LibraryConvolution, WinogradConvolution)
+    usual = [strategy.forward for strategy in strategies]
 
-    def marked(*args: Any, **kwargs: Any) -> Any:
-        with record_function(AT_TARGET):
-            return convolve(*args, **kwargs)
+    def marked(forward: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with record_function(AT_TARGET):
+                return forward(*args, **kwargs)
 
-    at_target.convolve = marked
+        return run
+
+    for strategy in strategies:
+        strategy.forward = marked(strategy.forward)
     try:
         yield
     finally:
-        at_target.convolve = convolve
+        for strategy, forward in zip(strategies, usual, strict=True):
+            strategy.forward = forward
 
 
 def _stage(event: Any) -> str:

@@ -108,7 +108,8 @@ def test_verify_fails_on_a_wrong_kernel(
 class Identity:
     """As much of an op as verify sees."""
 
-    name, backends, takes_size, twice_differentiable = "identity", ("cpu",), False, True
+    name, backends, takes_size = "identity", ("cpu",), False
+    differentiable = twice_differentiable = True
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples

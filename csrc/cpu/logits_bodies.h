@@ -55,6 +55,27 @@ FASTFUSE_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
+// Less each column's largest value, if that is finite. Softmax is what it was: what comes off a
+// target pixel's classes is one number, between those of two columns. Large logits keep their
+// digits.
+template <class A>
+void shift_row(const Logits& logits, A* row) {
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t classes = logits.classes, whole = classes / lanes * lanes;
+  for (int64_t x = 0; x < logits.image.width; ++x, row += padded_classes<A>(classes)) {
+    A top = row[0];
+    if (whole > 0) {
+      Vec<A> tops = load(row);
+      for (int64_t c = lanes; c < whole; c += lanes) tops = larger<A>(load(row + c), tops);
+      top = folded<A>(tops, larger<A>)[0];
+    }
+    for (int64_t c = whole; c < classes; ++c) top = row[c] > top ? row[c] : top;
+    if (!(top - top == 0)) continue;
+    for (int64_t c = 0; c < whole; c += lanes) store(row + c, load(row + c) - top);
+    for (int64_t c = whole; c < classes; ++c) row[c] -= top;
+  }
+}
+
 // A source row of an image as (column, class), `classes` padded; whether all of it is tame.
 template <class S>
 bool load_row(const Logits& logits, int64_t n, int64_t y, compute_t<S>* row) {
@@ -113,8 +134,8 @@ bool load_row(const Logits& logits, int64_t n, int64_t y, compute_t<S>* row) {
   return true;
 }
 
-// Target rows, in any order; consecutive ones share their source rows.
-template <class S>
+// Target rows, in any order; consecutive ones share their source rows. `Shifted`: see shift_row.
+template <class S, bool Shifted>
 class TargetRows {
   using A = compute_t<S>;
 
@@ -137,21 +158,22 @@ class TargetRows {
       tame_a_ = tame_b_, tame_b_ = tame;
     }
     if (at_a_ != lower) {
-      tame_a_ = load_row<S>(logits_, n, logits_.y.lower[y], a_);
+      tame_a_ = read(n, logits_.y.lower[y], a_);
       at_a_ = lower;
     }
-    if (lower == upper || logits_.y.identity()) {
-      tame = tame_a_;
-      return a_;
+    tame = tame_a_;
+    if (logits_.y.identity()) return a_;
+    if (lower != upper) {
+      if (at_b_ != upper) {
+        tame_b_ = read(n, logits_.y.upper[y], b_);
+        at_b_ = upper;
+      }
+      tame = tame_a_ && tame_b_;
     }
-    if (at_b_ != upper) {
-      tame_b_ = load_row<S>(logits_, n, logits_.y.upper[y], b_);
-      at_b_ = upper;
-    }
-    tame = tame_a_ && tame_b_;
+    const A* const b = lower == upper ? a_ : b_;
     const Vec<A> weight = splat(static_cast<const A*>(logits_.y.weight)[y]);
     for (int64_t i = 0; i < size_; i += kLanes<A>)
-      store(row_ + i, interpolate<A>(load(a_ + i), load(b_ + i), weight));
+      store(row_ + i, interpolate<A>(load(a_ + i), load(b + i), weight));
     return row_;
   }
 
@@ -161,6 +183,11 @@ class TargetRows {
   static int64_t size(const Logits& logits) {
     return logits.image.width * padded_classes<A>(logits.classes);
   }
+  bool read(int64_t n, int64_t y, A* row) const {
+    const bool is_tame = load_row<S>(logits_, n, y, row);
+    if constexpr (Shifted) shift_row(logits_, row);
+    return is_tame;
+  }
   const Logits& logits_;
   int64_t size_;
   A *row_, *a_, *b_;
@@ -168,19 +195,22 @@ class TargetRows {
   bool tame_a_ = true, tame_b_ = true;
 };
 
-// The columns between which a target pixel lies, and their weights.
+// The columns between which a target pixel lies, and their weights. Where widths agree it is one.
 template <class A>
 struct Between {
   const A *a, *b;
   A weight;  // of b
-  FASTFUSE_INLINE A operator[](int64_t c) const { return (A(1) - weight) * a[c] + weight * b[c]; }
+  bool is_column;
+  FASTFUSE_INLINE A operator[](int64_t c) const {
+    return is_column ? a[c] : (A(1) - weight) * a[c] + weight * b[c];
+  }
 };
 
 template <class A>
 FASTFUSE_INLINE Between<A> between(const Logits& logits, const A* row, int64_t x) {
   const int64_t stride = padded_classes<A>(logits.classes);
   return {row + logits.x.lower[x] * stride, row + logits.x.upper[x] * stride,
-          static_cast<const A*>(logits.x.weight)[x]};
+          static_cast<const A*>(logits.x.weight)[x], logits.x.identity()};
 }
 
 // The end of the target pixels from x on that lie between the same two columns, at most `most`.

@@ -35,6 +35,8 @@ struct LogitsOf {
     view.image = image(tensor);
     view.y = tables.axis(view.image.height, height, align_corners);
     view.x = tables.axis(view.image.width, width, align_corners);
+    for (Sampling* axis : {&view.y, &view.x})  // no neighbour counts, not even by 0 of an infinity
+      if (axis->identity()) axis->upper = axis->lower;
   }
 
   // body(begin, end) over the target rows of all images, in pieces worth waking a thread for.

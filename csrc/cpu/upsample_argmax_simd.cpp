@@ -68,7 +68,7 @@ template <class S>
 void argmax(const UpsampleArgmax& work, int64_t begin, int64_t end, void* scratch) {
   using A = compute_t<S>;
   const Logits& logits = work.logits;
-  TargetRows<S> rows(logits, static_cast<A*>(scratch));
+  TargetRows<S, false> rows(logits, static_cast<A*>(scratch));
   for (int64_t unit = begin; unit < end; ++unit) {
     const A* row = rows.at(unit / logits.y.out, unit % logits.y.out);
     int64_t* labels = work.labels + unit * logits.x.out;
@@ -89,7 +89,7 @@ void argmax(const UpsampleArgmax& work, int64_t begin, int64_t end, void* scratc
 
 }  // namespace
 
-#define FASTFUSE_KERNEL(S) {argmax<S>, TargetRows<S>::scratch}
+#define FASTFUSE_KERNEL(S) {argmax<S>, TargetRows<S, false>::scratch}
 extern const UpsampleArgmaxKernels upsample_argmax_kernels = {
     {FASTFUSE_FOR_EACH_DTYPE(FASTFUSE_KERNEL)}};
 #undef FASTFUSE_KERNEL

@@ -18,7 +18,8 @@ struct CrossEntropy {
 };
 
 struct CrossEntropyForward : CrossEntropy {
-  void *loss, *logsumexp;  // (N, H, W) of the compute type
+  void* loss;       // (N, H, W) of the compute type
+  void* logsumexp;  // of the shifted logits: see shift_row
 };
 
 struct CrossEntropyBackward : CrossEntropy {

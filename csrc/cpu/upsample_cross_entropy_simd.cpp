@@ -12,6 +12,9 @@ namespace fastfuse {
 namespace FASTFUSE_ISA {
 namespace {
 
+template <class S>
+using Rows = TargetRows<S, true>;
+
 // The weights of classes, padded by zeros.
 template <class A>
 class Weights {
@@ -78,7 +81,7 @@ bool counts(const CrossEntropy& work, int64_t target) {
 template <class S>
 int64_t forward_scratch(const Logits& logits) {
   using A = compute_t<S>;
-  return TargetRows<S>::scratch(logits) + padded_classes<A>(logits.classes) + logits.image.width;
+  return Rows<S>::scratch(logits) + padded_classes<A>(logits.classes) + logits.image.width;
 }
 
 template <class S>
@@ -87,8 +90,8 @@ int64_t forward(const CrossEntropyForward& work, int64_t begin, int64_t end, voi
   const Logits& logits = work.logits;
   const int64_t padded = padded_classes<A>(logits.classes), width = logits.x.out;
   A* free = static_cast<A*>(scratch);
-  TargetRows<S> rows(logits, free);
-  free += TargetRows<S>::scratch(logits);
+  Rows<S> rows(logits, free);
+  free += Rows<S>::scratch(logits);
   const Weights<A> weights(work, free);
   A* const dots = free + padded;  // of source columns: sum_c w[c] v[c], which is linear too
   const A smoothing = static_cast<A>(work.smoothing);
@@ -208,7 +211,7 @@ FASTFUSE_INLINE void gather(const Logits& logits, const A* row, int64_t x, const
       of_b += pixels.weight_of_b[p] * d;
     });
     store(to_a + c, load(to_a + c) + of_a);
-    store(to_b + c, load(to_b + c) + of_b);  // which may be the same
+    if (!logits.x.identity()) store(to_b + c, load(to_b + c) + of_b);  // which may be the same
   }
 }
 
@@ -218,7 +221,7 @@ class SourceRows {
 
  public:
   static int64_t scratch(const Logits& logits) {
-    return TargetRows<S>::scratch(logits) + 3 * size(logits) + padded_classes<A>(logits.classes);
+    return Rows<S>::scratch(logits) + 3 * size(logits) + padded_classes<A>(logits.classes);
   }
 
   SourceRows(const CrossEntropyBackward& work, A* scratch)
@@ -226,7 +229,7 @@ class SourceRows {
         logits_(work.logits),
         size_(size(logits_)),
         rows_(logits_, scratch),
-        row_(scratch + TargetRows<S>::scratch(logits_)),
+        row_(scratch + Rows<S>::scratch(logits_)),
         lower_(row_ + size_),
         upper_(lower_ + size_),
         weights_(work, upper_ + size_) {}
@@ -252,7 +255,7 @@ class SourceRows {
       if (!target_row(n, t)) continue;
       const A weight = static_cast<const A*>(y.weight)[t];
       add(lower_, A(1) - weight);
-      if (weight != 0) add(y.upper[t] == y.lower[t] ? lower_ : upper_, weight);
+      if (!y.identity()) add(y.upper[t] == y.lower[t] ? lower_ : upper_, weight);
     }
     finish(end);
   }
@@ -290,9 +293,10 @@ class SourceRows {
         any_here |= counts(work_, target[x + p]);
       }
       if (!any_here) return;
-      if (!tame)
-        for (int p = 0; p < pixels; ++p) gather_one(row, x + p, logsumexp[x + p], of[p]);
-      else if (work_.smoothing > 0)
+      if (!tame) {
+        for (int p = 0; p < pixels; ++p)
+          if (counts(work_, target[x + p])) gather_one(row, x + p, logsumexp[x + p], of[p]);
+      } else if (work_.smoothing > 0)
         gather<A, pixels, true>(logits_, row, x, logsumexp + x, of, weights_.padded(), row_);
       else
         gather<A, pixels, false>(logits_, row, x, logsumexp + x, of, nullptr, row_);
@@ -301,6 +305,7 @@ class SourceRows {
         if (!counts(work_, target[x + p])) continue;
         const A weight = static_cast<const A*>(logits_.x.weight)[x + p];
         row_[logits_.x.lower[x] * stride + target[x + p]] -= (A(1) - weight) * of[p].target;
+        if (logits_.x.identity()) continue;
         row_[logits_.x.upper[x] * stride + target[x + p]] -= weight * of[p].target;
       }
     });
@@ -308,20 +313,19 @@ class SourceRows {
   }
 
   void gather_one(const A* row, int64_t x, A logsumexp, Factors<A> of) {
-    if (of.probability == 0 && of.weight == 0) return;  // ignored, or of no weight
     const int64_t stride = padded_classes<A>(logits_.classes);
     const Between<A> pixel = between(logits_, row, x);
     for (int64_t c = 0; c < logits_.classes; ++c) {
       const A d = of.probability * exp_of(pixel[c] - logsumexp) - of.weight * weights_.padded()[c];
       row_[logits_.x.lower[x] * stride + c] += (A(1) - pixel.weight) * d;
-      row_[logits_.x.upper[x] * stride + c] += pixel.weight * d;
+      if (!pixel.is_column) row_[logits_.x.upper[x] * stride + c] += pixel.weight * d;
     }
   }
 
   const CrossEntropyBackward& work_;
   const Logits& logits_;
   int64_t size_;
-  TargetRows<S> rows_;
+  Rows<S> rows_;
   A *row_, *lower_, *upper_;
   Weights<A> weights_;
 };

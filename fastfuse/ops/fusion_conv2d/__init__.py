@@ -24,9 +24,10 @@ from fastfuse.ops.checks import (
 from fastfuse.ops.define import Operation
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.fusion_conv2d.autograd import forward
-from fastfuse.ops.fusion_conv2d.geometry import geometry_of
+from fastfuse.ops.fusion_conv2d.kernel import described
 from fastfuse.ops.fusion_conv2d.reference import reference
 from fastfuse.ops.fusion_conv2d.samples import samples
+from fastfuse.ops.fusion_conv2d.shape import FusionShape
 from fastfuse.ops.layout import is_channels_last
 from fastfuse.ops.policy import policy_of
 
@@ -145,8 +146,8 @@ def _routes(image: Tensor) -> dict[str, str]:
             dtype = str(policy_of(image.device.type).multiplies(image.dtype))
             found[name] = f"PyTorch's convolution in {dtype.removeprefix('torch.')}"
         else:
-            g = geometry_of(levels, weight, (height, width), 1, False)
-            found[name] = f"{backend}; {g.described(image)}"
+            shape = FusionShape.of(levels, weight, height, width, 1, False)
+            found[name] = f"{backend}; {described(shape, image)}"
     return found
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.define import Derivative, Op
 from fastfuse.ops.fusion_conv2d import kernel, winograd
-from fastfuse.ops.fusion_conv2d.geometry import Geometry, geometry, geometry_of
+from fastfuse.ops.fusion_conv2d.plan import plan_of
+from fastfuse.ops.fusion_conv2d.shape import FusionShape
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.tap_sum.autograd import flops as tap_sum_flops
 
@@ -45,45 +46,31 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_output: Tensor,
-    features: Sequence[Tensor],
-    weight: Tensor | None,
-    mean: Tensor | None,
-    std: Tensor | None,
-    channels: Sequence[int],
-    heights: Sequence[int],
-    widths: Sequence[int],
-    height: int,
-    width: int,
-    kernel_size: int,
-    padding: int,
-    align_corners: bool,
-    wanted: Sequence[bool],
-    channels_last: bool,
-    weight_channels_last: bool,
+    grad_output: Tensor, features: Sequence[Tensor], *arguments: Any
 ) -> list[Tensor]:
-    def empty(shape: tuple[int, ...], last: bool) -> Tensor:
+    *sizes, wanted, channels_last, weight_channels_last = arguments[3:]
+    shape = FusionShape.of_gradient(grad_output, *sizes)
+
+    def empty(extents: tuple[int, ...], last: bool) -> Tensor:
         return torch.empty(
-            shape,
+            extents,
             dtype=grad_output.dtype,
             device=grad_output.device,
             memory_format=memory_format(last),
         )
 
-    batch, out_channels = grad_output.shape[:2]
-    levels = zip(channels, heights, widths, wanted, strict=True)
-    gradients = [empty((batch, c, h, w), channels_last) for c, h, w, want in levels if want]
-    if features:
-        shape = (out_channels, sum(channels), kernel_size, kernel_size)
-        gradients.append(empty(shape, weight_channels_last))
-    return gradients
+    gradients = [
+        empty((shape.batch, c, *size), channels_last)
+        for c, size, want in zip(shape.channels, shape.sizes, wanted, strict=True)
+        if want
+    ]
+    return [*gradients, empty(shape.weight_shape, weight_channels_last)] if features else gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, weight, bias, height, width, mean, std, padding, align_corners, _ = inputs
     wanted, weight_wanted, bias_wanted = ctx.needs[:3]
-    ctx.shapes = [f.shape for f in features]
-    ctx.geometry = (height, width, weight.shape[2], padding, align_corners)
+    ctx.shape = FusionShape.of(features, weight, height, width, padding, align_corners)
     ctx.weight_channels_last = is_channels_last([weight])
     ctx.bias_dtype = bias.dtype if bias_wanted else None
     saved = features if weight_wanted else []
@@ -97,17 +84,9 @@ def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
     weight_gradient = bias_gradient = None
     if any(wanted) or weight_wanted:
         computed = backward[ctx.backend](
-            grad_output,
-            features,
-            weight,
-            mean,
-            std,
-            *([shape[dim] for shape in ctx.shapes] for dim in (1, 2, 3)),
-            *ctx.geometry,
-            wanted,
-            is_channels_last([grad_output]),
-            ctx.weight_channels_last,
-        )
+            grad_output, features, weight, mean, std, *ctx.shape.arguments, wanted,
+            is_channels_last([grad_output]), ctx.weight_channels_last,
+        )  # fmt: skip
         remaining = iter(computed)
         gradients = [next(remaining) if want else None for want in wanted]
         weight_gradient = next(remaining, None)
@@ -118,11 +97,9 @@ def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    (grad_output, features, weight, mean, std, channels, heights, widths, *geometry, wanted,
-     _, weight_channels_last) = inputs  # fmt: skip
-    ctx.shapes = list(zip(channels, heights, widths, strict=True))
-    ctx.geometry, ctx.wanted = geometry, wanted
-    ctx.weight_channels_last = weight_channels_last
+    (grad_output, features, weight, mean, std, *arguments, ctx.wanted, _,
+     ctx.weight_channels_last) = inputs  # fmt: skip
+    ctx.shape = FusionShape.of_gradient(grad_output, *arguments)
     ctx.save_for_backward(grad_output, weight, mean, std, *features)
 
 
@@ -133,45 +110,41 @@ def _gradients_of_backward(ctx: Any, *grads: Tensor | None) -> Sequence[Any]:
     W(g, a), and of x X(g, b).
     """
     grad_output, weight, mean, std, *features = ctx.saved_tensors
-    height, width, kernel_size, padding, align_corners = ctx.geometry
+    shape: FusionShape = ctx.shape
     levels = [i for i, want in enumerate(ctx.wanted) if want]
     of_features, of_weight = grads[: len(levels)], grads[len(levels)] if features else None
-    batch = grad_output.shape[0]
-    channels = [shape[0] for shape in ctx.shapes]
     channels_last = is_channels_last([grad_output])
 
-    def fuse(inputs: list[Tensor], weights: Tensor, m: Tensor | None, s: Tensor | None) -> Tensor:
+    def fuse(inputs: list[Tensor], weights: Tensor, m: Tensor | None, s: Tensor | None) -> Any:
         return forward[ctx.backend](
-            inputs, weights, None, height, width, m, s, padding, align_corners, channels_last
-        )
+            inputs, weights, None, *shape.size, m, s, shape.padding, shape.align_corners,
+            channels_last,
+        )  # fmt: skip
 
-    def gradients(inputs: list[Tensor], weights: Tensor | None, which: list[int],
-                  s: Tensor | None, wanted: list[bool]) -> list[Tensor]:  # fmt: skip
+    def gradients(inputs: list[Tensor], weights: Tensor | None, of: FusionShape,
+                  s: Tensor | None, wanted: list[bool]) -> Any:  # fmt: skip
         return backward[ctx.backend](
-            grad_output, inputs, weights, None, s,
-            *([ctx.shapes[i][dim] for i in which] for dim in range(3)),
-            height, width, kernel_size, padding, align_corners, wanted, channels_last,
+            grad_output, inputs, weights, None, s, *of.arguments, wanted, channels_last,
             ctx.weight_channels_last,
         )  # fmt: skip
 
     grad_of_grad = grad_of_weight = None
     grad_of_features: list[Tensor | None] = [None] * len(features)
     if any(a is not None for a in of_features):
+        their = shape.of_levels(levels)
         given = [
-            grad_output.new_zeros((batch, *ctx.shapes[i])) if a is None else a
-            for i, a in zip(levels, of_features, strict=True)
+            grad_output.new_zeros((shape.batch, c, *size)) if a is None else a
+            for a, c, size in zip(of_features, their.channels, their.sizes, strict=True)
         ]
-        slices = [slice(sum(channels[:i]), sum(channels[: i + 1])) for i in levels]
+        slices = [shape.slice_of(i) for i in levels]
         their_std = None if std is None else torch.stack([std[i] for i in levels])
         if ctx.needs[0]:
             weights = torch.cat([weight[:, s] for s in slices], dim=1)
             grad_of_grad = fuse(given, weights, None, their_std)
         if ctx.needs[2]:
-            (pieces,) = gradients(given, None, levels, their_std, [False] * len(levels))
+            (pieces,) = gradients(given, None, their, their_std, [False] * len(levels))
             grad_of_weight = grad_output.new_zeros(weight.shape)
-            for s, piece in zip(
-                slices, pieces.split([channels[i] for i in levels], 1), strict=True
-            ):
+            for s, piece in zip(slices, pieces.split(list(their.channels), 1), strict=True):
                 grad_of_weight = grad_of_weight.slice_scatter(piece, 1, s.start, s.stop)
     if of_weight is not None:
         if ctx.needs[0]:
@@ -179,24 +152,27 @@ def _gradients_of_backward(ctx: Any, *grads: Tensor | None) -> Sequence[Any]:
             grad_of_grad = term if grad_of_grad is None else grad_of_grad + term
         wanted = [bool(need) for need in ctx.needs[1]]
         if any(wanted):
-            found = iter(gradients([], of_weight, list(range(len(channels))), std, wanted))
+            found = iter(gradients([], of_weight, shape, std, wanted))
             grad_of_features = [next(found) if want else None for want in wanted]
     return grad_of_grad, grad_of_features, grad_of_weight, *[None] * 13
 
 
-def _flops(g: Geometry, batch: int) -> int:
+def _flops(shape: FusionShape, like: Tensor) -> int:
     """What is done for one product of inputs and weights: a multiply-add is 2 FLOPs."""
-    height, width = g.out_size
-    taps, total = g.kernel_size**2, 0
-    for i in g.plan.target:
+    plan = plan_of(shape, like)
+    height, width = shape.out_size
+    taps, total = shape.kernel_size**2, 0
+    for i in plan.target:
         tiles = -(-height // winograd.OUTPUTS) * -(-width // winograd.OUTPUTS)
-        products = winograd.ELEMENTS * tiles if g.winograd else taps * height * width
-        total += 2 * products * g.channels[i] * g.out_channels
-    for i in g.plan.own:
-        source = g.sizes[i]
-        total += 2 * taps * g.channels[i] * g.out_channels * source[0] * source[1]
-        total += tap_sum_flops(g.out_channels, source, g.size, g.kernel_size, g.padding)
-    return batch * total
+        products = winograd.ELEMENTS * tiles if plan.winograd else taps * height * width
+        total += 2 * products * shape.channels[i] * shape.out_channels
+    for i in plan.own:
+        source = shape.sizes[i]
+        total += 2 * taps * shape.channels[i] * shape.out_channels * source[0] * source[1]
+        total += tap_sum_flops(
+            shape.out_channels, source, shape.size, shape.kernel_size, shape.padding
+        )
+    return shape.batch * total
 
 
 def _forward_flops(
@@ -209,43 +185,19 @@ def _forward_flops(
     std: Any,
     padding: int,
     align_corners: bool,
-    *args: Any,
-    **kwargs: Any,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    g = geometry_of(features, weight, (height, width), padding, align_corners)
-    return _flops(g, features[0].shape[0])
+    shape = FusionShape.of(features, weight, height, width, padding, align_corners)
+    return _flops(shape, features[0])
 
 
 def _backward_flops(
-    grad_output: Tensor,
-    features: Sequence[Tensor],
-    weight: Any,
-    mean: Any,
-    std: Any,
-    channels: Sequence[int],
-    heights: Sequence[int],
-    widths: Sequence[int],
-    height: int,
-    width: int,
-    kernel_size: int,
-    padding: int,
-    align_corners: bool,
-    wanted: Sequence[bool],
-    *args: Any,
-    **kwargs: Any,
+    grad_output: Tensor, features: Sequence[Tensor], *arguments: Any, **_: Any
 ) -> int:
-    g = geometry(
-        grad_output,
-        channels,
-        list(zip(heights, widths, strict=True)),
-        grad_output.shape[1],
-        (height, width),
-        kernel_size,
-        padding,
-        align_corners,
-    )
-    products = bool(features) + any(wanted)
-    return products * _flops(g, grad_output.shape[0])
+    *sizes, wanted, _channels_last, _weight_channels_last = arguments[3:]
+    shape = FusionShape.of_gradient(grad_output, *sizes)
+    return (bool(features) + any(wanted)) * _flops(shape, grad_output)
 
 
 def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastfuse.ops.memory import empty
 
-__all__ = ["centered", "empty_image", "matrix", "tap_weights", "to_channels_last", "write_taps"]
+__all__ = ["centered", "empty_image", "matrix", "tap_weights", "to_channels_last"]
 
 
 def to_channels_last(image: Tensor) -> Tensor:
@@ -38,9 +38,3 @@ def tap_weights(weight: Tensor, outputs: slice, inputs: slice) -> Tensor:
     """The weights of a chunk of outputs as one product, (k * k * outputs, inputs), tap-major."""
     chunk = weight[outputs, inputs].permute(2, 3, 0, 1)
     return chunk.reshape(-1, chunk.shape[3])
-
-
-def write_taps(weight_gradient: Tensor, level: slice, outputs: slice, products: Tensor) -> None:
-    """Writes (k * k * outputs, inputs), tap-major, to where the weights of a level are."""
-    target = weight_gradient[outputs, level].permute(2, 3, 0, 1)
-    target.copy_(products.reshape(target.shape))

@@ -1,5 +1,8 @@
 """fusion_conv2d and its gradients, from matrix products, convolutions and tap sums.
 
+A static plan says which levels are convolved at their own resolution and which at the target's, and
+three strategies do it: OwnResolution, LibraryConvolution and WinogradConvolution.
+
 Everything inside is channels_last: there an image is a matrix (pixels, channels), and the taps of
 a level are one product with its weights. Where the device does not multiply the dtype of the
 images, weights, taps and sums are float32, and results are rounded once.
@@ -15,35 +18,66 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d import at_own, at_target
-from fastfuse.ops.fusion_conv2d.geometry import Constants, Geometry, geometry, geometry_of
 from fastfuse.ops.fusion_conv2d.images import centered, empty_image
+from fastfuse.ops.fusion_conv2d.own_resolution import OwnResolution
+from fastfuse.ops.fusion_conv2d.plan import plan_of
+from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape, Gradients
+from fastfuse.ops.fusion_conv2d.strategy import Strategy
+from fastfuse.ops.fusion_conv2d.target_resolution import (
+    LibraryConvolution,
+    TargetResolution,
+    WinogradConvolution,
+)
 from fastfuse.ops.layout import in_layout, memory_format
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "described", "forward"]
 
 
-def _images(
-    features: Sequence[Tensor], g: Geometry, c: Constants, dtype: torch.dtype
-) -> list[Tensor]:
-    """The features as channels_last images; those convolved at their own resolution less their mean
-    and in the dtype of the products, for they are read once for every chunk of outputs."""
-    images = [in_layout(f, True) for f in features]
-    return [
-        centered(image.to(dtype), c.center(i)) if i in g.plan.own else image
-        for i, image in enumerate(images)
-    ]
+class _Fusion:
+    """A fusion's strategies, for tensors like one; None for what has no levels."""
+
+    def __init__(self, shape: FusionShape, equalization: Equalization, like: Tensor) -> None:
+        plan = plan_of(shape, like)
+        kind = WinogradConvolution if plan.winograd else LibraryConvolution
+        self.equalization = equalization
+        self.target: TargetResolution | None = None
+        self.own: OwnResolution | None = None
+        if plan.target:
+            self.target = kind(shape, equalization, plan.target)
+        if plan.own:
+            self.own = OwnResolution(shape, equalization, plan.own)
+        self.work = policy_of(like.device.type).multiplies(like.dtype)
+
+    @property
+    def strategies(self) -> list[Strategy]:
+        return [s for s in (self.target, self.own) if s is not None]
+
+    def images(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features as channels_last images; those convolved at their own resolution less their
+        mean and in the dtype of the products, for they are read once for every chunk of outputs."""
+        own = () if self.own is None else self.own.levels
+        images = [in_layout(f, True) for f in features]
+        return [
+            centered(image.to(self.work), self.equalization.center(i)) if i in own else image
+            for i, image in enumerate(images)
+        ]
 
 
-def _result(image: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """A channels_last image rounded to a dtype, in a memory format."""
-    if image.dtype != dtype:
-        image = empty(image.shape, image.new_empty(0, dtype=dtype), torch.channels_last).copy_(
-            image
-        )
-    return in_layout(image, channels_last)
+def described(shape: FusionShape, like: Tensor) -> str:
+    """What is done where, in words, for images like one."""
+    fusion = _Fusion(shape, Equalization(None, None), like)
+    work, wide = (
+        str(dtype).removeprefix("torch.")
+        for dtype in (fusion.work, torch.promote_types(fusion.work, torch.float32))
+    )
+    parts = {
+        i: f"{shape.sizes[i][0]}x{shape.sizes[i][1]} {strategy.described(work, wide)}"
+        for strategy in fusion.strategies
+        for i in strategy.levels
+    }
+    return ", ".join(parts[i] for i in sorted(parts))
 
 
 def forward(
@@ -58,35 +92,22 @@ def forward(
     align_corners: bool,
     channels_last: bool,
 ) -> Tensor:
-    g = geometry_of(features, weight, (height, width), padding, align_corners)
+    shape = FusionShape.of(features, weight, height, width, padding, align_corners)
     dtype = weight.dtype
-    c = Constants.of(mean, std, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    work = policy_of(weight.device.type).multiplies(dtype)
-    weight, bias = weight.to(work), None if bias is None else bias.to(work)
-    features = _images(features, g, c, work)
+    fusion = _Fusion(shape, Equalization.of(mean, std, dtype), weight)
+    weight = weight.to(fusion.work)
+    bias = None if bias is None else bias.to(fusion.work)
+    features = fusion.images(features)
 
-    out = base_scale = None
-    if g.plan.target:
-        out, base_scale = at_target.convolve(features, weight, bias, g, c)
-        bias = bias if base_scale is not None else None
-        if not g.plan.own and base_scale is None:
-            return _result(out, dtype, channels_last)
-
-    accumulate = out is not None
-    if out is None:
-        out = empty_image(weight, features[0].shape[0], g.out_channels, *g.out_size)
-    at_own.add(
-        out,
-        features,
-        weight,
-        None if bias is None else bias.to(wide),
-        g,
-        c,
-        base_scale,
-        accumulate=accumulate,
-    )
-    return _result(out, dtype, channels_last)
+    onto = None if fusion.target is None else fusion.target.forward(features, weight, bias)
+    if fusion.own is None and onto is not None and onto.scale is None:
+        return _result(onto.value, dtype, channels_last)
+    has_bias = onto is not None and onto.scale is None
+    own = fusion.own or OwnResolution(shape, fusion.equalization, ())  # to scale and add alone
+    rest = None
+    if bias is not None and not has_bias:
+        rest = bias.to(torch.promote_types(dtype, torch.float32))
+    return _result(own.forward(features, weight, rest, onto), dtype, channels_last)
 
 
 def backward(
@@ -107,39 +128,33 @@ def backward(
     channels_last: bool,
     weight_channels_last: bool,
 ) -> list[Tensor]:
-    g = geometry(
-        grad_output,
-        channels,
-        list(zip(heights, widths, strict=True)),
-        grad_output.shape[1],
-        (height, width),
-        kernel_size,
-        padding,
-        align_corners,
+    shape = FusionShape.of_gradient(
+        grad_output, channels, heights, widths, height, width, kernel_size, padding, align_corners
     )
     dtype = grad_output.dtype
-    c = Constants.of(mean, std, dtype)
-    work = policy_of(grad_output.device.type).multiplies(dtype)
-    grad_output = in_layout(grad_output, True).to(work)
-    weight = None if weight is None else weight.to(work)
-    features = _images(features, g, c, work)
-    levels = [i for i, want in enumerate(wanted) if want]
-    batch = grad_output.shape[0]
-    gradients = {  # the others are found below
-        i: empty_image(grad_output, batch, 0, *g.sizes[i]) for i in levels if g.channels[i] == 0
-    }
-    weight_gradient = None
+    fusion = _Fusion(shape, Equalization.of(mean, std, dtype), grad_output)
+    grad_output = in_layout(grad_output, True).to(fusion.work)
+    weight = None if weight is None else weight.to(fusion.work)
+    features = fusion.images(features)
+    levels = tuple(i for i, want in enumerate(wanted) if want)
+    memory = None
     if features:
-        shape = (g.out_channels, sum(channels), kernel_size, kernel_size)
-        weight_gradient = empty(shape, grad_output, memory_format(weight_channels_last))
+        memory = empty(shape.weight_shape, grad_output, memory_format(weight_channels_last))
+    gradients = Gradients(shape, levels, memory)
+    for i in levels:
+        if shape.channels[i] == 0:  # of no strategy
+            gradients.found[i] = empty_image(grad_output, shape.batch, 0, *shape.sizes[i])
+    for strategy in fusion.strategies:
+        if memory is not None or gradients.wanted_of(strategy.levels):
+            strategy.backward(grad_output, features, weight, gradients)
+    result = [_result(gradients.found[i], dtype, channels_last) for i in levels]
+    return result if memory is None else [*result, memory.to(dtype)]
 
-    given = (grad_output, features, weight, g, c)
-    of_target = [i for i in levels if i in g.plan.target]
-    if of_target or (g.plan.target and weight_gradient is not None):
-        at_target.gradients(*given, of_target, gradients, weight_gradient)
-    of_own = [i for i in levels if i in g.plan.own]
-    if of_own or (g.plan.own and weight_gradient is not None):
-        at_own.gradients(*given, of_own, gradients, weight_gradient)
 
-    result = [_result(gradients[i], dtype, channels_last) for i in levels]
-    return result if weight_gradient is None else [*result, weight_gradient.to(dtype)]
+def _result(image: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """A channels_last image rounded to a dtype, in a memory format."""
+    if image.dtype != dtype:
+        image = empty(image.shape, image.new_empty(0, dtype=dtype), torch.channels_last).copy_(
+            image
+        )
+    return in_layout(image, channels_last)

@@ -15,11 +15,15 @@ The constants are the policy's; results do not hang on their digits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fastfuse.ops.policy import Policy
+from torch import Tensor
 
-__all__ = ["Plan", "make_plan"]
+from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d.shape import FusionShape
+from fastfuse.ops.policy import Policy, policy_of
+
+__all__ = ["Plan", "make_plan", "plan_of"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Plan:
 
     target: tuple[int, ...]
     own: tuple[int, ...]
+    winograd: bool = False  # what is convolved at the target's resolution, is by that algorithm
 
 
 def make_plan(
@@ -57,3 +62,23 @@ def make_plan(
         upsampled = pixels * (per_pixel * c + policy.upsample_macs * c / max(out_channels, 1))
         (at_own if own < upsampled else at_target).append(i)
     return Plan(tuple(at_target), tuple(at_own))
+
+
+def plan_of(shape: FusionShape, like: Tensor) -> Plan:
+    """The plan for tensors like one."""
+    device = like.device.type
+
+    def plan(fewer_products: bool) -> Plan:
+        return make_plan(
+            shape.channels, shape.sizes, shape.out_channels, shape.size, shape.kernel_size,
+            fewer_products, policy_of(device),
+        )  # fmt: skip
+
+    chosen = plan(True)
+    inputs = sum(shape.channels[i] for i in chosen.target)
+    if winograd.applies(
+        device, like.dtype, inputs, shape.out_channels, shape.out_pixels, shape.kernel_size,
+        shape.padding,
+    ):  # fmt: skip
+        return replace(chosen, winograd=True)
+    return plan(False)

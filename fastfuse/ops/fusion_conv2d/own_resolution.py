@@ -1,0 +1,159 @@
+"""The levels of a fusion that are convolved at their own resolution.
+
+Output channels are processed a chunk at a time, so that the taps stay in the last-level cache
+between the product that makes them and the tap sum that reads them, and so that they take little
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, tap_weights
+from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
+from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
+from fastfuse.ops.memory import empty
+from fastfuse.ops.policy import policy_of
+
+__all__ = ["OwnResolution"]
+
+CHUNK_CHANNELS = 64  # a chunk is a multiple
+
+
+class OwnResolution(Strategy):
+    """A product per tap of the kernel, and the taps upsampled, shifted and summed."""
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        weight: Tensor,
+        bias: Tensor | None,
+        onto: Scaled | None,
+    ) -> Tensor:
+        """The levels' convolutions, the bias, and what they come ``onto``, whose memory it takes.
+
+        The bias (C_out,) is in the accumulation dtype.
+        """
+        shape, inverse_std = self.shape, self.equalization.inverse_std
+        out = (
+            empty_image(weight, shape.batch, shape.out_channels, *shape.out_size)
+            if onto is None
+            else onto.value
+        )
+        in_parts = self._in_parts(out)
+        scales = None
+        if inverse_std is not None:
+            base = None if onto is None else onto.scale
+            levels = [*self.levels, *in_parts]
+            scales = torch.cat(
+                [
+                    inverse_std.new_ones(1) if base is None else base,
+                    *(inverse_std[i : i + 1] for i in levels),
+                ]
+            )
+        memory = _Taps(shape, self.levels, out)
+        for chunk in memory.chunks():
+            images = memory.images(chunk)
+            remainders = []
+            for i, taps in images.items():
+                products = tap_weights(weight, chunk, shape.slice_of(i))
+                if i in in_parts:
+                    exact = torch.mm(matrix(features[i]).float(), products.t().float())
+                    matrix(taps).copy_(exact)
+                    remainders.append(torch.empty_like(taps))
+                    matrix(remainders[-1]).copy_(exact - matrix(taps))
+                else:
+                    torch.mm(matrix(features[i]), products.t(), out=matrix(taps))
+            torch.ops.fastfuse.tap_sum_into(
+                out[:, chunk],
+                [*images.values(), *remainders],
+                scales,
+                None,
+                None if bias is None else bias[chunk],
+                onto is not None,
+                *shape.tap_arguments,
+            )
+        return out
+
+    def _in_parts(self, out: Tensor) -> list[int]:
+        """Small levels, whose taps count many times: in narrow dtypes what rounding takes from them
+        is summed too."""
+        if out.dtype in (torch.float32, torch.float64):
+            return []
+        height, width = self.shape.size
+        pixels = policy_of(out.device.type).exact_pixels * height * width
+        sizes = self.shape.sizes
+        return [i for i in self.levels if sizes[i][0] * sizes[i][1] <= pixels]
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        features: Sequence[Tensor],
+        weight: Tensor | None,
+        gradients: Gradients,
+    ) -> None:
+        shape, wanted = self.shape, gradients.wanted_of(self.levels)
+        # Gradients of features sum over all chunks: narrow dtypes would round each partial sum.
+        exact = grad_output.dtype in (torch.float32, torch.float64)
+        memory = _Taps(shape, self.levels, grad_output, chunked=exact or not wanted)
+        for i in wanted:
+            gradients.found[i] = empty_image(
+                grad_output, shape.batch, shape.channels[i], *shape.sizes[i]
+            )
+        for chunk in memory.chunks():
+            for i, taps in memory.images(chunk).items():
+                if i not in wanted and gradients.weight is None:
+                    continue
+                torch.ops.fastfuse.tap_sum_backward_into(
+                    taps, grad_output[:, chunk], self.equalization.scale(i), *shape.tap_arguments
+                )
+                if i in wanted:
+                    assert weight is not None
+                    products = tap_weights(weight, chunk, shape.slice_of(i))
+                    x_gradient = matrix(gradients.found[i])
+                    if chunk.start == 0:
+                        torch.mm(matrix(taps), products, out=x_gradient)
+                    else:
+                        torch.addmm(x_gradient, matrix(taps), products, out=x_gradient)
+                if gradients.weight is not None:
+                    products = torch.mm(matrix(taps).t(), matrix(features[i]))
+                    gradients.write_weight(i, chunk, products)
+
+    def described(self, work: str, wide: str) -> str:
+        return f"at its own resolution in {work}"
+
+
+class _Taps:
+    """Memory for the taps of one chunk of output channels after the other, for several levels."""
+
+    def __init__(
+        self, shape: FusionShape, levels: Sequence[int], like: Tensor, *, chunked: bool = True
+    ) -> None:
+        self.shape, self.levels = shape, levels
+        self.taps = shape.kernel_size**2
+        pixels = sum(shape.sizes[i][0] * shape.sizes[i][1] for i in levels) * shape.batch
+        per_channel = self.taps * pixels * like.element_size()
+        chunks = -(-per_channel * shape.out_channels // policy_of(like.device.type).taps_bytes)
+        length = -(-shape.out_channels // max(chunks, 1))
+        length = -(-length // CHUNK_CHANNELS) * CHUNK_CHANNELS
+        self.length = min(length, shape.out_channels) if chunked else shape.out_channels
+        self.memory = empty((self.taps * pixels * self.length,), like)
+
+    def chunks(self) -> Iterator[slice]:
+        for start in range(0, self.shape.out_channels, self.length):
+            yield slice(start, min(start + self.length, self.shape.out_channels))
+
+    def images(self, chunk: slice) -> dict[int, Tensor]:
+        """By level, the taps of a chunk as a channels_last image."""
+        images, start = {}, 0
+        channels, batch = self.taps * (chunk.stop - chunk.start), self.shape.batch
+        for i in self.levels:
+            height, width = self.shape.sizes[i]
+            count = batch * height * width * channels
+            image = self.memory[start : start + count].view(batch, height, width, channels)
+            images[i] = image.permute(0, 3, 1, 2)
+            start += count
+        return images

@@ -1,0 +1,254 @@
+"""The levels of a fusion that are convolved at the target's resolution: by PyTorch's convolution or
+product, or by Winograd's algorithm."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d.images import centered, empty_image, matrix, to_channels_last
+from fastfuse.ops.fusion_conv2d.shape import Gradients
+from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
+from fastfuse.ops.product import multiply_into
+
+__all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
+
+
+class TargetResolution(Strategy):
+    """Levels brought to the target's size, if they are of another, and convolved as one."""
+
+    takes_several = False  # inputs of one size, without their concatenation
+
+    @property
+    def equalizes_first(self) -> bool:
+        """Whether inputs are upsampled, equalized and concatenated before: levels of other sizes,
+        or several where the convolution takes one."""
+        resized = any(self.shape.sizes[i] != self.shape.size for i in self.levels)
+        return resized or (len(self.levels) > 1 and not self.takes_several)
+
+    def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
+        """The levels' convolution in the dtype of the weight; with the bias unless it is still to
+        be scaled."""
+        raise NotImplementedError
+
+    def _inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """What is convolved: equalized, or less the means."""
+        if not self.equalizes_first:
+            return [centered(features[i], self.equalization.center(i)) for i in self.levels]
+        fused = torch.ops.fastfuse.upsample_equalize_concat(
+            [features[i] for i in self.levels],
+            *self.shape.size,
+            *self.equalization.mean_and_std(self.levels),
+            self.shape.align_corners,
+            True,
+        )
+        return [fused]
+
+    def _weights(self, weight: Tensor, levels: Sequence[int]) -> Tensor:
+        if len(levels) == len(self.shape.channels):
+            return weight
+        pieces = [weight[:, self.shape.slice_of(i)] for i in levels]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _split(self, gradient: Tensor, axis: int) -> Sequence[Tensor]:
+        """Along the inputs of all levels, by level."""
+        return gradient.split([self.shape.channels[i] for i in self.levels], axis)
+
+    def _to_levels(self, gradient: Tensor, gradients: Gradients) -> None:
+        """The gradient of upsampled, equalized, concatenated levels goes to those that want it."""
+        wanted, shape = gradients.wanted_of(self.levels), self.shape
+        pieces = torch.ops.fastfuse.upsample_equalize_concat_backward(
+            gradient,
+            [sum(shape.channels[j] for j in self.levels if j < i) for i in wanted],
+            [shape.channels[i] for i in wanted],
+            [shape.sizes[i][0] for i in wanted],
+            [shape.sizes[i][1] for i in wanted],
+            self.equalization.mean_and_std(wanted)[1],
+            shape.align_corners,
+            True,
+        )
+        gradients.found.update(zip(wanted, pieces, strict=True))
+
+
+# ---- the library --------------------------------------------------------------------------------
+
+
+class LibraryConvolution(TargetResolution):
+    """PyTorch's convolution, or one product where the kernel is 1x1."""
+
+    @property
+    def is_product(self) -> bool:
+        return self.shape.kernel_size == 1 and self.shape.padding == 0
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """1 / std where it is left to do: of the one level there is then."""
+        return None if self.equalizes_first else self.equalization.scale(self.levels[0])
+
+    def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
+        shape, scale = self.shape, self._scale
+        bias = bias if scale is None else None
+        weights = self._weights(weight, self.levels)
+        if self.is_product:
+            out = empty_image(weight, shape.batch, shape.out_channels, *shape.size)
+            if self.equalizes_first:
+                (x,), center = self._inputs(features), None
+            else:
+                x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
+            multiply_into(matrix(out), matrix(x), weights[:, :, 0, 0], bias, center)
+            return Scaled(out, scale)
+        (x,) = self._inputs(features)
+        with _deterministic(x.device):
+            # Of one channel it may come contiguous.
+            out = to_channels_last(
+                torch.conv2d(
+                    x.to(weight.dtype), to_channels_last(weights), bias, padding=shape.padding
+                )
+            )
+        return Scaled(out, scale)
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        features: Sequence[Tensor],
+        weight: Tensor | None,
+        gradients: Gradients,
+    ) -> None:
+        shape, scale, wanted = self.shape, self._scale, gradients.wanted_of(self.levels)
+        channels = sum(shape.channels[i] for i in self.levels)
+        # Where a tensor is not needed only its shape counts.
+        if gradients.weight is not None:
+            x = self._inputs(features)[0].to(grad_output.dtype)
+        else:
+            x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
+        if wanted:
+            assert weight is not None
+            weights = to_channels_last(self._weights(weight, self.levels))
+        else:
+            kernel = shape.kernel_size, shape.kernel_size
+            weights = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
+        with _deterministic(grad_output.device):
+            x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
+                grad_output, x, weights, None, [1, 1], [shape.padding] * 2, [1, 1], False, [0, 0],
+                1, [bool(wanted), gradients.weight is not None, False],
+            )  # fmt: skip
+        if gradients.weight is not None:
+            pieces = self._split(_multiplied(w_gradient, scale), 1)
+            for i, piece in zip(self.levels, pieces, strict=True):
+                gradients.weight[:, shape.slice_of(i)] = piece
+        if wanted and self.equalizes_first:
+            self._to_levels(x_gradient, gradients)
+        elif wanted:
+            gradients.found[self.levels[0]] = _multiplied(x_gradient, scale)
+
+    def described(self, work: str, wide: str) -> str:
+        return (
+            f"by torch.mm in {work}"
+            if self.is_product
+            else (f"by the library's convolution in {work}")
+        )
+
+
+def _multiplied(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    """In the accumulation dtype, which is that of ``scale``, and rounded once."""
+    return tensor if scale is None else (tensor * scale).to(tensor.dtype)
+
+
+class _Deterministic:
+    """A context in which cuDNN's convolutions give the same bits every time.
+
+    The setting is the process's, and threads may be inside together: the first to enter keeps what
+    it was, the last to leave restores it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.usual = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.usual = torch.backends.cudnn.deterministic
+                torch.backends.cudnn.deterministic = True
+            self.inside += 1
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                torch.backends.cudnn.deterministic = self.usual
+
+
+_DETERMINISTIC = _Deterministic()
+
+
+def _deterministic(device: torch.device) -> AbstractContextManager[None]:
+    return _DETERMINISTIC if device.type == "cuda" else nullcontext()
+
+
+# ---- Winograd's algorithm -----------------------------------------------------------------------
+
+
+class WinogradConvolution(TargetResolution):
+    """F(4x4, 3x3), of several inputs without their concatenation; scales go into the weight."""
+
+    takes_several = True
+
+    def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
+        shape = self.shape
+        out = empty_image(weight, shape.batch, shape.out_channels, *shape.out_size)
+        taps = winograd.transform_weight(self._taps(weight, self.levels))
+        winograd.convolve(out, self._inputs(features), taps, bias, shape.padding)
+        return Scaled(out, None)
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        features: Sequence[Tensor],
+        weight: Tensor | None,
+        gradients: Gradients,
+    ) -> None:
+        shape, equalized = self.shape, self.equalizes_first
+        if gradients.weight is not None:
+            inputs = self._inputs(features)
+            products = winograd.weight_gradient(grad_output, inputs, shape.padding)
+            if self.equalization.inverse_std is not None and not equalized:
+                products = products * self._per_channel(self.levels)
+            for i, piece in zip(self.levels, self._split(products, 2), strict=True):
+                gradients.write_weight(i, slice(None), piece)
+        wanted = gradients.wanted_of(self.levels)
+        if not wanted:
+            return
+        assert weight is not None
+        if equalized:
+            self._to_levels(self._input_gradient(grad_output, weight, self.levels), gradients)
+            return
+        for i in wanted:
+            gradients.found[i] = self._input_gradient(grad_output, weight, [i])
+
+    def _input_gradient(self, grad_output: Tensor, weight: Tensor, levels: Sequence[int]) -> Tensor:
+        shape = self.shape
+        channels = sum(shape.channels[i] for i in levels)
+        gradient = empty_image(grad_output, shape.batch, channels, *shape.size)
+        winograd.input_gradient(gradient, grad_output, self._taps(weight, levels), shape.padding)
+        return gradient
+
+    def _taps(self, weight: Tensor, levels: Sequence[int]) -> Tensor:
+        """The levels' weights as (k * k, C_out, C_in), over their std unless the inputs are."""
+        weights = self._weights(weight, levels)
+        taps = weights.permute(2, 3, 0, 1).reshape(-1, self.shape.out_channels, weights.shape[1])
+        if self.equalization.inverse_std is None or self.equalizes_first:
+            return taps
+        return taps * self._per_channel(levels)
+
+    def _per_channel(self, levels: Sequence[int]) -> Tensor:
+        inverse_std = self.equalization.inverse_std
+        assert inverse_std is not None
+        return torch.cat([inverse_std[i].expand(self.shape.channels[i]) for i in levels])
+
+    def described(self, work: str, wide: str) -> str:
+        return f"by Winograd's F(4x4, 3x3) in {wide}"  # float32 for all narrower
