@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from fastfuse.backends import select
+from fastfuse.backends import is_transformed, select
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.checks import check_image, check_tensor, check_vector
 from fastfuse.ops.define import Operation
@@ -75,6 +75,8 @@ def upsample_cross_entropy(
     weight = _checked_weight(logits, weight)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
         raise TypeError(f"{NAME}: ignore_index must be an int; got {type(ignore_index).__name__}")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{NAME}: ignore_index must be an int of 64 bits; got {ignore_index}")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
         kind = type(label_smoothing).__name__
         raise TypeError(f"{NAME}: label_smoothing must be a number; got {kind}")
@@ -87,24 +89,50 @@ def upsample_cross_entropy(
     backend, device = select(OPERATION, logits), logits.device.type
     with without_autocast(device):
         if backend == "reference":
-            return reference(logits, target, *options, reduction)
+            try:
+                return reference(logits, target, *options, reduction)
+            except (IndexError, RuntimeError):
+                if device == "cpu" and not is_transformed():  # where values can be read
+                    _check_classes(target, logits.shape[1], ignore_index)
+                raise
         loss, _ = forward[backend](logits, target, *options)
         if reduction == "none":
             return loss
-        total = loss.sum()
+        total = _sum(loss)
         return total if reduction == "sum" else total / _count(target, weight, ignore_index)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Axis by axis: the order of torch.sum over all of them depends on the number of threads."""
+    return values.sum(2).sum(1).sum()
 
 
 def _count(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """How many pixels count, or their weights' sum."""
-    counted = target != ignore_index
     if weight is None:
-        return counted.count_nonzero()
-    return weight[target.masked_fill(~counted, 0).clamp(0, weight.shape[0] - 1)][counted].sum()
+        return (target != ignore_index).count_nonzero()
+    weights = weight[target.clamp(0, weight.shape[0] - 1)]
+    return _sum(weights.masked_fill(target == ignore_index, 0))
+
+
+def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """PyTorch names the value, or neither; the kernels say where it is too."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= classes))
+    for at in wrong.nonzero()[:1].tolist():
+        raise RuntimeError(
+            f"{NAME}: target must be classes from 0 to {classes - 1} or ignore_index = "
+            f"{ignore_index}; got {target[tuple(at)].item()} at {at}"
+        )
+
+
+def _check_dense(argument: str, value: Tensor) -> None:
+    check_tensor(NAME, argument, value)
+    if value.layout != torch.strided:
+        raise ValueError(f"{NAME}: {argument} must be a dense tensor; got layout {value.layout}")
 
 
 def _check_target(logits: Tensor, target: Tensor) -> None:
-    check_tensor(NAME, "target", target)
+    _check_dense("target", target)
     if logits.shape[1] < 1:
         raise ValueError(
             f"{NAME}: logits must have at least 1 class; got shape {tuple(logits.shape)}"
@@ -133,7 +161,7 @@ def _checked_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
     """In the accumulation dtype."""
     if weight is None:
         return None
-    check_tensor(NAME, "weight", weight)
+    _check_dense("weight", weight)
     if not weight.is_floating_point():
         name = str(weight.dtype).removeprefix("torch.")
         raise ValueError(f"{NAME}: weight must be a floating-point tensor; got {name}")

@@ -23,7 +23,7 @@ _SMALL: dict[str, Any] = {
 _LARGE: dict[str, Any] = {
     "ratio 4": ((2, 150, 12, 16), (48, 64), False, 0.0),
     "odd, weighted and smoothed": ((1, 19, 13, 7), (31, 40), True, 0.1),
-    "one class": ((2, 1, 4, 4), (9, 9), False, 0.0),
+    "two classes": ((2, 2, 4, 4), (9, 9), False, 0.0),  # of one all is 0: errors have no scale
     "one size": ((1, 21, 9, 11), (9, 11), True, 0.0),
     "one pixel": ((3, 33, 1, 1), (5, 6), False, 0.3),
     "down": ((1, 65, 30, 40), (11, 13), False, 0.0),
