@@ -285,11 +285,6 @@ def test_of_one_size_and_not_finite(any_backend: str, axis: str, value: float) -
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("size", [(4, 5), (9, 5)], ids=["one size", "one width"])
-@pytest.mark.xfail(
-    strict=True,
-    reason="where widths agree, 0 times the column on the right is added: a pixel whose right "
-    "neighbour is not finite becomes NaN",
-)
 def test_of_one_width_neighbours_stay_apart(size: tuple[int, int], value: float) -> None:
     x = torch.randn(1, 11, 4, 5, dtype=torch.float64)
     x[0, 3, 2, 3] = value
@@ -299,11 +294,6 @@ def test_of_one_width_neighbours_stay_apart(size: tuple[int, int], value: float)
     assert torch.equal(labels[..., :3], clean.argmax(1))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a target row on the last source row is that row, not 1 times it and 0 times it: "
-    "an infinity stays one, which is NaN in PyTorch (and along x)",
-)
 def test_infinity_on_the_last_row() -> None:
     x = torch.zeros(1, 3, 4, 4)
     x[0, 1] = -INF
