@@ -143,7 +143,7 @@ def measured(
         tolerances=tolerances,
         exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
         compared=compared,
-        budget_s=1 if tiny else 12,
+        budget_s=1 if tiny else 6,
         max_rounds=2000 if tiny else 20,
         device=device,
         nbytes=None if tiny else nbytes,
