@@ -55,6 +55,7 @@ __all__ = [
     "plain_float32",
     "random_tensors",
     "settled_call_s",
+    "tensors",
     "too_long",
     "work",
 ]
@@ -314,7 +315,7 @@ class Agreement:
     seconds: dict[str, float] = field(default_factory=dict)  # of the call that was checked
 
 
-def _tensors(result: Any) -> list[Tensor]:
+def tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
@@ -323,6 +324,7 @@ def _relative_error(result: Tensor, expected: Tensor) -> float:
     difference, scale = 0.0, 1e-30
     widest = torch.promote_types(result.dtype, expected.dtype)
     wide = torch.promote_types(widest, torch.float32)
+    result, expected = torch.atleast_1d(result), torch.atleast_1d(expected)
     axis = min(1, result.ndim - 1)
     for a, b in zip(result.split(64, axis), expected.split(64, axis), strict=True):
         error = (a.to(wide) - b.to(wide)).abs_().max().item()
@@ -336,6 +338,7 @@ def check_agreement(
     variants: Sequence[Variant],
     tolerances: Mapping[str, float],
     exact: Callable[[], Any] | None = None,
+    compared: Callable[[Any], Any] | None = None,
 ) -> Agreement:
     """Runs every variant once and holds its tensors against the first variant's.
 
@@ -346,6 +349,7 @@ def check_agreement(
     Args:
         tolerances: largest relative error of each compared tensor of a result, by its name.
         exact: computes the same in float64, of the same inputs.
+        compared: what of a result is compared, if not all of it as it is.
 
     Raises:
         MismatchError: with what differs and by how much; or when nothing could be compared.
@@ -355,11 +359,14 @@ def check_agreement(
 
     def run(variant: Variant) -> list[Tensor]:
         begin = time.perf_counter()
-        result = _tensors(variant.call())
+        result = variant.call()
         found.seconds[variant.title] = time.perf_counter() - begin
-        return result
+        return seen(result)
 
-    expected, compared = run(ours), 0
+    def seen(result: Any) -> list[Tensor]:
+        return tensors(compared(result) if compared else result)
+
+    expected, agreeing = run(ours), 0
     for variant in variants[1:]:
         try:
             results = run(variant)
@@ -384,7 +391,7 @@ def check_agreement(
                     f"{variant.title} and {ours.title} differ in {name}: relative error "
                     f"{error:.2e} > {tolerance:.2e}"
                 )
-            truth = truth or _tensors(exact())
+            truth = truth or seen(exact())
             own, theirs = _relative_error(b, truth[i]), _relative_error(a, truth[i])
             if not own <= tolerance:
                 raise MismatchError(
@@ -395,9 +402,9 @@ def check_agreement(
                 wrong.append(f"wrong {name}, {theirs:.1e} off float64 and fastfuse {own:.1e}")
         if wrong:
             found.wrong[variant.title] = "; ".join(wrong)
-        compared += variant.rival and not variant.differs
+        agreeing += variant.rival and not variant.differs
         found.usable.append(variant)
-    if not compared:
+    if not agreeing:
         raise MismatchError(f"{ours.title}: no variant computes the same, so nothing was checked")
     return found
 
@@ -430,6 +437,7 @@ def compare(
     budget_s: float,
     allowance: Allowance,
     exact: Callable[[], Any] | None = None,
+    compared: Callable[[Any], Any] | None = None,
     max_rounds: int = 20,
     device: str = "cpu",
     nbytes: int | None = None,
@@ -444,7 +452,7 @@ def compare(
         benchmark: pytest-benchmark's fixture; its own statistics are those of the fastfuse that
             was faster while warming up.
         info: what names the cell (op, shape, dtype, mode), copied to ``extra_info``.
-        tolerances, exact: as ``check_agreement`` takes them.
+        tolerances, exact, compared: as ``check_agreement`` takes them.
         budget_s: about how long the rounds may take, and no longer than the allowance has; at
             least ``MIN_ROUNDS`` are run.
         nbytes: bytes that must move: each input read once, each result written once.
@@ -459,7 +467,7 @@ def compare(
         roof, gflops, peak_bytes, kept_bytes, wrong), ``left_out``.
     """
     allowance.say("checks that the variants agree")
-    agreement = check_agreement(variants, tolerances, exact)
+    agreement = check_agreement(variants, tolerances, exact, compared)
     variants = [variant for variant in agreement.usable if variant.timed]
     clock = Clock(device, host=host)
     roof = CopyRoof(device) if nbytes else None
