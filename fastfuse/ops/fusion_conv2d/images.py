@@ -1,4 +1,4 @@
-"""channels_last images as matrices, and weights as taps."""
+"""channels_last images, and weights as taps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from torch import Tensor
 
 from fastfuse.ops.memory import empty
 
-__all__ = ["centered", "empty_image", "matrix", "tap_weights", "to_channels_last"]
-
-
-def to_channels_last(image: Tensor) -> Tensor:
-    return image.contiguous(memory_format=torch.channels_last)
+__all__ = ["centered", "empty_image", "tap_weights"]
 
 
 def centered(image: Tensor, center: Tensor | None) -> Tensor:
@@ -23,11 +19,6 @@ def centered(image: Tensor, center: Tensor | None) -> Tensor:
         [image], *size, center, None, False,
         channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
     )  # fmt: skip
-
-
-def matrix(image: Tensor) -> Tensor:
-    """(pixels, channels) of a channels_last image, a view."""
-    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
 
 
 def empty_image(like: Tensor, *shape: int) -> Tensor:

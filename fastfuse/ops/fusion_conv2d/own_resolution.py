@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d.images import empty_image, matrix, tap_weights
+from fastfuse.ops.fusion_conv2d.images import empty_image, tap_weights
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
+from fastfuse.ops.layout import rows
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -61,12 +62,12 @@ class OwnResolution(Strategy):
             for i, taps in images.items():
                 products = tap_weights(weight, chunk, shape.slice_of(i))
                 if i in in_parts:
-                    exact = torch.mm(matrix(features[i]).float(), products.t().float())
-                    matrix(taps).copy_(exact)
+                    exact = torch.mm(rows(features[i]).float(), products.t().float())
+                    rows(taps).copy_(exact)
                     remainders.append(torch.empty_like(taps))
-                    matrix(remainders[-1]).copy_(exact - matrix(taps))
+                    rows(remainders[-1]).copy_(exact - rows(taps))
                 else:
-                    torch.mm(matrix(features[i]), products.t(), out=matrix(taps))
+                    torch.mm(rows(features[i]), products.t(), out=rows(taps))
             torch.ops.fastfuse.tap_sum_into(
                 out[:, chunk],
                 [*images.values(), *remainders],
@@ -113,13 +114,13 @@ class OwnResolution(Strategy):
                 if i in wanted:
                     assert weight is not None
                     products = tap_weights(weight, chunk, shape.slice_of(i))
-                    x_gradient = matrix(gradients.found[i])
+                    x_gradient = rows(gradients.found[i])
                     if chunk.start == 0:
-                        torch.mm(matrix(taps), products, out=x_gradient)
+                        torch.mm(rows(taps), products, out=x_gradient)
                     else:
-                        torch.addmm(x_gradient, matrix(taps), products, out=x_gradient)
+                        torch.addmm(x_gradient, rows(taps), products, out=x_gradient)
                 if gradients.weight is not None:
-                    products = torch.mm(matrix(taps).t(), matrix(features[i]))
+                    products = torch.mm(rows(taps).t(), rows(features[i]))
                     gradients.write_weight(i, chunk, products)
 
     def described(self, work: str, wide: str) -> str:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import winograd
-from fastfuse.ops.fusion_conv2d.images import centered, empty_image, matrix, to_channels_last
+from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
+from fastfuse.ops.layout import in_layout, rows
 from fastfuse.ops.product import multiply_into
 
 __all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
@@ -100,17 +101,13 @@ class LibraryConvolution(TargetResolution):
                 (x,), center = self._inputs(features), None
             else:
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
-            multiply_into(matrix(out), matrix(x), weights[:, :, 0, 0], bias, center)
+            multiply_into(rows(out), rows(x), weights[:, :, 0, 0], bias, center)
             return Scaled(out, scale)
         (x,) = self._inputs(features)
         with _deterministic(x.device):
-            # Of one channel it may come contiguous.
-            out = to_channels_last(
-                torch.conv2d(
-                    x.to(weight.dtype), to_channels_last(weights), bias, padding=shape.padding
-                )
-            )
-        return Scaled(out, scale)
+            weights = in_layout(weights, True)
+            out = torch.conv2d(x.to(weight.dtype), weights, bias, padding=shape.padding)
+        return Scaled(in_layout(out, True), scale)  # of one channel it may come contiguous
 
     def backward(
         self,
@@ -128,7 +125,7 @@ class LibraryConvolution(TargetResolution):
             x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
         if wanted:
             assert weight is not None
-            weights = to_channels_last(self._weights(weight, self.levels))
+            weights = in_layout(self._weights(weight, self.levels), True)
         else:
             kernel = shape.kernel_size, shape.kernel_size
             weights = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
