@@ -1,9 +1,10 @@
 // Vector bodies of upsample_cross_entropy, compiled once per instruction set (see isa_list.h).
 //
-// Forward finds a pixel's largest value, then the sum of exponentials. Backward computes values and
-// probabilities again and gathers: a target row's gradient goes to its source columns, and from
-// there to its two source rows, which are stored when the last row that reads them is done. A
-// source row's sum has one order, whoever computes it.
+// Each column's largest logit comes off before, so that a pixel's exponentials need no pass of
+// their own for the largest value. Backward computes values and probabilities again and gathers: a
+// target row's gradient goes to its source columns, and from there to its two source rows, which
+// are stored when the last row that reads them is done. A source row's sum has one order, whoever
+// computes it.
 
 #include "cpu/logits_bodies.h"
 #include "cpu/upsample_cross_entropy.h"
@@ -49,22 +50,21 @@ A logsumexp_of_one(Between<A> pixel, int64_t classes) {
   return top + log_of(sum);
 }
 
+// A smaller sum has lost digits: the largest value was far below 0.
+template <class A>
+constexpr A kLeastSum = A(0x1p-20);
+
+// Sums of exponentials, of tame rows: shifted values are at most 0, and the largest ones near it.
 template <class A, int Pixels>
-FASTFUSE_INLINE void logsumexp_of(const Logits& logits, const A* row, int64_t x, A* result) {
-  constexpr int64_t lanes = kLanes<A>;
+FASTFUSE_INLINE void exponential_sums(const Logits& logits, const A* row, int64_t x, A* sums) {
   const int64_t stride = padded_classes<A>(logits.classes);
   const PixelsBetween<A, Pixels> pixels(logits, row, x);
-  Vec<A> top[Pixels], sum[Pixels] = {};
-  pixels.at(0, [&](int p, Vec<A> v) __attribute__((always_inline)) { top[p] = v; });
-  for (int64_t c = lanes; c < stride; c += lanes)
+  Vec<A> sum[Pixels] = {};
+  for (int64_t c = 0; c < stride; c += kLanes<A>)
     pixels.at(
-        c, [&](int p, Vec<A> v) __attribute__((always_inline)) { top[p] = larger<A>(v, top[p]); });
+        c, [&](int p, Vec<A> v) __attribute__((always_inline)) { sum[p] += exp_of_negative(v); });
   FASTFUSE_UNROLL
-  for (int p = 0; p < Pixels; ++p) top[p] = folded<A>(top[p], larger<A>);
-  for (int64_t c = 0; c < stride; c += lanes)
-    pixels.at(c, [&](int p, Vec<A> v)
-                     __attribute__((always_inline)) { sum[p] += exp_of_negative(v - top[p]); });
-  for (int p = 0; p < Pixels; ++p) result[p] = top[p][0] + log_of(sum_of_lanes<A>(sum[p]));
+  for (int p = 0; p < Pixels; ++p) sums[p] = sum_of_lanes<A>(sum[p]);
 }
 
 template <class A>
@@ -81,7 +81,8 @@ bool counts(const CrossEntropy& work, int64_t target) {
 template <class S>
 int64_t forward_scratch(const Logits& logits) {
   using A = compute_t<S>;
-  return Rows<S>::scratch(logits) + padded_classes<A>(logits.classes) + logits.image.width;
+  return Rows<S>::scratch(logits) + padded_classes<A>(logits.classes) + logits.image.width +
+         logits.x.out;
 }
 
 template <class S>
@@ -94,6 +95,7 @@ int64_t forward(const CrossEntropyForward& work, int64_t begin, int64_t end, voi
   free += Rows<S>::scratch(logits);
   const Weights<A> weights(work, free);
   A* const dots = free + padded;  // of source columns: sum_c w[c] v[c], which is linear too
+  A* const sums = dots + logits.image.width;
   const A smoothing = static_cast<A>(work.smoothing);
   const A smooth = smoothing / static_cast<A>(logits.classes);
   const A total = static_cast<A>(work.total_weight);
@@ -108,14 +110,13 @@ int64_t forward(const CrossEntropyForward& work, int64_t begin, int64_t end, voi
       constexpr int pixels = decltype(count)::value;
       bool any = false;
       for (int p = 0; p < pixels; ++p) any |= counts(work, target[x + p]);
-      if (!any) {
-        for (int p = 0; p < pixels; ++p) logsumexp[x + p] = 0;
-      } else if (tame) {
-        logsumexp_of<A, pixels>(logits, row, x, logsumexp + x);
-      } else {
-        for (int p = 0; p < pixels; ++p)
-          logsumexp[x + p] = logsumexp_of_one(between(logits, row, x + p), logits.classes);
-      }
+      if (any && tame)
+        exponential_sums<A, pixels>(logits, row, x, sums + x);
+      else
+        for (int p = 0; p < pixels; ++p) sums[x + p] = tame ? 1 : 0;
+    });
+    for_each_vector<A>(width, [&](int64_t x, auto load, auto store) {
+      store(logsumexp + x, log_of_positive(load(sums + x)));
     });
     if (smoothing > 0)
       for (int64_t s = 0; s < logits.image.width; ++s)
@@ -124,9 +125,11 @@ int64_t forward(const CrossEntropyForward& work, int64_t begin, int64_t end, voi
       const int64_t t = target[x];
       if (!counts(work, t)) {
         if (t != work.ignore_index && wrong < 0) wrong = unit * width + x;
-        loss[x] = 0;
+        loss[x] = logsumexp[x] = 0;
         continue;
       }
+      if (!(sums[x] >= kLeastSum<A>))
+        logsumexp[x] = logsumexp_of_one(between(logits, row, x), logits.classes);
       const Between<A> pixel = between(logits, row, x);
       A value = (A(1) - smoothing) * weights.of(t) * (logsumexp[x] - pixel[t]);
       if (smoothing > 0) {
