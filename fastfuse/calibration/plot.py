@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastfuse.calibration.report import BranchReport
+from fastfuse.calibration.branch import BranchReport
 
 __all__ = ["check_plot_path", "plot"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from fastfuse.calibration import MomentsOf, combined, write
+from fastfuse.calibration.branch import BranchReport, BranchScale
 from fastfuse.calibration.observe import (
     Use,
     equalizers,
@@ -32,7 +33,7 @@ from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
-__all__ = ["BranchReport", "BranchScale", "check_numbers_path", "report", "save_report", "table"]
+__all__ = ["check_numbers_path", "report", "save_report", "table"]
 
 
 # Gradients are those of so many images, and of random upstream gradients for at least so many
@@ -40,46 +41,6 @@ __all__ = ["BranchReport", "BranchScale", "check_numbers_path", "report", "save_
 _IMAGES = 4
 _DRAWN_CHANNELS = 128
 _FORMAT = "fastfuse report"
-
-
-@dataclass(frozen=True)
-class BranchScale:
-    """Of one branch as it is concatenated.
-
-    Attributes:
-        mean, variance: over images (of weight 1 each), channels and positions.
-        gradient: RMS of the gradient of the branch's part of the fusion's weight, for an upstream
-            gradient of independent N(0, 1) values divided by the root of their number per channel
-            (Proposition 3.1: its square is about mean² + variance).
-    """
-
-    mean: float
-    variance: float
-    gradient: float
-
-
-@dataclass(frozen=True)
-class BranchReport:
-    """One branch of one fusion: where it comes from, and its scale before and after calibration."""
-
-    fusion: str
-    level: int
-    channels: int
-    size: tuple[int, int]
-    target: tuple[int, int]
-    before: BranchScale
-    after: BranchScale
-
-    @property
-    def label(self) -> str:
-        """Such as "level 2 (512 ch, x8)"."""
-        return f"level {self.level} ({self.channels} ch, {self.ratio})"
-
-    @property
-    def ratio(self) -> str:
-        """Of the upsampling: "x8", or "x5.3x8" where height and width differ."""
-        ratios = [f"x{t / s:.3g}" for s, t in zip(self.size, self.target, strict=True)]
-        return ratios[0] if ratios[0] == ratios[1] else "".join(ratios)
 
 
 def report(
