@@ -121,3 +121,8 @@ def test_batched_gradients_are_named() -> None:
     output = scaled_sum["cpu"](images, scale, [])
     with pytest.raises(RuntimeError, match=r"^test_scaled_sum: backward expects plain gradients"):
         torch.autograd.grad(output, images[0], torch.ones(4, 2, 3).double(), is_grads_batched=True)
+
+
+def test_an_op_without_kernels() -> None:
+    op = Op("test_nothing(Tensor x) -> Tensor", kernels={}, flops=lambda x, **_: 1)
+    assert (op.name, op.backends) == ("test_nothing", ())

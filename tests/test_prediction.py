@@ -205,6 +205,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mode": "slide"}, "mode 'slide' needs crop, the window's .* got None"),
     ({"crop": 8}, "crop and stride are of mode 'slide'; got mode 'whole'"),
     ({"mode": "slide", "crop": 0}, r"crop must be a positive int or two \(height, width\); got 0"),
+    ({"mode": "slide", "crop": 8.0}, r"crop must be a positive int or two .* got 8\.0"),
     ({"mode": "slide", "crop": (8, 8, 8)}, "crop must be a positive int or two"),
     (
         {"mode": "slide", "crop": 65},

@@ -223,7 +223,7 @@ def check_prediction(
 
 
 def _pair(op: str, argument: str, value: Sequence[int] | int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    pair = tuple(value) if isinstance(value, (list, tuple, torch.Size)) else (value, value)
     if len(pair) != 2 or not all(
         isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair
     ):

@@ -60,7 +60,7 @@ class Op:
 
     Args:
         schema: as PyTorch's, ``name(Tensor x, ...) -> Tensor``.
-        kernels: by backend, fastest first.
+        kernels: by backend, fastest first; none yet: the op is its reference alone.
         fake: what it returns, of the same arguments, with no values.
         derivative: None: nothing is ever recorded of it.
         flops: of the arguments, with shapes in the places of tensors.
@@ -104,7 +104,7 @@ class Op:
                     )
                 calls[overload] = call
             self._calls[backend] = calls[overload]
-        if flops is not None:
+        if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
 
     def __getitem__(self, backend: str) -> _Call:

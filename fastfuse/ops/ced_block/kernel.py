@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import rows
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, wide
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -27,12 +27,12 @@ def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None, eps: float) 
     _, _, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
     return Mlp(
         fc1_weight,
-        wide(fc1_bias),
+        to_accumulation(fc1_bias),
         fc2_weight,
-        wide(fc2_bias),
-        wide(scale),
-        wide(keep),
-        Norm(wide(norm_weight), wide(norm_bias), eps),
+        to_accumulation(fc2_bias),
+        to_accumulation(scale),
+        to_accumulation(keep),
+        Norm(to_accumulation(norm_weight), to_accumulation(norm_bias), eps),
         x.shape[2] * x.shape[3],
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import rows
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, wide
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -41,7 +41,7 @@ class _Step:
     def __init__(self, parameters: Sequence[Any], dilation: int, eps: float) -> None:
         self.weight, self.bias, norm_weight, norm_bias = parameters
         self.dilation = dilation
-        self.norm = Norm(wide(norm_weight), wide(norm_bias), eps)
+        self.norm = Norm(to_accumulation(norm_weight), to_accumulation(norm_bias), eps)
 
     def forward(self, x: Tensor, keeping: bool) -> tuple[Tensor, Tensor]:
         """The convolution's result, if it is kept, and the step's."""
@@ -87,11 +87,11 @@ def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None) -> Mlp:
     fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
     return Mlp(
         fc1_weight,
-        wide(fc1_bias),
+        to_accumulation(fc1_bias),
         fc2_weight,
-        wide(fc2_bias),
-        wide(scale),
-        wide(keep),
+        to_accumulation(fc2_bias),
+        to_accumulation(scale),
+        to_accumulation(keep),
         None,
         x.shape[2] * x.shape[3],
     )

@@ -19,20 +19,20 @@ from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 from fastfuse.ops.product import Choice, RowBuffer, Weight
 
-__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "wide"]
+__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "to_accumulation"]
 
 ROW_MULTIPLE = 128
 
 
 @overload
-def wide(vector: Tensor) -> Tensor: ...
+def to_accumulation(vector: Tensor) -> Tensor: ...
 
 
 @overload
-def wide(vector: None) -> None: ...
+def to_accumulation(vector: None) -> None: ...
 
 
-def wide(vector: Tensor | None) -> Tensor | None:
+def to_accumulation(vector: Tensor | None) -> Tensor | None:
     """A vector as the pointwise steps take it: contiguous, in the accumulation dtype."""
     if vector is None:
         return None
