@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.models import Segmentor
+from fastfuse.heads import FCNHead
+from fastfuse.models import CEDNet, Segmentor
 from fastfuse.models.prediction import window_starts
 
 
@@ -70,7 +71,8 @@ def plain(net: Segmentor, images: Tensor, **options: Any) -> Tensor:
         logits = plain_slide(net, images, crop, stride) if crop else net(images)
         return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
     for scale in scales:
-        scaled = tuple(n if scale == 1 else max(32, round(n * scale / 32) * 32) for n in size)
+        multiples = tuple(max(32, round(n * scale / 32) * 32) for n in size)
+        scaled = size if scales == (1.0,) else multiples
         resized = F.interpolate(images, scaled, mode="bilinear")
         for mirrored in (False, True) if options.get("flip") else (False,):
             inputs = resized.flip(3) if mirrored else resized
@@ -167,6 +169,33 @@ def test_metrics_of_torchmetrics() -> None:
     assert pixels.compute().item() == pytest.approx(float((a == b)[counted].double().mean()))
 
 
+def test_windows_of_narrow_logits() -> None:
+    """Their sum has the digits of float32, however many they are."""
+    net = model(19).bfloat16()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.bfloat16)
+    total: Any = 0
+    with torch.no_grad():
+        for top in range(0, 33, 2):
+            for left in range(0, 33, 2):
+                window = images[:, :, top : top + 32, left : left + 32]
+                logits = net(window).float()
+                total = total + F.pad(logits, (left, 32 - left, top, 32 - top))
+    found = net.predict(images, mode="slide", crop=32, stride=2)
+    count = torch.zeros(64).index_add_(
+        0, torch.cat([torch.arange(t, t + 32) for t in range(0, 33, 2)]), torch.ones(17 * 32)
+    )
+    expected = (total / (count[:, None] * count)).argmax(1)
+    assert (found != expected).double().mean() < 1e-3
+
+
+def test_scales_of_any_size() -> None:
+    """A backbone that takes multiples of 32 alone gets them."""
+    backbone = CEDNet("tiny", channels=(4, 6, 8, 10), depths=(1, 1, 1, 1), stages=2)
+    net = Segmentor(backbone, FCNHead(10, 4, 3, num_convs=1, concat_input=False)).eval()
+    images = torch.randn(1, 3, 70, 100)
+    assert net.predict(images, scales=(0.5, 1.0), flip=True).shape == (1, 70, 100)
+
+
 MEMORY = """
 import resource, torch
 from torch import nn
@@ -219,6 +248,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"scales": ()}, r"scales must be positive numbers, one at least; got \(\)"),
     ({"scales": (1.0, 0.0)}, "scales must be positive numbers"),
     ({"scales": (float("inf"),)}, "scales must be positive numbers"),
+    ({"scales": (True,)}, "scales must be positive numbers"),
     ({"scales": 1.0}, "scales must be positive numbers, one at least; got 1.0"),
     ({"mode": "tiles"}, "mode must be one of whole, slide; got 'tiles'"),
 ]

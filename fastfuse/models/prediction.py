@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class Prediction:
     def labels(self, images: Tensor) -> Tensor:
         """(N, H, W) int64.
 
-        Beside the model's own maps a window takes the logits of the windows that overlap it, at
-        their own size, and one window's at full size. Scales and flips take three maps of all
+        Beside the model's own maps windows take the logits of those rows of windows that overlap,
+        at their own size, and two windows' at full size. Scales and flips take three maps of all
         classes at full size.
         """
         if self.flip or tuple(self.scales) != (1.0,):
@@ -82,9 +83,9 @@ class Prediction:
         height, width = images.shape[2:]
         total: Tensor | None = None
         for scale in self.scales:
-            size = (
-                (height, width) if scale == 1 else tuple(_scaled(n, scale) for n in (height, width))
-            )
+            size = (height, width)
+            if tuple(self.scales) != (1.0,):
+                size = (_scaled(height, scale), _scaled(width, scale))
             resized = images
             if size != (height, width):
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -140,9 +141,12 @@ class Prediction:
                 right = xs[j + 1] if j + 1 < len(xs) else width
                 window = images[:, :, top : top + crop[0], left : left + crop[1]]
                 seen[top].append(self.logits(window.contiguous()))
-                reach = left + crop[1]
-                new = seen[top][-1].new_zeros(
-                    (*seen[top][-1].shape[:2], bottom - top, reach - left)
+                logits = seen[top][-1]
+                # Of many windows: narrow dtypes would round each partial sum.
+                new = torch.zeros(
+                    (*logits.shape[:2], bottom - top, crop[1]),
+                    dtype=torch.promote_types(logits.dtype, torch.float32),
+                    device=logits.device,
                 )
                 if total is not None:  # what earlier windows left of these columns
                     kept = total[..., left - begun :]
@@ -191,14 +195,20 @@ def check_prediction(
     crop: Sequence[int] | int | None,
     stride: Sequence[int] | int | None,
     scales: Sequence[float],
+    flip: bool,
 ) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
     """Crop and stride as pairs; None of the whole image."""
+    if not isinstance(flip, bool):
+        raise TypeError(f"{op}: flip must be a bool; got {type(flip).__name__}")
     if mode not in MODES:
         raise ValueError(f"{op}: mode must be one of {', '.join(MODES)}; got {mode!r}")
     if (
         not isinstance(scales, Sequence)
         or not scales
-        or not all(isinstance(s, (int, float)) and 0 < s < math.inf for s in scales)
+        or not all(
+            isinstance(s, (int, float)) and not isinstance(s, bool) and 0 < s < math.inf
+            for s in scales
+        )
     ):
         raise ValueError(f"{op}: scales must be positive numbers, one at least; got {scales!r}")
     if mode == "whole":
@@ -223,11 +233,11 @@ def check_prediction(
 
 
 def _pair(op: str, argument: str, value: Sequence[int] | int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, (list, tuple, torch.Size)) else (value, value)
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2 or not all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in pair
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1 for n in pair
     ):
         raise ValueError(
             f"{op}: {argument} must be a positive int or two (height, width); got {value!r}"
         )
-    return pair
+    return int(pair[0]), int(pair[1])

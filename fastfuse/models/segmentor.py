@@ -155,21 +155,23 @@ class Segmentor(nn.Module):
             threshold: of one class alone: above which probability a pixel is 1. None: 0.5.
             crop: the window's (height, width) in pixels, or one number for both.
             stride: from one window to the next, in pixels; None: two thirds of crop.
-            scales: by which images are resized, bilinearly and to multiples of 32, beforehand.
+            scales: by which images are resized beforehand, bilinearly and to multiples of 32, by 1
+                too if there are others.
             flip: whether they are mirrored from left to right too. Of several scales, and of flips,
                 the mean of the probabilities decides: the papers' multi-scale test is
                 ``scales=(0.5, 0.75, 1.0, 1.25, 1.5, 1.75), flip=True``.
 
-        A window takes memory for the windows that overlap it, whatever the image's size; scales
-        and flips take three maps of all classes at the images' size.
+        Windows take memory for the head's logits of those rows of windows that overlap, and for two
+        windows at full size; scales and flips take three maps of all classes at the images' size.
 
         Raises:
+            TypeError: flip is no bool.
             ValueError: an unknown mode; a threshold outside (0, 1), or of several classes; a crop
                 larger than the images, a stride larger than the crop; no scales.
             RuntimeError: a module in training mode that cannot be copied.
         """
         check_image("Segmentor", "images", images)
-        window, step = check_prediction("Segmentor", images, mode, crop, stride, scales)
+        window, step = check_prediction("Segmentor", images, mode, crop, stride, scales, flip)
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"Segmentor: threshold must be between 0 and 1; got {threshold}")
         model = in_evaluation("Segmentor", self)
