@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import Block, both_blocks, with_gradients
-from inputs import both_layouts, every_dtype
+from inputs import both_layouts
 from torch import Tensor
 
 from fastfuse import backend
 from fastfuse.ops.pointwise import mlp
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
-from fastfuse.verify import check_sample
 
 pytestmark = pytest.mark.gpu
 
@@ -25,18 +24,6 @@ def on_gpu(
     block: Block, shape: tuple[int, ...] = SHAPE, hidden: int = HIDDEN, **how: object
 ) -> list[Tensor]:
     return [t.to("cuda") for t in block.inputs(shape, hidden, **how)]
-
-
-@both_blocks
-@both_layouts
-@every_dtype
-def test_equals_the_definition(dtype: torch.dtype, channels_last: bool, block: Block) -> None:
-    with backend("triton"):
-        for small in (True, False):
-            for sample in block.samples(
-                device="cuda", dtype=dtype, channels_last=channels_last, small=small
-            ):
-                check_sample(sample)
 
 
 @both_blocks

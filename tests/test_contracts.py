@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import both_layouts
+from inputs import ISAS, both_layouts, every_dtype
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -19,6 +19,7 @@ from fastfuse.backends import BackendError, backend
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.ops.sample import Sample
+from fastfuse.verify import check_sample, gradcheck
 
 each_op = pytest.mark.parametrize("op", OPERATIONS)
 each_differentiable_op = pytest.mark.parametrize(
@@ -37,8 +38,15 @@ def _kernels_of_little_work() -> Iterator[None]:
         yield
 
 
-def small(op: str, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> list[Sample]:
-    options = {"device": "cpu", "dtype": dtype, "channels_last": channels_last, "small": True}
+def samples(
+    op: str,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    *,
+    device: str = "cpu",
+    small: bool = True,
+) -> list[Sample]:
+    options = {"device": device, "dtype": dtype, "channels_last": channels_last, "small": small}
     return list(OPERATIONS[op].samples(**options))
 
 
@@ -76,12 +84,25 @@ def again(value: Any, wanted: bool) -> Any:
     return value.detach().clone().requires_grad_(wanted and value.requires_grad)
 
 
+@pytest.mark.walks_memory
+@each_op
+@both_layouts
+@every_dtype
+def test_equals_the_definition(op: str, isa: str, dtype: torch.dtype, channels_last: bool) -> None:
+    """Outputs and gradients of the CPU kernels, on every instruction set."""
+    with backend("cpu"):
+        for is_small in (True, False):
+            for sample in samples(op, dtype, channels_last, small=is_small):
+                if sample.name != "several chunks" or isa == ISAS[-1]:  # mostly matrix products
+                    check_sample(sample)
+
+
 @each_op
 @both_layouts
 def test_opcheck(op: str, channels_last: bool) -> None:
     """Of the op and of its backward, with every combination of arguments that samples have."""
     seen = set()
-    for sample in small(op, channels_last=channels_last):
+    for sample in samples(op, channels_last=channels_last):
         leaves = leaves_of(sample)
         with backend("cpu"), Calls() as calls:
             output = sample.call(*leaves)
@@ -102,7 +123,7 @@ def test_opcheck(op: str, channels_last: bool) -> None:
 def test_compile(op: str, name: str, dynamic: bool) -> None:
     """One graph, forward and backward, with the strides of eager mode."""
     torch._dynamo.reset()
-    sample = small(op, channels_last=dynamic)[0]
+    sample = samples(op, channels_last=dynamic)[0]
 
     def step(*inputs: Tensor) -> Tensor:
         return sample.call(*inputs).relu() * 2
@@ -131,7 +152,7 @@ def test_compile(op: str, name: str, dynamic: bool) -> None:
 @each_op
 def test_compile_with_a_backend_inside(op: str) -> None:
     torch._dynamo.reset()
-    sample = small(op)[0]
+    sample = samples(op)[0]
 
     def step(*inputs: Tensor) -> Tensor:
         with backend("cpu"):
@@ -152,7 +173,7 @@ class Module(torch.nn.Module):
 
 @each_op
 def test_export(op: str) -> None:
-    sample = small(op)[0]
+    sample = samples(op)[0]
     module = Module(sample.call)
     program = torch.export.export(module, sample.inputs)
     assert any(f"fastfuse.{op}" in str(node.target) for node in program.graph.nodes)
@@ -165,7 +186,7 @@ def test_export(op: str) -> None:
 @both_layouts
 def test_meta_and_fake(op: str, channels_last: bool) -> None:
     """Shapes, dtypes and memory formats with no values; backward too."""
-    for sample in small(op, channels_last=channels_last):
+    for sample in samples(op, channels_last=channels_last):
         leaves = leaves_of(sample)
         with backend("cpu"):
             output = sample.call(*leaves)
@@ -183,7 +204,7 @@ def test_meta_and_fake(op: str, channels_last: bool) -> None:
 @each_op
 def test_autocast(op: str, any_backend: str) -> None:
     """The dtype of autocast, but for float64; gradients in the dtype of what they are of."""
-    for sample in small(op):
+    for sample in samples(op):
         leaves = leaves_of(sample)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = sample.call(*leaves)
@@ -201,8 +222,8 @@ def test_autocast(op: str, any_backend: str) -> None:
 
 @each_differentiable_op
 def test_backward_of_float32_under_autocast(op: str) -> None:
-    leaves = leaves_of(small(op)[0])
-    output = small(op)[0].call(*leaves)
+    leaves = leaves_of(samples(op)[0])
+    output = samples(op)[0].call(*leaves)
     expected = gradients(output, leaves, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = gradients(output, leaves)
@@ -212,7 +233,7 @@ def test_backward_of_float32_under_autocast(op: str) -> None:
 @each_differentiable_op
 def test_torch_func_transforms(op: str) -> None:
     """They run on the reference; a fused backend asked for by name says why it cannot."""
-    sample = small(op, torch.float64)[0]
+    sample = samples(op, torch.float64)[0]
     first, *others = sample.inputs
 
     def loss(x: Tensor) -> Tensor:
@@ -230,7 +251,7 @@ def test_torch_func_transforms(op: str) -> None:
 @each_differentiable_op
 def test_forward_mode_runs_on_the_reference(op: str) -> None:
     """Fused kernels have no forward-mode formula; a tangent must never vanish silently."""
-    sample = small(op, torch.float64)[0]
+    sample = samples(op, torch.float64)[0]
     first, *others = sample.inputs
     tangent = torch.randn_like(first)
     with forward_ad.dual_level():
@@ -246,7 +267,7 @@ def test_forward_mode_runs_on_the_reference(op: str) -> None:
 @each_differentiable_op
 def test_batched_gradients(op: str) -> None:
     """The same as one by one, or an error that says what to do."""
-    sample = small(op, torch.float64)[0]
+    sample = samples(op, torch.float64)[0]
     leaves = leaves_of(sample)
     output = sample.call(*leaves)
     cotangents = torch.randn(3, *output.shape, dtype=output.dtype)
@@ -269,7 +290,7 @@ def test_batched_gradients(op: str) -> None:
 @each_op
 @both_layouts
 def test_inference_mode(op: str, channels_last: bool) -> None:
-    for sample in small(op, channels_last=channels_last):
+    for sample in samples(op, channels_last=channels_last):
         expected = sample.call(*leaves_of(sample))
         with torch.inference_mode():
             assert torch.equal(sample.call(*sample.inputs), expected)
@@ -277,7 +298,7 @@ def test_inference_mode(op: str, channels_last: bool) -> None:
 
 @each_differentiable_op
 def test_checkpointing(op: str) -> None:
-    sample = small(op)[0]
+    sample = samples(op)[0]
     leaves = leaves_of(sample)
     expected = gradients(sample.call(*leaves), leaves)
     output = torch.utils.checkpoint.checkpoint(sample.call, *leaves, use_reentrant=False)
@@ -295,16 +316,18 @@ def test_the_function_is_public(op: str) -> None:
 @pytest.mark.gpu
 @each_op
 @both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gpu_agrees_with_the_cpu(op: str, channels_last: bool, dtype: torch.dtype) -> None:
-    options = {"dtype": dtype, "channels_last": channels_last}
-    for here, there in zip(
-        OPERATIONS[op].samples(device="cpu", **options),
-        OPERATIONS[op].samples(device="cuda", **options),
-        strict=True,
-    ):
-        exact = here.call(*(t.float() for t in here.inputs))
-        tolerance = 1e-3 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(
-            there.call(*there.inputs).cpu().float(), exact, rtol=tolerance, atol=tolerance
-        )
+@every_dtype
+def test_equals_the_definition_on_gpus(op: str, dtype: torch.dtype, channels_last: bool) -> None:
+    with backend("triton"):
+        for is_small in (True, False):
+            for sample in samples(op, dtype, channels_last, device="cuda", small=is_small):
+                check_sample(sample)
+
+
+@pytest.mark.gpu
+@each_differentiable_op
+@both_layouts
+def test_gradcheck_on_gpus(op: str, channels_last: bool) -> None:
+    with backend("triton"):
+        for sample in samples(op, torch.float64, channels_last, device="cuda"):
+            gradcheck(sample, twice=OPERATIONS[op].twice_differentiable)

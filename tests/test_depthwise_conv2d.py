@@ -44,19 +44,6 @@ def with_gradients(
 # ---- values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.walks_memory
-@both_layouts
-@every_dtype
-def test_equals_the_definition(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Output and gradients of the CPU kernels, on every instruction set."""
-    with backend("cpu"):
-        for small in (True, False):
-            for sample in samples(
-                device="cpu", dtype=dtype, channels_last=channels_last, small=small
-            ):
-                check_sample(sample)
-
-
 @both_layouts
 @every_dtype
 def test_the_reference_too(dtype: torch.dtype, channels_last: bool) -> None:

@@ -7,11 +7,9 @@ import torch
 from inputs import both_layouts, every_dtype
 from torch import Tensor
 
-from fastfuse import backend, depthwise_conv2d
+from fastfuse import depthwise_conv2d
 from fastfuse.ops.depthwise_conv2d.reference import reference
-from fastfuse.ops.depthwise_conv2d.samples import samples
 from fastfuse.tolerances import relative_error, tolerance
-from fastfuse.verify import check_sample
 
 pytestmark = pytest.mark.gpu
 
@@ -26,28 +24,6 @@ def cednet(
         for s in (shape, (shape[1], 1, k, k), (shape[1],))
     )  # fmt: skip
     return [x.contiguous(memory_format=memory_format), weight, bias]
-
-
-@both_layouts
-@every_dtype
-def test_equals_the_definition(dtype: torch.dtype, channels_last: bool) -> None:
-    with backend("triton"):
-        for small in (True, False):
-            for sample in samples(
-                device="cuda", dtype=dtype, channels_last=channels_last, small=small
-            ):
-                check_sample(sample)
-
-
-@both_layouts
-def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
-    with backend("triton"):
-        for sample in samples(
-            device="cuda", dtype=torch.float64, channels_last=channels_last, small=True
-        ):
-            inputs = tuple(x.requires_grad_() for x in sample.inputs)
-            assert torch.autograd.gradcheck(sample.call, inputs, fast_mode=True)
-            assert torch.autograd.gradgradcheck(sample.call, inputs, fast_mode=True)
 
 
 @both_layouts

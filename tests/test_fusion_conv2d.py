@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d, upsample_equalize_concat
-from fastfuse.ops.fusion_conv2d.samples import exact, samples
+from fastfuse.ops.fusion_conv2d.samples import exact
 from fastfuse.ops.policy import WinogradRule, policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
-from fastfuse.verify import check_sample
 
 
 @pytest.fixture(autouse=True)
@@ -28,23 +27,6 @@ def by_the_plan() -> Iterator[None]:
 
 
 # ---- values -------------------------------------------------------------------------------------
-
-
-@both_layouts
-@every_dtype
-@pytest.mark.parametrize("small", [True, False])
-def test_equals_the_definition(dtype: torch.dtype, channels_last: bool, small: bool) -> None:
-    """Output and the gradients of features, weight and bias."""
-    with backend("cpu"):
-        for sample in samples(device="cpu", dtype=dtype, channels_last=channels_last, small=small):
-            check_sample(sample)
-
-
-@pytest.mark.walks_memory
-def test_on_every_instruction_set(isa: str) -> None:
-    with backend("cpu"):
-        for sample in samples(device="cpu", dtype=torch.float32, channels_last=True):
-            check_sample(sample)
 
 
 def test_reference_is_what_a_user_would_write() -> None:

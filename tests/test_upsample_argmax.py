@@ -21,9 +21,7 @@ from fastfuse import backend, upsample_argmax
 from fastfuse.backends import DTYPES
 from fastfuse.ops.bilinear import axis_table, interpolate, interpolate_exactly
 from fastfuse.ops.policy import use_isa
-from fastfuse.ops.upsample_argmax.samples import samples
 from fastfuse.tolerances import tolerance
-from fastfuse.verify import check_sample
 
 OP = "upsample_argmax"
 both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
@@ -53,19 +51,6 @@ def check(logits: Tensor, size: tuple[int, int], **options: Any) -> None:
 
 
 # ---- values -------------------------------------------------------------------------------------
-
-
-@pytest.mark.walks_memory
-@both_layouts
-@every_dtype
-def test_equals_the_definition(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
-    """Labels and confidences of the CPU kernels, on every instruction set."""
-    with backend("cpu"):
-        for small in (True, False):
-            for sample in samples(
-                device="cpu", dtype=dtype, channels_last=channels_last, small=small
-            ):
-                check_sample(sample)
 
 
 @both_corners

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfuse import backend, upsample_equalize_concat
+from fastfuse import upsample_equalize_concat
 from fastfuse.backends import DTYPES
-from fastfuse.ops.upsample_equalize_concat.samples import samples
 from fastfuse.tolerances import relative_error, tolerance
-from fastfuse.verify import check_sample
 
 pytestmark = pytest.mark.gpu
 
@@ -27,28 +25,6 @@ def upernet(dtype: torch.dtype, channels_last: bool) -> list[Tensor]:
         .requires_grad_()
         for i in range(4)
     ]
-
-
-@both_layouts
-@every_dtype
-def test_equals_the_definition(dtype: torch.dtype, channels_last: bool) -> None:
-    with backend("triton"):
-        for small in (True, False):
-            for sample in samples(
-                device="cuda", dtype=dtype, channels_last=channels_last, small=small
-            ):
-                check_sample(sample)
-
-
-@both_layouts
-def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
-    with backend("triton"):
-        for sample in samples(
-            device="cuda", dtype=torch.float64, channels_last=channels_last, small=True
-        ):
-            inputs = tuple(x.requires_grad_() for x in sample.inputs)
-            assert torch.autograd.gradcheck(sample.call, inputs, fast_mode=True)
-            assert torch.autograd.gradgradcheck(sample.call, inputs, fast_mode=True)
 
 
 @both_layouts
