@@ -14,7 +14,13 @@ from fastfuse.backends import DTYPES
 
 ISAS = _extension.module.supported_isas() if _extension.module else []
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The accumulation dtype."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def alternating(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
@@ -48,3 +54,15 @@ def images(
 
 def pyramid(**options: Any) -> list[Tensor]:
     return images((2, 20, 12, 16), (2, 17, 6, 8), (2, 5, 3, 4), **options)
+
+
+STRIDES = ["contiguous", "channels_last", "sliced"]
+
+
+def of_strides(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    """A random image of one of ``STRIDES``."""
+    if layout == "sliced":
+        n, c, h, w = shape
+        return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
+    x = torch.randn(shape).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x

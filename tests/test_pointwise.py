@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import every_dtype
+from inputs import every_dtype, wide
 from torch import Tensor
 
 from fastfuse.tolerances import relative_error, tolerance
@@ -19,10 +19,6 @@ EPS = 1e-6
 
 # Rows and channels: parts of vectors, of blocks of rows; more than a thread's share.
 SIZES = [(1, 1), (3, 5), (129, 17), (40, 96), (300, 131), (0, 8)]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class Rows:

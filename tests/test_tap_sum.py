@@ -9,20 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import both_layouts, every_dtype, images
+from inputs import both_corners, both_layouts, every_dtype, images
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, tap_sum
 from fastfuse.ops.tap_sum.samples import exact, samples
 from fastfuse.tolerances import relative_error, tolerance
-
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
 
 # ---- values -------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from inputs import fast_and_slow
+from inputs import both_corners, fast_and_slow
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -81,7 +81,6 @@ def _id(value: object) -> str:
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=_id)
 every_case = fast_and_slow("case dtype layout align_corners", FAST, ALL, ids=_id)
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
 
 
 def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:

@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from inputs import fast_and_slow
+from inputs import both_corners, fast_and_slow
 from sampling_kernel import sampling_kernel
 from triton_offline import Launch, compiled, inspected, print_table, recorded
 
@@ -80,7 +80,6 @@ SIZES_OF_ONE = {
     "to one": ((32, 32), (1, 1)),
     "one column": ((16, 1), (32, 7)),
 }
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
 
 
 def _image(channels: int, size: tuple[int, int], dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from inputs import STRIDES, of_strides
 from triton_interpreter import INTERPRETING, interpreted
 
 from fastfuse.ops.upsample_add.samples import exact
@@ -28,15 +28,6 @@ CASES = {
     "the same size": ((2, 17, 7, 5), (7, 5)),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LAYOUTS = ["contiguous", "channels_last", "sliced"]
-
-
-def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "sliced":
-        n, c, h, w = shape
-        return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 @interpreted
@@ -48,10 +39,10 @@ def _image(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
 def test_forward(case: str, dtype: torch.dtype) -> None:
     """Every layout of x; skip is in the same one with aligned corners, else in another."""
     shape, size = CASES[case]
-    for i, layout in enumerate(LAYOUTS):
+    for i, layout in enumerate(STRIDES):
         align_corners, channels_last = (len(case) + i) % 2 == 0, layout != "contiguous"
-        x = _image(shape, dtype, layout)
-        skip = _image((*shape[:2], *size), dtype, layout if align_corners else LAYOUTS[i - 1])
+        x = of_strides(shape, dtype, layout)
+        skip = of_strides((*shape[:2], *size), dtype, layout if align_corners else STRIDES[i - 1])
         result = kernels.forward(x, skip, align_corners, channels_last)
         error = relative_error(result, exact(x, skip, align_corners, dtype))
         assert error <= tolerance(dtype), (layout, error)

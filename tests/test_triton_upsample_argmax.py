@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from inputs import fast_and_slow
-from torch import Tensor
+from inputs import STRIDES, fast_and_slow, of_strides
 from triton_interpreter import INTERPRETING, interpreted
 
 from fastfuse.ops.bilinear import interpolate_exactly
@@ -37,15 +36,6 @@ CASES = {
 # What they do to the kernels, others do too.
 SUBSUMED = ("ratio 2", "up and down", "one axis", "from one pixel", "wide")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LAYOUTS = ["contiguous", "channels_last", "sliced"]
-
-
-def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "sliced":
-        n, c, h, w = shape
-        return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 @interpreted
@@ -59,8 +49,8 @@ def test_values(case: str, dtype: torch.dtype) -> None:
     """The class is one of the largest but for rounding; both functions give the same."""
     shape, size = CASES[case]
     accumulation = torch.promote_types(dtype, torch.float32)
-    for i, layout in enumerate(LAYOUTS):
-        logits = _logits(shape, dtype, layout)
+    for i, layout in enumerate(STRIDES):
+        logits = of_strides(shape, dtype, layout)
         for align_corners in (False, True) if i < 2 else (len(case) % 2 == 0,):
             upsampled = interpolate_exactly(
                 logits, size, align_corners=align_corners, coordinates=accumulation
@@ -75,21 +65,21 @@ def test_values(case: str, dtype: torch.dtype) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STRIDES)
 def test_the_lowest_class_of_equals(layout: str) -> None:
     """Of few different values, in as many classes as many blocks have."""
     for size in ((3, 4), (6, 8)):
-        logits = _logits((1, 37, 3, 4), torch.float32, layout)
+        logits = of_strides((1, 37, 3, 4), torch.float32, layout)
         logits.copy_(torch.randint(3, (1, 37, 1, 1)).expand_as(logits))
         expected = logits[:, :, :1, :1].argmax(1).expand(1, *size)
         assert torch.equal(kernels.forward(logits, *size, False), expected)
 
 
 @interpreted
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STRIDES)
 def test_nan_and_infinity(layout: str) -> None:
     """As in PyTorch: the first NaN is the largest value, and a confidence of neither is one."""
-    logits = _logits((4, 37, 3, 4), torch.float32, layout)
+    logits = of_strides((4, 37, 3, 4), torch.float32, layout)
     logits[0, 20:30, 1] = math.nan
     logits[1, ::7] = math.inf
     logits[2] = -math.inf

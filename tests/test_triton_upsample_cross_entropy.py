@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import fast_and_slow
+from inputs import STRIDES, fast_and_slow, of_strides
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -40,15 +40,6 @@ CASES = {
 # What they do to the kernels, others do too.
 SUBSUMED = ("ratio 2", "ratio 8", "up and down", "one axis", "from one pixel", "wide")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LAYOUTS = ["contiguous", "channels_last", "sliced"]
-
-
-def _logits(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    if layout == "sliced":
-        n, c, h, w = shape
-        return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
-    x = torch.randn(shape).to(dtype)
-    return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
 def _target(shape: tuple[int, ...], size: tuple[int, int]) -> Tensor:
@@ -97,11 +88,11 @@ def test_values_and_gradients(case: str, dtype: torch.dtype) -> None:
     shape, size = CASES[case]
     accumulation = torch.promote_types(dtype, torch.float32)
     readers = 4 * max(size[0] / shape[2], 1) * max(size[1] / shape[3], 1)
-    for i, layout in enumerate(LAYOUTS):
+    for i, layout in enumerate(STRIDES):
         turn = len(case) + i
         align_corners, smoothing = turn % 2 == 0, (0.0, 0.1, 0.3)[turn % 3]
         weight = torch.rand(shape[1]).to(accumulation) if turn % 4 else None
-        logits, target = _logits(shape, dtype, layout), _target(shape, size)
+        logits, target = of_strides(shape, dtype, layout), _target(shape, size)
         grad = torch.randn(target.shape).to(accumulation)
         if i == 1:
             grad = grad[:1, :1, :1].expand_as(grad)
@@ -168,11 +159,11 @@ def test_ignored_pixels(ignore_index: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", STRIDES)
 def test_infinite_logits(layout: str) -> None:
     """A class that is out of the question, one that is certain, and NaN: as in PyTorch."""
     for size in ((2, 3), (4, 6)):
-        logits = _logits((4, 9, 2, 3), torch.float32, layout)
+        logits = of_strides((4, 9, 2, 3), torch.float32, layout)
         logits[0, 3] = -math.inf
         logits[1, 4] = math.inf
         logits[2, 5] = math.nan

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs import ISAS, both_layouts, every_dtype, images
+from inputs import ISAS, both_corners, both_layouts, every_dtype, images
+from logits import strided, zero_times_infinity
+from memory import peak_of, reads_proc
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, upsample_argmax
 from fastfuse.backends import DTYPES
-from fastfuse.ops.bilinear import axis_table, interpolate, interpolate_exactly
+from fastfuse.ops.bilinear import interpolate, interpolate_exactly
 from fastfuse.ops.policy import use_isa
 from fastfuse.tolerances import tolerance
 
 OP = "upsample_argmax"
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
 INF, NAN = math.inf, math.nan
 
 
@@ -99,29 +98,6 @@ def test_any_logits(
         check(x, size, align_corners=align_corners)
 
 
-def strided(
-    shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, scale: float = 1.0
-) -> Tensor:
-    """Random logits below 2 * scale, of some strides."""
-    n, c, h, w = shape
-    if layout.startswith("sliced"):
-        x = torch.rand(n, c + 3, h + 2, 2 * w)
-    elif layout == "transposed":
-        x = torch.rand(n, c, w, h)
-    elif layout == "expanded":
-        x = torch.rand(n, c, 1, w)
-    else:
-        x = torch.rand(shape)
-    x = ((4 * x - 2) * scale).to(dtype)
-    if layout.endswith("nhwc"):
-        x = x.contiguous(memory_format=torch.channels_last)
-    if layout.startswith("sliced"):
-        return x[:, 2:-1, 1:-1, ::2]
-    if layout == "transposed":
-        return x.transpose(2, 3)
-    return x.expand(shape)
-
-
 def test_ties_take_the_lowest_class(isa: str) -> None:
     """Small integers at power-of-two ratios: exact, whatever the order, with many ties."""
     with backend("cpu"):
@@ -190,14 +166,6 @@ def test_one_class_is_certain(any_backend: str) -> None:
 
 
 # ---- values that are not finite -----------------------------------------------------------------
-
-
-def zero_times_infinity(source: int, target: int, align_corners: bool) -> bool:
-    """Whether PyTorch multiplies a value by one and, once more, by zero: no infinity stays one."""
-    if source == target:
-        return True
-    lower, upper, weight = axis_table(source, target, align_corners=align_corners)
-    return bool(((lower == upper) & (weight == 0)).any())
 
 
 def as_pytorch(x: Tensor, size: tuple[int, int], align_corners: bool) -> None:
@@ -494,30 +462,15 @@ def test_flops_are_those_of_upsampling() -> None:
             assert counter.get_total_flops() == 2 * expected
 
 
-MEASURE = """
-import re, torch
-from fastfuse import backend, upsample_argmax
-
-def status(key):
-    text = open("/proc/self/status").read()
-    return int(re.search(key + r":\\s+(\\d+)", text)[1]) << 10
-
-x = torch.randn(1, 150, 128, 128)
-with backend("cpu"):
-    upsample_argmax(x[..., :8, :8], (32, 32), return_confidence=True)
-    before = status("VmHWM")
-    for layout in (torch.contiguous_format, torch.channels_last):
-        y = x.contiguous(memory_format=layout)
-        before = max(before, status("VmRSS"))
-        upsample_argmax(y, (512, 512), return_confidence=True)
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_upsampled_logits_are_never_stored() -> None:
+@reads_proc
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_upsampled_logits_are_never_stored(layout: str) -> None:
     """Labels and confidences take 3 MiB; the logits' copy is 10, upsampled they would be 150."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) < 16 << 20
+    before = f"""
+x = torch.randn(1, 150, 128, 128).contiguous(memory_format=torch.{layout})
+def call(x, size):
+    with fastfuse.backend("cpu"):
+        return fastfuse.upsample_argmax(x, size, return_confidence=True)
+call(x[..., :8, :8], (32, 32))
+"""
+    assert peak_of("found = call(x, (512, 512))", before=before) < 16 << 20

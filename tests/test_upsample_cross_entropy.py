@@ -4,8 +4,6 @@ memory."""
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs import ISAS, both_layouts, every_dtype, images
+from inputs import ISAS, both_corners, both_layouts, every_dtype, images, wide
+from logits import strided, zero_times_infinity
+from memory import peak_of, reads_proc
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,12 +26,7 @@ from fastfuse.tolerances import tolerance
 
 OP = "upsample_cross_entropy"
 INF, NAN = math.inf, math.nan
-both_corners = pytest.mark.parametrize("align_corners", [False, True], ids=["half", "corners"])
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def targets(shape: tuple[int, ...], classes: int, ignored: int | None = None) -> Tensor:
@@ -176,29 +171,6 @@ def test_any_logits(
             x, target, align_corners=align_corners, reduction=reduction,
             label_smoothing=smoothing, **options,
         )  # fmt: skip
-
-
-def strided(
-    shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype, scale: float = 1.0
-) -> Tensor:
-    """Random logits below 2 * scale, of some strides."""
-    n, c, h, w = shape
-    if layout.startswith("sliced"):
-        x = torch.rand(n, c + 3, h + 2, 2 * w)
-    elif layout == "transposed":
-        x = torch.rand(n, c, w, h)
-    elif layout == "expanded":
-        x = torch.rand(n, c, 1, w)
-    else:
-        x = torch.rand(shape)
-    x = ((4 * x - 2) * scale).to(dtype)
-    if layout.endswith("nhwc"):
-        x = x.contiguous(memory_format=torch.channels_last)
-    if layout.startswith("sliced"):
-        return x[:, 2:-1, 1:-1, ::2]
-    if layout == "transposed":
-        return x.transpose(2, 3)
-    return x.expand(shape)
 
 
 @every_reduction
@@ -363,14 +335,6 @@ def test_float16_that_overflows(any_backend: str) -> None:
     )
     assert gradient.isinf().any()
     assert not gradient.isnan().any()
-
-
-def zero_times_infinity(source: int, target: int, align_corners: bool) -> bool:
-    """Whether PyTorch multiplies a value by one and, once more, by zero: no infinity stays one."""
-    if source == target:
-        return True
-    lower, upper, weight = axis_table(source, target, align_corners=align_corners)
-    return bool(((lower == upper) & (weight == 0)).any())
 
 
 def as_pytorch(x: Tensor, target: Tensor, **options: Any) -> None:
@@ -1055,35 +1019,17 @@ def test_two_numbers_a_pixel_at_most_are_kept_for_backward() -> None:
     assert sum(t.numel() for t in kept if t.data_ptr() not in given) <= 2 * target.numel()
 
 
-MEASURE = """
-import re, torch
-from fastfuse import backend, upsample_cross_entropy
-
-def status(key):
-    text = open("/proc/self/status").read()
-    return int(re.search(key + r":\\s+(\\d+)", text)[1]) << 10
-
-x, target = torch.randn(1, 150, 128, 128), torch.randint(150, (1, 512, 512))
-weight = torch.rand(150)
-options = {"weight": weight, "label_smoothing": 0.1}
-with backend("cpu"):
-    small = x[..., :8, :8].clone().requires_grad_()
-    upsample_cross_entropy(small, target[:, :32, :32], **options).backward()
-    before = status("VmHWM")
-    for layout in (torch.contiguous_format, torch.channels_last):
-        leaf = x.detach().contiguous(memory_format=layout).requires_grad_()
-        before = max(before, status("VmRSS"))
-        upsample_cross_entropy(leaf, target, **options).backward()
-        leaf.grad = None
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_upsampled_logits_are_never_stored() -> None:
+@reads_proc
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_upsampled_logits_are_never_stored(layout: str) -> None:
     """The gradient takes 10 MiB, as a copy of the logits may, and a number per pixel 1 or 2;
     upsampled logits would take 150."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
-    )
-    assert int(result.stdout) < 32 << 20
+    before = f"""
+x = torch.randn(1, 150, 128, 128).contiguous(memory_format=torch.{layout}).requires_grad_()
+target, weight = torch.randint(150, (1, 512, 512)), torch.rand(150)
+def step(x, target):
+    with fastfuse.backend("cpu"):
+        fastfuse.upsample_cross_entropy(x, target, weight=weight, label_smoothing=0.1).backward()
+step(x.detach()[..., :8, :8].clone().requires_grad_(), target[:, :32, :32])
+"""
+    assert peak_of("step(x, target)", before=before) < 32 << 20

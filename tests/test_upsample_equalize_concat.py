@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import both_layouts, every_dtype, images, pyramid
+from memory import peak_of, reads_proc
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -366,43 +364,20 @@ def test_same_bits_for_any_number_of_threads(
 
 # ---- memory -------------------------------------------------------------------------------------
 
-_PEAK = """
-import json, sys, torch, fastfuse
-def status(key):
-    for line in open("/proc/self/status"):
-        if line.startswith(key): return int(line.split()[1]) * 1024
-layout = torch.channels_last if sys.argv[1] == "nhwc" else torch.contiguous_format
+
+@reads_proc
+@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def test_peak_memory_is_output_and_gradients(layout: str) -> None:
+    before = f"""
+layout = torch.{layout}
 features = [torch.randn(1, 256, 128 >> i, 128 >> i).contiguous(memory_format=layout)
             .requires_grad_() for i in range(4)]
 grad = torch.randn(1, 1024, 128, 128).contiguous(memory_format=layout)
-first = fastfuse.upsample_equalize_concat(features, std=[1.0, 2.0, 3.0, 4.0])
-torch.autograd.grad(first, features, grad)  # loads code, starts threads
-del first
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-output = fastfuse.upsample_equalize_concat(features, std=[1.0, 2.0, 3.0, 4.0])
-gradients = torch.autograd.grad(output, features, grad)
-kept = sum(t.numel() * t.element_size() for t in (output, *gradients))
-print(json.dumps({"peak": status("VmHWM") - before, "kept": kept}))
+def step():
+    output = fastfuse.upsample_equalize_concat(features, std=[1.0, 2.0, 3.0, 4.0])
+    return output, *torch.autograd.grad(output, features, grad)
+step()
 """
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-def test_peak_memory_is_output_and_gradients(layout: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _PEAK, layout], capture_output=True, text=True, check=True
-    )
-    measured = json.loads(run.stdout)
+    kept = 4 * (1024 * 128**2 + sum(256 * (128 >> i) ** 2 for i in range(4)))
     slack = 1 << 20  # threads' scratch rows, tables
-    assert measured["kept"] / 2 <= measured["peak"] <= measured["kept"] + slack, measured
-
-
-@pytest.mark.slow
-def test_more_than_2_to_the_31_values() -> None:
-    (low,) = images((1, 2100, 16, 16), dtype=torch.bfloat16)
-    output = upsample_equalize_concat([low], size=(1024, 1024))
-    assert output.numel() > 2**31
-    for channel in (0, 1047, 2099):
-        expected = upsample_equalize_concat([low[:, channel : channel + 1]], size=(1024, 1024))
-        assert torch.equal(output[:, channel], expected[:, 0])
+    assert kept / 2 <= peak_of("found = step()", before=before) <= kept + slack
