@@ -19,7 +19,7 @@ __all__ = ["Prediction", "check_prediction", "window_starts"]
 MODES = ("whole", "slide")
 _DIVISOR = 32  # scaled images are made multiples of it, as backbones want them
 
-Region = tuple[slice, slice, Tensor]
+Region = tuple[slice, slice, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Prediction:
                 return labels
             return self._best(self._upsampled(logits, images.shape[2:]), above)
         labels = images.new_empty((images.shape[0], *images.shape[2:]), dtype=torch.int64)
-        for rows, columns, logits in self._windows(images):
-            labels[:, rows, columns] = self._best(logits, above)
+        for rows, columns, sums, counts in self._windows(images):  # a mean has the same largest
+            labels[:, rows, columns] = self._best(sums, above * counts)
         return labels
 
     @staticmethod
-    def _best(values: Tensor, above: float) -> Tensor:
+    def _best(values: Tensor, above: float | Tensor) -> Tensor:
         return values.argmax(1) if values.shape[1] > 1 else (values[:, 0] > above).long()
 
     def _upsampled(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -103,11 +103,10 @@ class Prediction:
         if self.crop is None:
             return self._upsampled(self.logits(images), size)
         whole: Tensor | None = None
-        for rows, columns, logits in self._windows(images):
+        for rows, columns, sums, counts in self._windows(images):
             if whole is None:
-                shape = (*logits.shape[:2], *images.shape[2:])
-                whole = logits.new_empty(shape)
-            whole[:, :, rows, columns] = logits
+                whole = sums.new_empty(*sums.shape[:2], *images.shape[2:])
+            torch.div(sums, counts, out=whole[:, :, rows, columns])
         assert whole is not None
         if tuple(whole.shape[2:]) == size:
             return whole
@@ -116,8 +115,8 @@ class Prediction:
     # ---- windows ---------------------------------------------------------------------------------
 
     def _windows(self, images: Tensor) -> Iterator[Region]:
-        """Every pixel once, in rectangles: rows, columns, and the mean of the logits of all windows
-        that see it.
+        """Every pixel once, in rectangles: rows, columns, the sum of the logits of all windows that
+        see it, in memory that is used again, and their number.
 
         Windows stand in rows. A rectangle lies between two starts of rows and two of columns, and
         is finished when the last window that begins before it has been seen.
@@ -135,34 +134,34 @@ class Prediction:
             bottom = ys[i + 1] if i + 1 < len(ys) else height
             seen = {y: row for y, row in seen.items() if y + crop[0] > top}
             seen[top] = []
-            total: Tensor | None = None  # of the columns from `begun` on
-            begun = 0
+            sums: Tensor | None = None  # of a window's columns
             for j, left in enumerate(xs):
                 right = xs[j + 1] if j + 1 < len(xs) else width
                 window = images[:, :, top : top + crop[0], left : left + crop[1]]
-                seen[top].append(self.logits(window.contiguous()))
-                logits = seen[top][-1]
-                # Of many windows: narrow dtypes would round each partial sum.
-                new = torch.zeros(
-                    (*logits.shape[:2], bottom - top, crop[1]),
-                    dtype=torch.promote_types(logits.dtype, torch.float32),
-                    device=logits.device,
-                )
-                if total is not None:  # what earlier windows left of these columns
-                    kept = total[..., left - begun :]
-                    new[..., : kept.shape[-1]] += kept
+                logits = self.logits(window.contiguous())
+                seen[top].append(logits)
+                if sums is None:
+                    # Of many windows: narrow dtypes would round each partial sum.
+                    dtype = torch.promote_types(logits.dtype, torch.float32)
+                    shape = (*logits.shape[:2], bottom - top, crop[1])
+                    sums = torch.zeros(shape, dtype=dtype, device=logits.device)
+                else:  # on to the next window's columns, of which earlier ones have left their part
+                    step = left - xs[j - 1]
+                    sums[..., : crop[1] - step] = sums[..., step:].clone()
+                    sums[..., crop[1] - step :] = 0
                 for y, row in seen.items():
-                    full = self._upsampled(row[j], crop)
                     last = min(y + crop[0], bottom) - top  # of the rows that it sees
-                    new[:, :, :last] += full[:, :, top - y : top - y + last]
-                total, begun = new, left
+                    full = self._upsampled(row[j], crop)
+                    sums[:, :, :last] += full[:, :, top - y : top - y + last]
+                    del full
                 counts = _counts(ys, crop[0], top, bottom)[:, None] * _counts(
                     xs, crop[1], left, right
                 )
                 yield (
                     slice(top, bottom),
                     slice(left, right),
-                    total[..., : right - left] / counts.to(total),
+                    sums[..., : right - left],
+                    counts.to(sums),
                 )
 
 
