@@ -245,6 +245,8 @@ class Segmentor(nn.Module):
                 f"Segmentor: targets must be on the logits' device, {logits.device}; "
                 f"got {targets.device}"
             )
+        if logits.shape[1] > 1 and logits.device.type == "cpu":
+            return  # the op looks at the labels, and names the pixel
         last = max(logits.shape[1] - 1, 1)
         fits = ((targets >= 0) & (targets <= last)) | (targets == self.ignore_index)
         one = ", for num_classes is 1," if logits.shape[1] == 1 else ""
