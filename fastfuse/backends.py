@@ -36,6 +36,7 @@ __all__ = [
     "ENVIRONMENT",
     "BackendError",
     "Dispatched",
+    "accumulation_dtype",
     "backend",
     "cpu_refusal",
     "explain",
@@ -50,6 +51,12 @@ DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 ENVIRONMENT = ("FASTFUSE_BACKEND", "FASTFUSE_ISA", "FASTFUSE_EXTENSION")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums of a dtype are kept: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
 
 logger = logging.getLogger("fastfuse")
 

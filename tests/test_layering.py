@@ -12,7 +12,7 @@ import fastfuse
 PACKAGE = Path(fastfuse.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = ["ops", "nn", "heads", "models"]  # each may import those before it
-ABOVE_ALL = {"cli", "verify", "convert", "calibration"}
+ABOVE_ALL = {"cli", "verify", "calibration"}
 FOUNDATION = {"_extension", "backends"}  # may import nothing above; anyone may import them
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.upsample_argmax import upsample_argmax
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -91,7 +92,7 @@ class Prediction:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self._full(resized.flip(3) if mirrored else resized, (height, width))
-                wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                wide = logits.to(accumulation_dtype(logits.dtype))
                 found = wide.softmax(1) if wide.shape[1] > 1 else wide.sigmoid()
                 found = found.flip(3) if mirrored else found
                 total = found if total is None else total.add_(found)
@@ -142,7 +143,7 @@ class Prediction:
                 seen[top].append(logits)
                 if sums is None:
                     # Of many windows: narrow dtypes would round each partial sum.
-                    dtype = torch.promote_types(logits.dtype, torch.float32)
+                    dtype = accumulation_dtype(logits.dtype)
                     shape = (*logits.shape[:2], bottom - top, crop[1])
                     sums = torch.zeros(shape, dtype=dtype, device=logits.device)
                 else:  # on to the next window's columns, of which earlier ones have left their part

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.models.evaluation import in_evaluation
 from fastfuse.models.prediction import Prediction, check_prediction
 from fastfuse.ops.checks import check_image, check_tensor
@@ -275,7 +276,7 @@ class Segmentor(nn.Module):
                 align_corners=bool(getattr(head, "align_corners", False)),
             )
         upsampled = self._to_size(head, logits, targets)[:, 0]
-        dtype = torch.promote_types(upsampled.dtype, torch.float32)
+        dtype = accumulation_dtype(upsampled.dtype)
         losses = F.binary_cross_entropy_with_logits(
             upsampled.to(dtype), (targets == 1).to(dtype), reduction="none"
         )

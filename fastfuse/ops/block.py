@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.backends import select
+from fastfuse.backends import accumulation_dtype, select
 from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
@@ -207,7 +207,7 @@ class Block:
                 check_vector(op, name, tensor, hidden if of_fc1 else channels, meaning, x)
         check_keep(op, keep, x)
         if keep is not None:  # in the accumulation dtype
-            keep = keep.to(torch.promote_types(x.dtype, torch.float32))
+            keep = keep.to(accumulation_dtype(x.dtype))
         return x, found, keep
 
     def _reference(self, x: Tensor, *arguments: Any) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.define import Derivative, Op
 from fastfuse.ops.fusion_conv2d import kernel, winograd
@@ -91,7 +92,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
         gradients = [next(remaining) if want else None for want in wanted]
         weight_gradient = next(remaining, None)
     if bias_wanted:
-        wide = torch.promote_types(grad_output.dtype, torch.float32)
+        wide = accumulation_dtype(grad_output.dtype)
         bias_gradient = grad_output.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
     return gradients, weight_gradient, bias_gradient, *[None] * 7
 

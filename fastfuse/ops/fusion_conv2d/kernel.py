@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.fusion_conv2d.own_resolution import OwnResolution
 from fastfuse.ops.fusion_conv2d.plan import plan_of
@@ -70,7 +71,7 @@ def described(shape: FusionShape, like: Tensor) -> str:
     fusion = _Fusion(shape, Equalization(None, None), like)
     work, wide = (
         str(dtype).removeprefix("torch.")
-        for dtype in (fusion.work, torch.promote_types(fusion.work, torch.float32))
+        for dtype in (fusion.work, accumulation_dtype(fusion.work))
     )
     parts = {
         i: f"{shape.sizes[i][0]}x{shape.sizes[i][1]} {strategy.described(work, wide)}"
@@ -106,7 +107,7 @@ def forward(
     own = fusion.own or OwnResolution(shape, fusion.equalization, ())  # to scale and add alone
     rest = None
     if bias is not None and not has_bias:
-        rest = bias.to(torch.promote_types(dtype, torch.float32))
+        rest = bias.to(accumulation_dtype(dtype))
     return _result(own.forward(features, weight, rest, onto), dtype, channels_last)
 
 

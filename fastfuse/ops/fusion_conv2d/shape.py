@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
+
 __all__ = ["Equalization", "FusionShape", "Gradients"]
 
 
@@ -122,7 +124,7 @@ class Equalization:
 
     @classmethod
     def of(cls, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Equalization:
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = accumulation_dtype(dtype)
         return cls(
             None if mean is None else mean.to(wide),
             None if std is None else std.to(torch.float64).reciprocal().to(wide),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastfuse import _extension
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Op
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
@@ -100,7 +101,7 @@ def transform_weight(taps: Tensor) -> Tensor:
 
 
 def _wide(like: Tensor) -> torch.dtype:
-    return torch.promote_types(like.dtype, torch.float32)
+    return accumulation_dtype(like.dtype)
 
 
 def _matrices(count: int, channels: int, like: Tensor) -> Tensor:

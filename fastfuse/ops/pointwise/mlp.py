@@ -15,6 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 from fastfuse.ops.product import Choice, RowBuffer, Weight
@@ -36,7 +37,7 @@ def to_accumulation(vector: Tensor | None) -> Tensor | None:
     """A vector as the pointwise steps take it: contiguous, in the accumulation dtype."""
     if vector is None:
         return None
-    return vector.to(torch.promote_types(vector.dtype, torch.float32)).contiguous()
+    return vector.to(accumulation_dtype(vector.dtype)).contiguous()
 
 
 @dataclass(frozen=True)

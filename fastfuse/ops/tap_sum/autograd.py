@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Derivative, Op
 from fastfuse.ops.layout import is_channels_last, memory_format
 
@@ -92,7 +93,7 @@ def _offsets_gradient(
 
     Every offset is added wherever its tap falls inside: its gradient is the sum over there.
     """
-    wide = torch.promote_types(grad_output.dtype, torch.float32)
+    wide = accumulation_dtype(grad_output.dtype)
     columns = _sums_inside(grad_output, 3, width, kernel_size, padding, wide)
     by_kx = torch.stack([c.sum(0) for c in columns])  # (kx, C, H)
     by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding, wide)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.bilinear import interpolate
 from fastfuse.ops.layout import is_channels_last, memory_format
 
@@ -50,7 +50,7 @@ def reference(
     align_corners: bool = False,
 ) -> Tensor:
     """The sum in the taps' dtype, accumulated in float32 for narrower ones."""
-    wide = torch.promote_types(taps.dtype, torch.float32)
+    wide = accumulation_dtype(taps.dtype)
     output = sum_of_shifted(
         taps.to(wide),
         None if offsets is None else offsets.to(wide),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Op
 from fastfuse.ops.upsample_equalize_concat.autograd import flops
 
@@ -24,7 +25,7 @@ def _labels_fake(logits: Tensor, height: int, width: int, align_corners: bool) -
 def _both_fake(
     logits: Tensor, height: int, width: int, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = accumulation_dtype(logits.dtype)
     return tuple(_pixels(logits, height, width, d) for d in (torch.int64, wide))  # type: ignore[return-value]
 
 

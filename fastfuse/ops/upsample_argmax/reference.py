@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.bilinear import interpolate
 
 __all__ = ["reference"]
@@ -15,7 +15,7 @@ def reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``argmax_c UP(logits)[c]`` and, on demand, its softmax probability; narrow logits are
     upsampled in float32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     upsampled = interpolate(wide, size, align_corners=align_corners)
     labels = upsampled.argmax(1)
     if not confidence:

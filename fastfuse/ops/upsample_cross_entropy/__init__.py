@@ -7,7 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from fastfuse.backends import is_transformed, select
+from fastfuse.backends import accumulation_dtype, is_transformed, select
 from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.checks import check_image, check_tensor, check_vector
 from fastfuse.ops.define import Operation
@@ -169,7 +169,7 @@ def _checked_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
         raise ValueError(
             f"{NAME}: weight must be constant; got a tensor that requires grad (use .detach())"
         )
-    wide = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.new_empty(0, dtype=accumulation_dtype(logits.dtype))
     if weight.device == logits.device:
         weight = weight.to(wide.dtype)
     check_vector(NAME, "weight", weight, logits.shape[1], "one value per class", wide)

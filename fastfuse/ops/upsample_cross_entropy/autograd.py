@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Derivative, Op, no_second_derivative
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.upsample_equalize_concat.autograd import flops
@@ -23,7 +24,7 @@ _EXPONENTIALS = 2  # per value of the upsampled logits: a subtraction and the ex
 
 
 def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(logits.dtype, torch.float32)
+    wide = accumulation_dtype(logits.dtype)
     loss, logsumexp = (logits.new_empty(target.shape, dtype=wide) for _ in range(2))
     return loss, logsumexp
 

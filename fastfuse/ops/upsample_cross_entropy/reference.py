@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.bilinear import interpolate
 
 __all__ = ["reference"]
@@ -21,7 +21,7 @@ def reference(
     reduction: str = "none",
 ) -> Tensor:
     """``cross_entropy(UP(logits), target, ...)``; narrow logits in float32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = logits.to(accumulation_dtype(logits.dtype))
     size = (target.shape[1], target.shape[2])
     return F.cross_entropy(
         interpolate(wide, size, align_corners=align_corners),
