@@ -8,6 +8,12 @@
 namespace fastfuse {
 namespace {
 
+// Of one value.
+FASTFUSE_INLINE float exp_of(float x) { return expf(x); }
+FASTFUSE_INLINE double exp_of(double x) { return exp(x); }
+FASTFUSE_INLINE float log_of(float x) { return logf(x); }
+FASTFUSE_INLINE double log_of(double x) { return log(x); }
+
 // c0 + c1 x + ... by Estrin's scheme: halves are independent, for a chain of as many multiply-adds
 // as there are coefficients is what would bound GELU.
 template <int N, class V>

@@ -27,9 +27,10 @@ FASTFUSE_INLINE int64_t padded_classes(int64_t classes) {
   return (classes + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// Of a source row.
 template <class A>
-FASTFUSE_INLINE Vec<A> splat_at(const A* p) {
-  return splat(*p);
+int64_t row_size(const Logits& logits) {
+  return logits.image.width * padded_classes<A>(logits.classes);
 }
 
 // v[0] op v[1] op ..., by halves.
@@ -140,59 +141,56 @@ class TargetRows {
   using A = compute_t<S>;
 
  public:
-  static int64_t scratch(const Logits& logits) { return 3 * size(logits); }
+  static int64_t scratch(const Logits& logits) { return 3 * row_size<A>(logits); }
 
   TargetRows(const Logits& logits, A* scratch)
-      : logits_(logits), size_(size(logits)), row_(scratch), a_(scratch + size_), b_(a_ + size_) {}
+      : logits_(logits), size_(row_size<A>(logits)), row_(scratch) {
+    a_.row = scratch + size_;
+    b_.row = a_.row + size_;
+  }
 
   // (source column, class) of the target row y.
   const A* at(int64_t n, int64_t y) {
     const int64_t lower = n * logits_.y.in + logits_.y.lower[y];
     const int64_t upper = n * logits_.y.in + logits_.y.upper[y];
-    if (at_a_ != lower && at_b_ == lower) {
-      A* const held = a_;
+    if (a_.at != lower && b_.at == lower) {
+      const Source held = a_;
       a_ = b_, b_ = held;
-      const int64_t at = at_a_;
-      at_a_ = at_b_, at_b_ = at;
-      const bool tame = tame_a_;
-      tame_a_ = tame_b_, tame_b_ = tame;
     }
-    if (at_a_ != lower) {
-      tame_a_ = read(n, logits_.y.lower[y], a_);
-      at_a_ = lower;
-    }
-    tame = tame_a_;
-    if (logits_.y.identity()) return a_;
+    read(lower, a_);
+    tame = a_.tame;
+    if (logits_.y.identity()) return a_.row;
     if (lower != upper) {
-      if (at_b_ != upper) {
-        tame_b_ = read(n, logits_.y.upper[y], b_);
-        at_b_ = upper;
-      }
-      tame = tame_a_ && tame_b_;
+      read(upper, b_);
+      tame = a_.tame && b_.tame;
     }
-    const A* const b = lower == upper ? a_ : b_;
+    const A* const a = a_.row;
+    const A* const b = lower == upper ? a : b_.row;
     const Vec<A> weight = splat(static_cast<const A*>(logits_.y.weight)[y]);
     for (int64_t i = 0; i < size_; i += kLanes<A>)
-      store(row_ + i, interpolate<A>(load(a_ + i), load(b + i), weight));
+      store(row_ + i, interpolate<A>(load(a + i), load(b + i), weight));
     return row_;
   }
 
   bool tame = true;  // of the row that `at` gave
 
  private:
-  static int64_t size(const Logits& logits) {
-    return logits.image.width * padded_classes<A>(logits.classes);
+  struct Source {
+    A* row;
+    int64_t at = -1;  // among the rows of all images
+    bool tame = true;
+  };
+  void read(int64_t at, Source& source) const {
+    if (source.at == at) return;
+    source.at = at;
+    source.tame = load_row<S>(logits_, at / logits_.y.in, at % logits_.y.in, source.row);
+    if constexpr (Shifted) shift_row(logits_, source.row);
   }
-  bool read(int64_t n, int64_t y, A* row) const {
-    const bool is_tame = load_row<S>(logits_, n, y, row);
-    if constexpr (Shifted) shift_row(logits_, row);
-    return is_tame;
-  }
+
   const Logits& logits_;
   int64_t size_;
-  A *row_, *a_, *b_;
-  int64_t at_a_ = -1, at_b_ = -1;
-  bool tame_a_ = true, tame_b_ = true;
+  A* row_;
+  Source a_, b_;
 };
 
 // The columns between which a target pixel lies, and their weights. Where widths agree it is one.

@@ -19,8 +19,7 @@ void argmax_of_one(Between<A> pixel, int64_t classes, int64_t* label, A* confide
   *label = best;
   if (!confidence) return;
   A sum = 0;
-  for (int64_t c = 0; c < classes; ++c)
-    sum += static_cast<A>(exp(static_cast<double>(pixel[c] - pixel[best])));
+  for (int64_t c = 0; c < classes; ++c) sum += exp_of(pixel[c] - pixel[best]);
   *confidence = A(1) / sum;
 }
 

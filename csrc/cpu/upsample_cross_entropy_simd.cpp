@@ -33,11 +33,6 @@ class Weights {
   const A *given_, *padded_;
 };
 
-FASTFUSE_INLINE float log_of(float x) { return logf(x); }
-FASTFUSE_INLINE double log_of(double x) { return log(x); }
-FASTFUSE_INLINE float exp_of(float x) { return expf(x); }
-FASTFUSE_INLINE double exp_of(double x) { return exp(x); }
-
 template <class A>
 A logsumexp_of_one(Between<A> pixel, int64_t classes) {
   A top = pixel[0];
@@ -224,13 +219,13 @@ class SourceRows {
 
  public:
   static int64_t scratch(const Logits& logits) {
-    return Rows<S>::scratch(logits) + 3 * size(logits) + padded_classes<A>(logits.classes);
+    return Rows<S>::scratch(logits) + 3 * row_size<A>(logits) + padded_classes<A>(logits.classes);
   }
 
   SourceRows(const CrossEntropyBackward& work, A* scratch)
       : work_(work),
         logits_(work.logits),
-        size_(size(logits_)),
+        size_(row_size<A>(logits_)),
         rows_(logits_, scratch),
         row_(scratch + Rows<S>::scratch(logits_)),
         lower_(row_ + size_),
@@ -264,9 +259,6 @@ class SourceRows {
   }
 
  private:
-  static int64_t size(const Logits& logits) {
-    return logits.image.width * padded_classes<A>(logits.classes);
-  }
   void zero(A* row) const {
     for (int64_t i = 0; i < size_; i += kLanes<A>) store(row + i, Vec<A>{});
   }

@@ -77,7 +77,7 @@ class Op:
         flops: Callable[..., int] | None = None,
         flops_of_tensors: bool = False,
     ) -> None:
-        self.name, bracket, arguments = schema.partition("(")
+        self.name, _, arguments = schema.partition("(")
         self.backends = tuple(kernels)
         self._calls: dict[str, _Call] = {}
         calls: dict[str, _Call] = {}  # by overload
@@ -87,22 +87,19 @@ class Op:
             overload = f".{backend}" if key in taken else ""
             taken.add(key)
             if overload not in calls:
-                _LIBRARY.define(
-                    f"{self.name}{overload}{bracket}{arguments}",
-                    tags=[torch.Tag.pt2_compliant_tag],
-                )
-            if kernel != COMPILED:
-                _LIBRARY.impl(f"{self.name}{overload}", _loaded(kernel), key)
-            if overload not in calls:
+                name = f"{self.name}{overload}"
+                _LIBRARY.define(f"{name}({arguments}", tags=[torch.Tag.pt2_compliant_tag])
                 packet = getattr(torch.ops.fastfuse, self.name)
                 call = _Call(getattr(packet, overload[1:] or "default"), backend, derivative)
                 if fake is not None:
-                    torch.library.register_fake(f"fastfuse::{self.name}{overload}", fake)
+                    torch.library.register_fake(f"fastfuse::{name}", fake)
                 if derivative is not None:
                     torch.library.register_autograd(
-                        f"fastfuse::{self.name}{overload}", call.gradients, setup_context=call.save
+                        f"fastfuse::{name}", call.gradients, setup_context=call.save
                     )
                 calls[overload] = call
+            if kernel != COMPILED:
+                _LIBRARY.impl(f"{self.name}{overload}", _loaded(kernel), key)
             self._calls[backend] = calls[overload]
         if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
