@@ -37,7 +37,8 @@ ifeq ($(ON_$(CPU)),)
 $(error CPU must be one of avx2, avx512, portable; got $(CPU))
 endif
 endif
-ON := $(ON_$(CPU))
+# Inductor's cache does not tell the classes apart.
+ON := $(if $(CPU),$(ON_$(CPU)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/.cache/inductor-$(CPU))
 
 READY := $(VENV)/.ready
 # An editable installation is of one place: a tree that was moved builds again.
@@ -78,7 +79,7 @@ test-all: $(BUILT)
 test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 	@for version in $(TRITON); do \
 	    echo "triton $$version"; PYTHONPATH=$(CURDIR)/.venv-triton/$$version \
-	    $(PYTEST) tests/test_triton_*.py || exit; \
+	    $(PYTEST) tests/triton || exit; \
 	done
 
 # Only the package, put before the one of the environment.
@@ -88,7 +89,7 @@ test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 	touch $@
 
 test-sanitize: $(BUILT)
-	$(BIN)/python tests/sanitizer.py
+	$(BIN)/python tests/support/sanitizer.py
 
 $(WITH_VENV)/.ready: pyproject.toml
 	@case "$(WITH)" in torch==?*) ;; *) \
@@ -104,7 +105,7 @@ $(WITH_VENV)/.ready: pyproject.toml
 test-torch: $(WITH_VENV)/.ready $(BUILT)
 	$(WITH_VENV)/bin/python -m fastfuse info
 	$(subst $(BIN),$(WITH_VENV)/bin,$(PYTEST)) -m "not slow" \
-	    --ignore-glob "tests/test_triton_*" --ignore tests/test_sanitizer.py
+	    --ignore tests/triton --ignore tests/tools/test_sanitizer.py
 
 lint: $(BUILT)
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ import pytest
 
 from fastfuse.ops import OPERATIONS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 INDEX = (DOCS / "index.md").read_text(encoding="utf-8")
 OPS = ROOT / "fastfuse" / "ops"

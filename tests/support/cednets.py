@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
+import plain_cednet
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,6 @@ from torch.utils._pytree import tree_leaves
 from fastfuse.models import CEDNet
 from fastfuse.models.cednet_settings import STYLES
 from fastfuse.tolerances import relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import plain_cednet
 
 __all__ = [
     "SMALL",

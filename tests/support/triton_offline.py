@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 import fastfuse.ops.bilinear_triton as sampling
 import fastfuse.ops.strip_triton as strips
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache" / "triton_offline"
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "triton_offline"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 POINTERS = {
     torch.float64: "*fp64",

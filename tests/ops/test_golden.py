@@ -1,6 +1,6 @@
 """Every backend against golden float64 files, so that reference and kernels cannot drift together.
 
-The files are written by ``tests/golden/make_<op>.py``, which share no code with either.
+The files are written by ``tests/ops/golden/make_<op>.py``, which share no code with either.
 """
 
 from __future__ import annotations

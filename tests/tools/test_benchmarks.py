@@ -13,40 +13,38 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench_ced_block
+import bench_cednet
+import bench_depthwise_conv2d
+import bench_fusion_conv2d
+import bench_heads
+import bench_lr_ced_block
+import bench_models
+import bench_overhead
+import bench_tap_sum
+import bench_upsample_add
+import bench_upsample_argmax
+import bench_upsample_cross_entropy
+import bench_upsample_equalize_concat
+import block_stages
+import ced_blocks
+import compact
+import fusion_stages
+import machine
+import measure
+import plan
+import plot
 import pytest
+import report
 import torch
+import whole
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import MismatchError
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import bench_ced_block  # noqa: E402
-import bench_cednet  # noqa: E402
-import bench_depthwise_conv2d  # noqa: E402
-import bench_fusion_conv2d  # noqa: E402
-import bench_heads  # noqa: E402
-import bench_lr_ced_block  # noqa: E402
-import bench_models  # noqa: E402
-import bench_overhead  # noqa: E402
-import bench_tap_sum  # noqa: E402
-import bench_upsample_add  # noqa: E402
-import bench_upsample_argmax  # noqa: E402
-import bench_upsample_cross_entropy  # noqa: E402
-import bench_upsample_equalize_concat  # noqa: E402
-import block_stages  # noqa: E402
-import ced_blocks  # noqa: E402
-import compact  # noqa: E402
-import fusion_stages  # noqa: E402
-import machine  # noqa: E402
-import measure  # noqa: E402
-import plan  # noqa: E402
-import plot  # noqa: E402
-import report  # noqa: E402
-import whole  # noqa: E402
-
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BLOCKS = (bench_ced_block, bench_lr_ced_block)
 SUITES = (
     *BLOCKS,

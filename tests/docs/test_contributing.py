@@ -10,7 +10,7 @@ import pytest
 import fastfuse.backends
 from fastfuse.ops import OPERATIONS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLE = "upsample_argmax"
 # Shared by ops, not of one: who calls ops is no concern of theirs.
@@ -27,10 +27,8 @@ def table(title: str) -> list[str]:
 OWN, LINES = table("its own"), table("a line or two in")
 COMPOSED = [op for op in OPERATIONS if (ROOT / f"fastfuse/ops/{op}/kernel.py").exists()]
 BLOCKS = [op for op in OPERATIONS if op.endswith("ced_block")]
-# The first op, whose launchers are what the interpreter's own tests run.
-ELSEWHERE = {"tests/test_triton_upsample_equalize_concat.py": "tests/test_triton_interpreter.py"}
-KERNELS = ("triton.py", ".h", ".cpp", "test_triton_NAME.py")
-LINES_OF_KERNELS = ("CMakeLists.txt", "tests/test_triton_offline.py")
+KERNELS = ("triton.py", ".h", ".cpp", "tests/triton/test_NAME.py")
+LINES_OF_KERNELS = ("CMakeLists.txt", "tests/triton/test_offline.py")
 
 
 def test_as_many_as_the_text_says() -> None:
@@ -44,16 +42,12 @@ def test_an_op_has_its_files(op: str) -> None:
     for file in OWN:
         if op in COMPOSED and file.endswith(KERNELS):
             continue
-        if op in BLOCKS and file.endswith(("autograd.py", "test_NAME.py")):  # tests of both
+        if op in BLOCKS and file.endswith(("autograd.py", "/test_NAME.py")):  # of both
             continue
         path = ROOT / file.replace("NAME", op)
         if file.startswith("docs/") and op in BLOCKS:
             path = ROOT / "docs" / "ced_block.md"
-        if file.startswith("tests/test_NAME"):  # its tests may be several files
-            assert list(path.parent.glob(f"test_*{op}*.py")), file
-            continue
-        found = ELSEWHERE.get(path.relative_to(ROOT).as_posix())
-        assert (ROOT / found if found else path).exists(), path
+        assert path.exists(), path
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -25,7 +25,7 @@ POOLING, TOP_DOWN, DETAIL = (
 
 def camvid() -> Path:
     """The training images of CamVid, or the test is skipped."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "camvid"
+    default = Path(__file__).resolve().parents[3] / "shared" / "camvid"
     folder = Path(os.environ.get("FASTFUSE_CAMVID", default)) / "train"
     if not folder.is_dir():
         pytest.skip(f"needs CamVid at {folder} (FASTFUSE_CAMVID names its folder)")

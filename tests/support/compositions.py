@@ -1,18 +1,15 @@
-"""Modules are the composition of their children, whatever was done to a child."""
+"""Modules and heads beside plain compositions of the same parameters."""
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import pytest
+import plain_cednet
+import plain_heads
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from treatments import TREATMENTS, treatable
 
 from fastfuse import heads
 from fastfuse.nn import (
@@ -23,9 +20,7 @@ from fastfuse.nn import (
     SeparableFusion,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import plain_cednet
-import plain_heads
+__all__ = ["MODELS", "Levels", "block", "plain_cednet", "results"]
 
 Pair = tuple[nn.Module, nn.Module, list[Tensor]]
 
@@ -130,62 +125,3 @@ def results(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     found = {"output": output.detach()}
     found |= {f"input {i}": x.grad for i, x in enumerate(leaves) if x.grad is not None}
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(ours: nn.Module, plain: nn.Module, inputs: Sequence[Tensor], told: Any) -> None:
-    try:
-        theirs = results(plain, inputs)
-    except RuntimeError as error:  # PyTorch's: an in-place ReLU after a backward hook
-        if "is being modified inplace" not in str(error):
-            raise
-        with pytest.raises(RuntimeError, match="is being modified inplace"):
-            results(ours, inputs)
-        return
-    mine = results(ours, inputs)
-    assert mine.keys() == theirs.keys(), told
-    for name, expected in theirs.items():
-        scale = expected.abs().max().clamp(min=1.0)
-        error = (mine[name] - expected).abs().max()
-        assert error <= 1e-9 * scale, f"{name} is {float(error):.1e} off after {told}"
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("treatment", TREATMENTS)
-def test_one_treatment(name: str, treatment: str) -> None:
-    """Of any child that takes it, one after the other on fresh models, at most three of them."""
-    names = treatable(MODELS[name]()[0])
-    random.Random(f"{name} {treatment}").shuffle(names)
-    done = 0
-    for child in names:
-        ours, plain, inputs = MODELS[name]()
-        applied = [
-            TREATMENTS[treatment](model, child, random.Random(child)) for model in (ours, plain)
-        ]
-        assert applied[0] == applied[1]
-        if applied[0]:
-            assert_same(ours, plain, inputs, f"{treatment} of {child}")
-            done += 1
-        if done == 3:
-            return
-
-
-@pytest.mark.parametrize(
-    "seed", [*range(24), *(pytest.param(s, marks=pytest.mark.slow) for s in range(24, 400))]
-)
-def test_sequences_of_treatments(seed: int) -> None:
-    rng = random.Random(seed)
-    name = rng.choice(list(MODELS))
-    ours, plain, inputs = MODELS[name]()
-    names, told = treatable(ours), []
-    for _ in range(rng.randint(2, 6)):
-        treatment, child, step = rng.choice(list(TREATMENTS)), rng.choice(names), rng.random()
-        applied = []
-        for model in (ours, plain):
-            try:
-                applied.append(TREATMENTS[treatment](model, child, random.Random(step)))
-            except AttributeError as error:  # the child went into another
-                applied.append(str(error).partition("'")[0] == "")
-        if applied[0]:
-            told.append(f"{treatment} of {child}")
-        assert applied[0] == applied[1], told
-    assert_same(ours, plain, inputs, f"{name}: {', '.join(told)}")

@@ -1,6 +1,6 @@
 """What people do to models, by the rows of docs/compatibility.md: what happens, each with a test.
 
-Sequences of such treatments, against plain compositions: tests/test_composition.py.
+Sequences of such treatments, against plain compositions: tests/nn/test_composition.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from test_composition import MODELS, Levels, block, plain_cednet, results
+from compositions import MODELS, Levels, block, plain_cednet, results
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -631,19 +631,19 @@ def test_a_backbone_is_called() -> None:
 
 
 def test_every_row_names_a_test() -> None:
-    folder = Path(__file__).parent
+    root = Path(__file__).parents[2]
     rows = [
         line
-        for line in (folder.parent / "docs" / "compatibility.md").read_text("utf-8").splitlines()
+        for line in (root / "docs" / "compatibility.md").read_text("utf-8").splitlines()
         if line.startswith("| ") and not line.startswith("| What")
     ]
     assert len(rows) > 30
-    sources = {path.name: path.read_text("utf-8") for path in folder.glob("test_*.py")}
+    sources = [path.read_text("utf-8") for path in (root / "tests").rglob("test_*.py")]
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1])
         assert named, row
         for test in named:
-            assert any(f"def {test}(" in source for source in sources.values()), f"{test}: {row}"
+            assert any(f"def {test}(" in source for source in sources), f"{test}: {row}"
 
 
 def test_a_convolution_of_the_instance_s_own() -> None:

@@ -6,24 +6,21 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
-
-from fastfuse.models import CEDNet, DetectionFeatures
-from fastfuse.verify import MismatchError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import paper_counts
 import paper_tables
+import pytest
+import torch
 from measure import Variant
 from paper_counts import GFLOPS, MATCH, MISS, PARAMETERS, UNKNOWN, Count, FusionTime
 from plain_cednet import CEDNet as PlainCEDNet
 from plain_cednet import ConvNeXt, Features
+from torch import nn
+
+from fastfuse.models import CEDNet, DetectionFeatures
+from fastfuse.verify import MismatchError
 
 SIZE = (64, 64)
 

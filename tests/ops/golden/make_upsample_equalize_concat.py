@@ -4,7 +4,7 @@ Nothing here is shared with the reference or the kernels: pixels are looped over
 numbers are fractions, and a result is rounded once, when it is written as a float64. Inputs are
 sixteenths, so that they are exact too.
 
-    python tests/golden/make_upsample_equalize_concat.py
+    python tests/ops/golden/make_upsample_equalize_concat.py
 """
 
 from __future__ import annotations

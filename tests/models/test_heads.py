@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plain_heads import PLAIN
 from torch import Tensor, nn
 
 import fastfuse
 from fastfuse import heads
 from fastfuse.tolerances import relative_error
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from plain_heads import PLAIN
 
 # name: constructor's arguments, features (C, H, W) finest first
 SMALL: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[tuple[int, int, int]]]] = {

@@ -86,7 +86,7 @@ def test_commands_in_ascii(
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    path = os.pathsep.join([str(PACKAGE.parent), str(Path(__file__).parent)])
+    path = os.pathsep.join([str(PACKAGE.parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, check=False)

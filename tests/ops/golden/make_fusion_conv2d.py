@@ -3,7 +3,7 @@
 As make_upsample_equalize_concat.py does, whose sampling rule this takes: pixels are looped over in
 Python, all numbers are fractions, and a result is rounded once, when it is written as a float64.
 
-    python tests/golden/make_fusion_conv2d.py
+    python tests/ops/golden/make_fusion_conv2d.py
 """
 
 from __future__ import annotations

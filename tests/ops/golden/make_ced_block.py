@@ -5,7 +5,7 @@ and a result is rounded once, when it is written as a float64. No derivative is 
 is the difference of what ``sum(grad_output * block(...))`` is on both sides of a number, at a
 distance of 1e-20, which leaves 40 digits of it. Inputs are sixteenths, so that they are exact.
 
-    python tests/golden/make_ced_block.py
+    python tests/ops/golden/make_ced_block.py
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Builds the compiled module with sanitizers and runs the tests that walk memory on it.
 
-``python tests/sanitizer.py [pytest arguments]``; exit code as pytest's. Any invalid access or
-undefined behaviour aborts the run with the sanitizer's report.
+``python tests/support/sanitizer.py [pytest arguments]``; exit code as pytest's. Any invalid access
+or undefined behaviour aborts the run with the sanitizer's report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastfuse import _extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(isas: Sequence[str]) -> Path:
@@ -41,8 +41,9 @@ def environment(module: Path) -> dict[str, str]:
         ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
+    inherited = {name: value for name, value in os.environ.items() if name != "FASTFUSE_ISA"}
     return {
-        **os.environ,
+        **inherited,
         "FASTFUSE_EXTENSION": str(module),
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
