@@ -65,6 +65,8 @@ def feature_list(op: str, features: Sequence[Tensor]) -> list[Tensor]:
 def check_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} must be a tensor; got {_named(value)}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {value.layout}")
 
 
 def check_image(op: str, argument: str, image: Tensor, *, channels: int | None = None) -> None:
@@ -73,8 +75,6 @@ def check_image(op: str, argument: str, image: Tensor, *, channels: int | None =
     shape = tuple(image.shape)
     if image.dim() != 4:
         raise ValueError(f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}")
-    if image.layout != torch.strided:
-        raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {image.layout}")
     if image.dtype not in DTYPES:
         raise ValueError(
             f"{op}: {argument} must be float64, float32, bfloat16 or float16; "
@@ -283,6 +283,7 @@ def check_constants(
         return None
     levels, device = len(features), features[0].device
     if isinstance(values, Tensor):
+        check_tensor(op, argument, values)
         if tuple(values.shape) != (levels,):
             raise ValueError(
                 f"{op}: {argument} must have one value per level, shape ({levels},); "

@@ -3,6 +3,10 @@ declared. What an op owes beside stands in its own tests."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +23,7 @@ from fastfuse.backends import BackendError, backend
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.ops.sample import Sample
+from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample, gradcheck
 
 each_op = pytest.mark.parametrize("op", OPERATIONS)
@@ -203,21 +208,26 @@ def test_meta_and_fake(op: str, channels_last: bool) -> None:
 
 @each_op
 def test_autocast(op: str, any_backend: str) -> None:
-    """The dtype of autocast, but for float64; gradients in the dtype of what they are of."""
+    """Images and parameters in its dtype, whichever have it already; float64 stays. Gradients have
+    the dtype of what they are of."""
     for sample in samples(op):
-        leaves = leaves_of(sample)
+        leaves, narrow = leaves_of(sample), [t.bfloat16() for t in sample.inputs]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = sample.call(*leaves)
+            mixed = [
+                sample.call(*sample.inputs[:i], narrow[i], *sample.inputs[i + 1 :])
+                for i in range(len(narrow))
+            ]
             double = sample.call(*(t.double() for t in sample.inputs))
         assert double.dtype == torch.float64
         if not OPERATIONS[op].autocasts:
             assert torch.equal(output, sample.call(*leaves))
             continue
-        assert output.dtype == torch.bfloat16
+        expected = sample.call(*narrow)
+        assert output.dtype == expected.dtype == torch.bfloat16
+        assert all(torch.equal(found, expected) for found in (output, *mixed))
         for leaf, gradient in zip(leaves, gradients(output, leaves), strict=True):
             assert gradient.dtype == leaf.dtype
-        close = sample.call(*sample.inputs)
-        torch.testing.assert_close(output.float(), close, rtol=0.05, atol=0.1)
 
 
 @each_differentiable_op
@@ -305,6 +315,51 @@ def test_checkpointing(op: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(output, leaves), expected, strict=True))
 
 
+WRONG: dict[str, Callable[[Tensor], Any]] = {
+    "a list": lambda t: [t],
+    "another rank": lambda t: t[None],
+    "integers": lambda t: t.int(),
+    "a sparse tensor": lambda t: t.to_sparse(),
+    "another dtype": lambda t: t.double(),
+    "another device": lambda t: t.to("meta"),
+}
+
+
+@each_op
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_tensors(op: str, any_backend: str, wrong: str) -> None:
+    """In the place of any input: the error names op, argument, what was expected and what came."""
+    expected = rf"^{op}: (\w+)(\[\d+\])? must .*; (got|features)"
+    named = set()
+    for sample in samples(op):
+        if len(sample.inputs) == 1 and wrong.startswith("another d"):  # right, of a single input
+            continue
+        for i, value in enumerate(sample.inputs):
+            inputs = [*sample.inputs[:i], WRONG[wrong](value), *sample.inputs[i + 1 :]]
+            with pytest.raises((TypeError, ValueError), match=expected) as raised:
+                sample.call(*inputs)
+            named.add(re.match(expected, str(raised.value))[1])  # type: ignore[index]
+    assert named <= set(inspect.signature(getattr(fastfuse, op)).parameters)
+
+
+@each_op
+def test_a_list_under_autocast(op: str) -> None:
+    """Checks come before casts."""
+    sample = samples(op)[0]
+    for i, value in enumerate(sample.inputs):
+        inputs = [*sample.inputs[:i], [value], *sample.inputs[i + 1 :]]
+        expected = pytest.raises(TypeError, match=rf"^{op}: .* must be a tensor; got list")
+        with torch.autocast("cpu", dtype=torch.bfloat16), expected:
+            sample.call(*inputs)
+
+
+@each_op
+def test_a_backend_that_cannot_run(op: str) -> None:
+    sample = samples(op)[0]
+    with backend("triton"), pytest.raises(BackendError, match=f"^{op}: .*expected CUDA tensors"):
+        sample.call(*sample.inputs)
+
+
 @each_op
 def test_the_function_is_public(op: str) -> None:
     function = getattr(fastfuse, op)
@@ -313,12 +368,26 @@ def test_the_function_is_public(op: str) -> None:
         assert section in function.__doc__, section
 
 
+# ---- on every device ----------------------------------------------------------------------------
+
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@contextlib.contextmanager
+def kernels_of(device: str) -> Iterator[None]:
+    """Without TF32, to which PyTorch's float32 convolutions may round their inputs."""
+    usual, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    with backend("triton" if device == "cuda" else "cpu"):
+        yield
+    torch.backends.cudnn.allow_tf32 = usual
+
+
 @pytest.mark.gpu
 @each_op
 @both_layouts
 @every_dtype
 def test_equals_the_definition_on_gpus(op: str, dtype: torch.dtype, channels_last: bool) -> None:
-    with backend("triton"):
+    with kernels_of("cuda"):
         for is_small in (True, False):
             for sample in samples(op, dtype, channels_last, device="cuda", small=is_small):
                 check_sample(sample)
@@ -328,6 +397,72 @@ def test_equals_the_definition_on_gpus(op: str, dtype: torch.dtype, channels_las
 @each_differentiable_op
 @both_layouts
 def test_gradcheck_on_gpus(op: str, channels_last: bool) -> None:
-    with backend("triton"):
+    with kernels_of("cuda"):
         for sample in samples(op, torch.float64, channels_last, device="cuda"):
             gradcheck(sample, twice=OPERATIONS[op].twice_differentiable)
+
+
+@devices
+@each_op
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_every_time(
+    op: str, dtype: torch.dtype, channels_last: bool, device: str
+) -> None:
+    with kernels_of(device):
+        for sample in samples(op, dtype, channels_last, device=device, small=device == "cpu"):
+            runs = []
+            for _ in range(3):
+                leaves = leaves_of(sample)
+                output = sample.call(*leaves)
+                runs.append([output, *gradients(output, leaves)])
+            for other in runs[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
+
+
+def spread(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The same values with others between them: of images other channels, or in both directions."""
+    others = torch.full_like(tensor, torch.nan)
+    if tensor.dim() == 4 and channels_last:
+        wider = torch.cat([others, tensor, others], 1)
+        return wider.contiguous(memory_format=torch.channels_last).chunk(3, 1)[1]
+    if tensor.dim() >= 2:
+        return torch.stack([tensor.mT, others.mT], -1)[..., 0].mT
+    return torch.stack([tensor, others], -1)[..., 0]
+
+
+@devices
+@each_op
+@both_layouts
+@every_dtype
+def test_any_strides(op: str, dtype: torch.dtype, channels_last: bool, device: str) -> None:
+    """Of inputs and of what comes back through the output."""
+    with kernels_of(device):
+        for sample in samples(op, dtype, channels_last, device=device):
+            inputs = tuple(spread(t, channels_last) for t in sample.inputs)
+            check_sample(dataclasses.replace(sample, inputs=inputs))
+            leaves = leaves_of(sample)
+            output = sample.call(*leaves)
+            if output.requires_grad:
+                cotangent = torch.randn_like(output)
+                dense = torch.autograd.grad(output, leaves, cotangent, retain_graph=True)
+                found = torch.autograd.grad(output, leaves, spread(cotangent, channels_last))
+                for a, b in zip(found, dense, strict=True):
+                    limit = tolerance(dtype, reduction=output.numel() / output.shape[1])
+                    assert relative_error(a, b) <= 2 * limit
+
+
+@pytest.mark.gpu
+@each_op
+def test_compiled_and_in_a_cuda_graph(op: str) -> None:
+    torch._dynamo.reset()
+    sample = samples(op, torch.bfloat16, True, device="cuda", small=False)[0]
+    expected = sample.call(*sample.inputs)
+    compiled = torch.compile(sample.call, fullgraph=True)
+    torch.testing.assert_close(compiled(*sample.inputs), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sample.call(*sample.inputs)
+    captured.zero_()
+    graph.replay()
+    torch.testing.assert_close(captured, expected)

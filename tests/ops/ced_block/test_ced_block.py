@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from blocks import Block, both_blocks, with_gradients
+from blocks import BLOCKS, Block, both_blocks, with_gradients
 from inputs import alternating, both_layouts, images
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend
@@ -415,3 +416,70 @@ def test_same_bits_from_run_to_run(
     results = [with_gradients(block.call, inputs, cotangent, recompute=recompute) for _ in range(3)]
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
+
+
+# ---- machinery ----------------------------------------------------------------------------------
+
+
+@both_blocks
+@both_layouts
+@both_ways
+def test_autocast(any_backend: str, recompute: bool, channels_last: bool, block: Block) -> None:
+    """float32 in, bfloat16 out, gradients in float32; with values of bfloat16's accuracy."""
+    inputs = block.inputs(channels_last=channels_last)
+    (cotangent,) = images((2, 8, 5, 6), dtype=torch.bfloat16)
+    keep = torch.tensor([0.5, 2.0])
+
+    def call(*tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return block.call(*tensors, keep, recompute=recompute)
+
+    results = with_gradients(call, inputs, cotangent)
+    assert results[0].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in results[1:])
+    doubles = [t.bfloat16().double() for t in inputs]
+    expected = with_gradients(block.reference, doubles, cotangent.double(), keep=keep.double())
+    for result, exact in zip(results, expected, strict=True):
+        assert relative_error(result, exact) <= tolerance(torch.bfloat16, reduction=60, roundings=4)
+
+
+@both_blocks
+@both_ways
+def test_flop_formula(recompute: bool, block: Block) -> None:
+    """Products and convolutions, twice as much backward, recomputation aside: as in PyTorch."""
+    inputs = block.inputs((2, 8, 5, 6), 32)
+    once = 2 * 5 * 6 * (2 * 2 * 8 * 32 + block.steps * 2 * 49 * 8)
+    with FlopCounterMode(display=False) as counter:
+        block.call(*inputs, recompute=recompute)
+    assert counter.get_total_flops() == once
+    leaves = [t.requires_grad_() for t in inputs]
+    with FlopCounterMode(display=False) as counter:
+        block.call(*leaves, recompute=recompute).sum().backward()
+    assert counter.get_total_flops() == 3 * once
+
+
+def test_flops_are_the_references() -> None:
+    """CEDNet-B's largest block, without computing it."""
+
+    def flops(name: str) -> int:
+        block = BLOCKS["ced_block"]
+        shapes = [t.shape for t in block.inputs((1, 128, 1, 1), 512)][1:]
+        with backend(name), FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            block.call(torch.empty(1, 128, 64, 64), *[torch.empty(s) for s in shapes])
+        return counter.get_total_flops()
+
+    assert flops("cpu") == flops("reference")
+
+
+@both_blocks
+@both_ways
+def test_meta_and_fake(recompute: bool, block: Block) -> None:
+    on_meta = block.call(*[t.to("meta") for t in block.inputs()])
+    assert on_meta.shape == (2, 8, 5, 6)
+    with FakeTensorMode() as mode:
+        leaves = [mode.from_tensor(t).requires_grad_() for t in block.inputs(channels_last=True)]
+        with backend("cpu"):
+            output = block.call(*leaves, recompute=recompute)
+        output.sum().backward()
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]

@@ -10,24 +10,10 @@ import torch
 from blocks import Block, both_blocks
 from torch import Tensor
 
-from fastfuse import backend
-from fastfuse.backends import BackendError
-
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 # What is changed of good arguments, by name; the error; its message.
 BAD_INPUT: dict[str, tuple[Change, type[Exception], str]] = {
-    "x a list": (lambda a: {"x": [1.0]}, TypeError, r"x must be a tensor; got list"),
-    "x of rank 3": (
-        lambda a: {"x": a["x"][0]},
-        ValueError,
-        r"x must have 4 dimensions \(N, C, H, W\); got shape \(6, 5, 4\)",
-    ),
-    "x of integers": (
-        lambda a: {"x": a["x"].int()},
-        ValueError,
-        r"x must be float64, float32, bfloat16 or float16; got int32",
-    ),
     "x without height": (
         lambda a: {"x": a["x"][:, :, :0]},
         ValueError,
@@ -63,11 +49,6 @@ BAD_INPUT: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         r"dw_weight must have shape \(C, 1, k, k\) with k odd and C = 6; got \(5, 1, 7, 7\)",
     ),
-    "dw_weight of another dtype": (
-        lambda a: {"dw_weight": a["dw_weight"].double()},
-        ValueError,
-        r"dw_weight must have the input's dtype float32; got float64",
-    ),
     "dw_bias None": (
         lambda a: {"dw_bias": None},
         TypeError,
@@ -88,16 +69,6 @@ BAD_INPUT: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         r"norm_weight must have one value per channel, shape \(6,\); got shape \(\)",
     ),
-    "norm_bias of another dtype": (
-        lambda a: {"norm_bias": torch.zeros(6).bfloat16()},
-        ValueError,
-        r"norm_bias must have the input's dtype float32; got bfloat16",
-    ),
-    "norm_bias elsewhere": (
-        lambda a: {"norm_bias": torch.zeros(6, device="meta")},
-        ValueError,
-        r"norm_bias must be on the input's device cpu; got one on meta",
-    ),
     "fc1_weight a convolution's": (
         lambda a: {"fc1_weight": a["fc1_weight"][:, :, None, None]},
         ValueError,
@@ -113,11 +84,6 @@ BAD_INPUT: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         r"fc1_weight must have shape .* = \(at least 1, 6\); got shape \(0, 6\)",
     ),
-    "fc1_weight of another dtype": (
-        lambda a: {"fc1_weight": a["fc1_weight"].half()},
-        ValueError,
-        r"fc1_weight must have the input's dtype float32; got float16",
-    ),
     "fc1_bias of the channels": (
         lambda a: {"fc1_bias": torch.zeros(6)},
         ValueError,
@@ -132,11 +98,6 @@ BAD_INPUT: dict[str, tuple[Change, type[Exception], str]] = {
         lambda a: {"fc2_weight": a["fc2_weight"][:, :-1]},
         ValueError,
         r"fc2_weight must have shape \(C, hidden\) = \(6, 24\); got shape \(6, 23\)",
-    ),
-    "fc2_weight elsewhere": (
-        lambda a: {"fc2_weight": a["fc2_weight"].to("meta")},
-        ValueError,
-        r"fc2_weight must be on the input's device cpu; got one on meta",
     ),
     "fc2_bias of the hidden width": (
         lambda a: {"fc2_bias": torch.zeros(24)},
@@ -219,20 +180,10 @@ LONG_RANGE_ONLY: dict[str, tuple[Change, type[Exception], str]] = {
         ValueError,
         r"dw2_weight must have shape \(C, 1, k, k\) with k odd and C = 6; got \(6, 1, 4, 4\)",
     ),
-    "dw2_bias of another dtype": (
-        lambda a: {"dw2_bias": torch.zeros(6).double()},
-        ValueError,
-        r"dw2_bias must have the input's dtype float32; got float64",
-    ),
     "norm2_weight too short": (
         lambda a: {"norm2_weight": torch.ones(5)},
         ValueError,
         r"norm2_weight must have one value per channel, shape \(6,\); got shape \(5,\)",
-    ),
-    "norm2_bias a list": (
-        lambda a: {"norm2_bias": [0.0] * 6},
-        TypeError,
-        r"norm2_bias must be a tensor; got list",
     ),
     "dilation zero": (
         lambda a: {"dilation": 0},
@@ -274,24 +225,10 @@ def test_bad_input_of_the_second_step(any_backend: str, case: str) -> None:
 
 
 @both_blocks
-@pytest.mark.parametrize("name", ["x", "dw_weight", "norm_bias", "fc1_weight", "keep"])
-def test_bad_types_under_autocast(name: str, block: Block) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=name):
-        block.call(**arguments(block, lambda a: {name: [1.0]}))
-
-
-@both_blocks
 def test_an_integer_norm_under_autocast(block: Block) -> None:
     """Autocast casts floating-point tensors, and hides no mistake."""
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="norm_weigh"):
         block.call(**arguments(block, lambda a: {"norm_weight": a["norm_weight"].int()}))
-
-
-@both_blocks
-def test_a_backend_that_cannot_run(block: Block) -> None:
-    message = f"{block.name}: .*expected CUDA tensors"
-    with backend("triton"), pytest.raises(BackendError, match=message):
-        block.call(**arguments(block))
 
 
 def changed(name: str, change: Callable[[Tensor], Any]) -> Change:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from blocks import Block, both_blocks, with_gradients
-from inputs import both_layouts
 from torch import Tensor
 
 from fastfuse import backend
@@ -24,45 +23,6 @@ def on_gpu(
     block: Block, shape: tuple[int, ...] = SHAPE, hidden: int = HIDDEN, **how: object
 ) -> list[Tensor]:
     return [t.to("cuda") for t in block.inputs(shape, hidden, **how)]
-
-
-@both_blocks
-@both_layouts
-@both_ways
-def test_gradcheck(recompute: bool, channels_last: bool, block: Block) -> None:
-    with backend("triton"):
-        for sample in block.samples(
-            device="cuda", dtype=torch.float64, channels_last=channels_last, small=True
-        ):
-            inputs = tuple(x.requires_grad_() for x in sample.inputs)
-
-            def call(*tensors: Tensor, sample=sample) -> Tensor:
-                return sample.call(*tensors, recompute=recompute)
-
-            assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
-
-
-@both_blocks
-@both_layouts
-@both_ways
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_cpu_and_itself(
-    dtype: torch.dtype, recompute: bool, channels_last: bool, block: Block
-) -> None:
-    """CEDNet's widths: within tolerance of the CPU, and the same bits every time."""
-    inputs = on_gpu(block, dtype=dtype, channels_last=channels_last)
-    cotangent, keep = torch.randn_like(inputs[0]), torch.tensor([0.5, 2.0], device="cuda")
-    options = {"keep": keep, "recompute": recompute}
-    runs = [with_gradients(block.call, inputs, cotangent, **options) for _ in range(3)]
-    for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
-    theirs = with_gradients(
-        block.call, [t.cpu() for t in inputs], cotangent.cpu(), keep=keep.cpu()
-    )  # fmt: skip
-    pixels = SHAPE[0] * SHAPE[2] * SHAPE[3]
-    for i, (a, b) in enumerate(zip(runs[0], theirs, strict=True)):
-        limit = tolerance(dtype, reduction=pixels if i > 1 else 16, roundings=4)
-        assert relative_error(a.cpu(), b) <= 2 * limit, i
 
 
 KEEP = [0.0, 0.25, 1.5, 0.0, 2.0]
@@ -115,37 +75,3 @@ def test_no_image_is_empty(block: Block) -> None:
     )
     assert output.shape == (0, 8, 5, 6)
     assert not any(g.any() for g in gradients)
-
-
-@both_blocks
-def test_compiles_and_runs_in_a_cuda_graph(block: Block) -> None:
-    torch._dynamo.reset()
-    x, *parameters = on_gpu(block, dtype=torch.bfloat16, channels_last=True)
-
-    def step(x: Tensor) -> Tensor:
-        return block.call(x, *parameters)
-
-    expected = step(x)
-    torch.testing.assert_close(torch.compile(step, fullgraph=True)(x), expected)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x)
-    captured.zero_()
-    graph.replay()
-    torch.testing.assert_close(captured, expected)
-
-
-@both_blocks
-def test_any_strides(block: Block) -> None:
-    whole, *parameters = on_gpu(block)
-    _, *few = on_gpu(block, (2, 45, 4, 4), 100)
-    for x in (
-        whole[:, 3:93:2, 5:30, 7:40],
-        whole[:, :45].transpose(2, 3),
-        whole[:, :1].expand(-1, 45, -1, -1),
-    ):
-        result, dense = block.call(x, *few), block.call(x.contiguous(), *few)
-        assert relative_error(result, dense) <= tolerance(torch.float32, roundings=4)
-    spread = [torch.stack([p, p], -1)[..., 0] for p in parameters]
-    result, dense = block.call(whole, *spread), block.call(whole, *parameters)
-    assert relative_error(result, dense) <= tolerance(torch.float32, roundings=4)

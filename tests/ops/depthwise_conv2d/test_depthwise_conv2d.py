@@ -519,3 +519,36 @@ def test_derivatives_of_the_weights_gradient(channels_last: bool) -> None:
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+
+
+# ---- machinery ----------------------------------------------------------------------------------
+
+
+def inputs(dtype: torch.dtype = torch.float32, channels: int = 6, k: int = 5) -> list[Tensor]:
+    shapes = ((2, channels, 9, 8), (channels, 1, k, k), (channels,))
+    return [torch.randn(s).to(dtype) for s in shapes]
+
+
+def test_flop_formula() -> None:
+    x, weight, bias = inputs()
+    once = (
+        2 * 25 * 2 * 6 * 9 * 8
+    )  # a multiply-add for each tap of each value, as if none is outside
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv2d(x, weight, bias, dilation=2)
+    assert counter.get_total_flops() == once
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv2d(x, weight.requires_grad_(), bias.requires_grad_()).sum().backward()
+    assert counter.get_total_flops() == 2 * once
+    with FlopCounterMode(display=False) as counter:
+        depthwise_conv2d(x.requires_grad_(), weight, bias).sum().backward()
+    assert counter.get_total_flops() == 3 * once
+
+
+def test_a_changed_input_is_noticed() -> None:
+    """x is kept for backward: PyTorch refuses to go back through what was overwritten."""
+    x, weight, _ = inputs()
+    output = depthwise_conv2d(x, weight.requires_grad_())
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

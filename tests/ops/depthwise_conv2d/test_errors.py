@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfuse import backend, depthwise_conv2d
-from fastfuse.backends import BackendError
+from fastfuse import depthwise_conv2d
 
 OP = "depthwise_conv2d"
 
@@ -31,28 +30,16 @@ def _call(x: Any = None, weight: Any = None, bias: Any = None, **options: Any) -
 WEIGHT = r"weight must have shape \(C, 1, k, k\) with k odd and C = 6; got "
 
 BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a list": (lambda: _call([1.0]), TypeError, r"x must be a tensor; got list"),
     "rank 3": (
         lambda: _call(_x()[0]),
         ValueError,
         r"x must have 4 dimensions \(N, C, H, W\); got shape \(6, 5, 4\)",
-    ),
-    "integers": (
-        lambda: _call(_x().int()),
-        ValueError,
-        r"x must be float64, float32, bfloat16 or float16; got int32",
-    ),
-    "sparse": (
-        lambda: _call(_x().to_sparse()),
-        ValueError,
-        r"x must be a dense tensor; got layout torch.sparse_coo",
     ),
     "no height": (
         lambda: _call(_x()[:, :, :0]),
         ValueError,
         r"x must be at least 1 pixel high and wide; got shape \(2, 6, 0, 4\)",
     ),
-    "weight a list": (lambda: _call(weight=[1.0]), TypeError, r"weight must be a tensor; got list"),
     "weight of rank 3": (
         lambda: _call(weight=_weight(6, 3, 3)),
         ValueError,
@@ -83,16 +70,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         WEIGHT + r"\(6, 1, 3, 5\)",
     ),
-    "weight of another dtype": (
-        lambda: _call(weight=_weight().double()),
-        ValueError,
-        r"weight must have the input's dtype float32; got float64",
-    ),
-    "weight elsewhere": (
-        lambda: _call(weight=_weight().to("meta")),
-        ValueError,
-        r"weight must be on the input's device cpu; got one on meta",
-    ),
     "bias a float": (lambda: _call(bias=0.0), TypeError, r"bias must be a tensor; got float"),
     "bias too short": (
         lambda: _call(bias=torch.zeros(5)),
@@ -103,16 +80,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: _call(bias=torch.zeros(6, 1)),
         ValueError,
         r"bias must have one value per channel, shape \(6,\); got shape \(6, 1\)",
-    ),
-    "bias of another dtype": (
-        lambda: _call(bias=torch.zeros(6).half()),
-        ValueError,
-        r"bias must have the input's dtype float32; got float16",
-    ),
-    "bias elsewhere": (
-        lambda: _call(bias=torch.zeros(6, device="meta")),
-        ValueError,
-        r"bias must be on the input's device cpu; got one on meta",
     ),
     "dilation zero": (
         lambda: _call(dilation=0),
@@ -148,17 +115,6 @@ def test_bad_input(any_backend: str, case: str) -> None:
     with pytest.raises(error, match=message) as raised:
         call()
     assert str(raised.value).startswith(f"{OP}: ")
-
-
-@pytest.mark.parametrize("argument", ["x", "weight", "bias"])
-def test_bad_types_under_autocast(argument: str) -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=argument):
-        _call(**{argument: [1.0]})
-
-
-def test_a_backend_that_cannot_run() -> None:
-    with backend("triton"), pytest.raises(BackendError, match=f"{OP}: .*expected CUDA tensors"):
-        _call()
 
 
 HOW = (None, 1, False, False)

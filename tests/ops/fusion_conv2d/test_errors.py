@@ -10,8 +10,7 @@ import torch
 from inputs import images
 from torch import Tensor
 
-from fastfuse import backend, fusion_conv2d
-from fastfuse.backends import BackendError
+from fastfuse import fusion_conv2d
 
 OP = "fusion_conv2d"
 
@@ -40,20 +39,10 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"features must be a sequence of tensors, one per level; got Tensor",
     ),
-    "a non-tensor": (
-        lambda: _call([_levels()[0], 3.0]),
-        TypeError,
-        r"features\[1\] must be a tensor; got float",
-    ),
     "no output channels": (
         lambda: _call(weight=_weight(0, 8, 3, 3)),
         ValueError,
         r"weight must have at least 1 output channel; got shape \(0, 8, 3, 3\)",
-    ),
-    "rank 3": (
-        lambda: _call([_levels()[0][0]]),
-        ValueError,
-        r"features\[0\] must have 4 dimensions \(N, C, H, W\); got shape \(3, 4, 4\)",
     ),
     "differing N": (
         lambda: _call([_levels()[0], _levels()[1][:1]]),
@@ -69,16 +58,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: _call([_levels()[0], _levels()[1].double()]),
         ValueError,
         r"features\[0\] is float32, features\[1\] is float64",
-    ),
-    "integers": (
-        lambda: _call([f.int() for f in _levels()]),
-        ValueError,
-        r"features\[0\] must be float64, float32, bfloat16 or float16; got int32",
-    ),
-    "sparse": (
-        lambda: _call([_levels()[0].to_sparse(), _levels()[1]]),
-        ValueError,
-        r"features\[0\] must be a dense tensor; got layout torch.sparse_coo",
     ),
     "no height": (
         lambda: _call([_levels()[0], _levels()[1][:, :, :0]]),
@@ -115,16 +94,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"weight must have as many input channels as the levels have together, 8 \(3 \+ 5\); got 9",
     ),
-    "weight of another dtype": (
-        lambda: _call(weight=_weight().double()),
-        ValueError,
-        r"weight must have the input's dtype float32; got float64",
-    ),
-    "weight elsewhere": (
-        lambda: _call(weight=_weight().to("meta")),
-        ValueError,
-        r"weight must be on the input's device cpu; got one on meta",
-    ),
     "bias a float": (
         lambda: _call(bias=0.5),
         TypeError,
@@ -139,16 +108,6 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: _call(bias=torch.zeros(6, 1)),
         ValueError,
         r"bias must have one value per output channel, shape \(6,\); got shape \(6, 1\)",
-    ),
-    "bias of another dtype": (
-        lambda: _call(bias=torch.zeros(6).half()),
-        ValueError,
-        r"bias must have the input's dtype float32; got float16",
-    ),
-    "bias elsewhere": (
-        lambda: _call(bias=torch.zeros(6, device="meta")),
-        ValueError,
-        r"bias must be on the input's device cpu; got one on meta",
     ),
     "padding negative": (
         lambda: _call(padding=-1),
@@ -275,8 +234,3 @@ def test_mixed_dtypes_are_fine_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = _call(weight=_weight().half(), bias=torch.zeros(6).bfloat16())
     assert output.dtype == torch.bfloat16
-
-
-def test_a_backend_that_cannot_run() -> None:
-    with backend("triton"), pytest.raises(BackendError, match=f"{OP}: .*expected CUDA tensors"):
-        _call()

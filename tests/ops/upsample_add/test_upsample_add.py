@@ -270,3 +270,18 @@ def test_more_than_2_to_the_31_values() -> None:
     assert output.numel() > 2**31
     for channel in (0, 1047, 2099):
         assert (output[0, channel] == x[0, channel] + 1).all()
+
+
+# ---- machinery ----------------------------------------------------------------------------------
+
+
+def test_flop_formula() -> None:
+    x, skip = images((2, 6, 4, 4), (2, 6, 8, 8))
+    # x: 4 rows of 8 values, y: 8 rows of 8 values, a multiply-add per weight, 2 weights; and a sum
+    interpolation = 2 * 6 * 4 * (4 * 8 + 8 * 8)
+    with FlopCounterMode(display=False) as counter:
+        upsample_add(x, skip)
+    assert counter.get_total_flops() == interpolation + 2 * 6 * 64
+    with FlopCounterMode(display=False) as counter:
+        upsample_add(x.requires_grad_(), skip).sum().backward()
+    assert counter.get_total_flops() == 2 * interpolation + 2 * 6 * 64

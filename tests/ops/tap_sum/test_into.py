@@ -15,23 +15,6 @@ from fastfuse.tolerances import relative_error, tolerance
 OPS = torch.ops.fastfuse
 
 
-def test_autocast_casts_taps_and_offsets(any_backend: str) -> None:
-    taps, offsets = torch.randn(2, 27, 4, 4).requires_grad_(), torch.randn(27).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = tap_sum(taps, (8, 8), kernel_size=3, offsets=offsets)
-        mixed = tap_sum(taps.bfloat16(), (8, 8), kernel_size=3, offsets=offsets)
-        double = tap_sum(taps.double(), (8, 8), kernel_size=3)
-    assert output.dtype == mixed.dtype == torch.bfloat16
-    assert double.dtype == torch.float64
-    with torch.no_grad():
-        halves = (taps.bfloat16(), offsets.bfloat16())
-        expected = tap_sum(halves[0], (8, 8), kernel_size=3, offsets=halves[1])
-    assert torch.equal(output, expected)
-    assert torch.equal(mixed, expected)
-    for gradient in torch.autograd.grad(output.float().sum(), [taps, offsets]):
-        assert gradient.dtype == torch.float32
-
-
 def test_flop_formula() -> None:
     taps = torch.randn(5, 9 * 2, 3, 4, requires_grad=True)
     # y: 9 taps, 6 rows of 4 values; x: 3 taps, 6 rows of 8; a multiply-add per weight, 2 weights
