@@ -16,9 +16,8 @@ from torch import Tensor
 
 from fastfuse.backends import BACKENDS, DTYPES, backend, explain, requested_backend
 from fastfuse.ops import OPERATIONS
-from fastfuse.ops.define import Operation
+from fastfuse.ops.define import Operation, Sample
 from fastfuse.ops.layout import memory_format
-from fastfuse.ops.sample import Sample
 from fastfuse.tolerances import relative_error, tolerance
 
 __all__ = [

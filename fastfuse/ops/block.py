@@ -31,10 +31,16 @@ from fastfuse.ops.checks import (
     check_tensor,
     check_vector,
 )
-from fastfuse.ops.define import Derivative, Op, Operation, below_autograd, no_second_derivative
+from fastfuse.ops.define import (
+    Derivative,
+    Op,
+    Operation,
+    Sample,
+    below_autograd,
+    no_second_derivative,
+)
 from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
 from fastfuse.ops.pointwise.mlp import mlp_route
-from fastfuse.ops.sample import Sample
 
 __all__ = ["MLP", "Block", "Parameter", "convolution_and_norm"]
 
