@@ -15,7 +15,7 @@ from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
 from fastfuse.ops.layout import in_layout, rows
-from fastfuse.ops.product import multiply_into
+from fastfuse.ops.matmul import matmul_into
 
 __all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
 
@@ -101,7 +101,7 @@ class LibraryConvolution(TargetResolution):
                 (x,), center = self._inputs(features), None
             else:
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
-            multiply_into(rows(out), rows(x), weights[:, :, 0, 0], bias, center)
+            matmul_into(rows(out), rows(x), weights[:, :, 0, 0], bias, center)
             return Scaled(out, scale)
         (x,) = self._inputs(features)
         with _deterministic(x.device):

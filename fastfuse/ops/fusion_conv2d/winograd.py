@@ -19,9 +19,9 @@ from torch import Tensor
 from fastfuse import _extension
 from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Op
+from fastfuse.ops.matmul import MatmulWeight
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.product import Weight
 
 __all__ = [
     "ELEMENTS",
@@ -147,7 +147,7 @@ def convolve(
     blocks = list(_blocks(out, size, channels + out_channels))
     if not blocks:
         return
-    weights = [Weight(matrix, blocks[-1].stop) for matrix in weight]
+    weights = [MatmulWeight(matrix, blocks[-1].stop) for matrix in weight]
     memory = _matrices(blocks[0].stop, channels, out)
     results: Sequence[Tensor | None] = [None] * ELEMENTS
     if weights[0].takes_out:
@@ -157,7 +157,7 @@ def convolve(
         transformed = memory[:, :count]
         _transform_inputs(transformed, inputs, block.start, size, padding)
         products = [
-            w.product(x, None if result is None else result[:count])
+            w.matmul(x, None if result is None else result[:count])
             for w, x, result in zip(weights, transformed, results, strict=True)
         ]
         torch.ops.fastfuse.winograd_output(out, products, block.start, bias)

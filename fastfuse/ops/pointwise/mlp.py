@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.matmul import MatmulRoute, MatmulWeight, RowBuffer
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.product import Choice, RowBuffer, Weight
 
 __all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "to_accumulation"]
 
@@ -81,7 +81,7 @@ def mlp_route(backend: str, image: Tensor) -> str:
     batch, channels, height, width = image.shape
     rows = image.new_empty(batch * height * width, channels)
     chunks = _Chunks(rows, 4 * channels)
-    products = Choice.of(image.device.type, image.dtype, chunks.rows)
+    products = MatmulRoute.of(image.device.type, image.dtype, chunks.rows)
     return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
 
 
@@ -137,19 +137,19 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     chunks = _Chunks(x, hidden)
     normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
     of_out, of_x, of_inputs, of_kept = chunks.buffers([out, x, inputs, kept])
-    fc1, fc2 = (Weight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
+    fc1, fc2 = (MatmulWeight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
         n = _normalized(of_inputs.read(inputs[chunk]), mlp.norm, normalized)
         if kept is None:
-            h = a = fc1.product(n, activated[:count])
+            h = a = fc1.matmul(n, activated[:count])
         else:
             to_keep = kept[chunk]
-            h = fc1.product(n, of_kept.room(to_keep))
+            h = fc1.matmul(n, of_kept.room(to_keep))
             of_kept.write(h, to_keep)
             a = activated[:count] if h is to_keep else h
         ops.bias_gelu_into(a, h, mlp.fc1_bias)
-        p = fc2.product(a, product[:count])
+        p = fc2.matmul(a, product[:count])
         target = out[chunk]
         result = of_out.room(target)
         ops.residual_into(
@@ -216,8 +216,9 @@ def backward(
     fc1 = _Sum(hidden, channels, normalized) if of_parameters else None
     fc2 = _Sum(channels, hidden, normalized) if of_parameters else None
     rows = chunks.rows
-    to_hidden = Weight(mlp.fc1_weight, rows) if kept is None else None
-    to_grad_hidden, to_grad = Weight(fc2_weight.t(), rows), Weight(mlp.fc1_weight.t(), rows)
+    to_hidden = MatmulWeight(mlp.fc1_weight, rows) if kept is None else None
+    to_grad_hidden = MatmulWeight(fc2_weight.t(), rows)
+    to_grad = MatmulWeight(mlp.fc1_weight.t(), rows)
     for chunk in chunks:
         count = chunk.stop - chunk.start
         of_out = of_grad.read(grad[chunk])
@@ -227,11 +228,11 @@ def backward(
         n = _normalized(x, mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
         if to_hidden is not None:
-            h = a = to_hidden.product(n, a)
+            h = a = to_hidden.matmul(n, a)
         else:
             assert kept is not None
             h = of_kept.read(kept[chunk])
-        gh = to_grad_hidden.product(g, gh)
+        gh = to_grad_hidden.matmul(g, gh)
         ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
             fc2.add(g, a)
@@ -239,9 +240,9 @@ def backward(
         target = grad_inputs[chunk]
         result = of_grad_inputs.room(target)
         if mlp.norm is None:
-            result = to_grad.product(gh, result)
+            result = to_grad.matmul(gh, result)
         else:
-            gn = to_grad.product(gh, grad_normalized[:count])
+            gn = to_grad.matmul(gh, grad_normalized[:count])
             ops.layer_norm_backward_into(
                 result, *norm_sums, gn, x, mlp.norm.weight, mlp.norm.bias, mlp.norm.eps, False
             )

@@ -1,8 +1,8 @@
-"""Ops that are whole blocks: one definition of checks, schema, shapes, derivatives and FLOPs.
+"""The one way to define an op that is a block of a network (depthwise convolutions and an MLP).
 
-A block takes an image, its parameters and ``keep``, and gives an image of the same shape. For
-backward it keeps its image alone, or, hungrier and faster, some tensors besides; the rest is
-recomputed. A block's module of kernels sees dense channels_last images and has
+A block takes a feature map, its parameters and ``keep``, and gives a map of the same shape. For
+backward it keeps its input alone, or, hungrier and faster, some tensors besides; the rest is
+recomputed. A block's module of kernels sees dense channels_last maps and has
 
     forward(x, parameters, keep, options, keeping) -> (out, the tensors kept, if keeping)
     backward(grad, x, parameters, keep, options, kept, wants_x, wants_parameters)
@@ -42,11 +42,11 @@ from fastfuse.ops.define import (
 from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
 from fastfuse.ops.pointwise.mlp import mlp_route
 
-__all__ = ["MLP", "Block", "Parameter", "convolution_and_norm"]
+__all__ = ["MLP_PARAMETERS", "BlockOp", "BlockParameter", "convolution_and_norm_parameters"]
 
 
 @dataclass(frozen=True)
-class Parameter:
+class BlockParameter:
     """A block's parameter.
 
     Attributes:
@@ -65,25 +65,25 @@ class Parameter:
         return self.kind in ("depthwise", "fc1", "fc2") or self.name.startswith("dw")
 
 
-def convolution_and_norm(suffix: str = "") -> tuple[Parameter, ...]:
+def convolution_and_norm_parameters(suffix: str = "") -> tuple[BlockParameter, ...]:
     return (
-        Parameter(f"dw{suffix}_weight", "depthwise"),
-        Parameter(f"dw{suffix}_bias", "channels"),
-        Parameter(f"norm{suffix}_weight", "channels"),
-        Parameter(f"norm{suffix}_bias", "channels"),
+        BlockParameter(f"dw{suffix}_weight", "depthwise"),
+        BlockParameter(f"dw{suffix}_bias", "channels"),
+        BlockParameter(f"norm{suffix}_weight", "channels"),
+        BlockParameter(f"norm{suffix}_bias", "channels"),
     )
 
 
-MLP = (
-    Parameter("fc1_weight", "fc1"),
-    Parameter("fc1_bias", "hidden"),
-    Parameter("fc2_weight", "fc2"),
-    Parameter("fc2_bias", "channels"),
-    Parameter("layer_scale", "channels", optional=True),
+MLP_PARAMETERS = (
+    BlockParameter("fc1_weight", "fc1"),
+    BlockParameter("fc1_bias", "hidden"),
+    BlockParameter("fc2_weight", "fc2"),
+    BlockParameter("fc2_bias", "channels"),
+    BlockParameter("layer_scale", "channels", optional=True),
 )
 
 
-class Block:
+class BlockOp:
     """Defines ``fastfuse::name``, ``name_keeping`` and ``name_backward``; called as the op.
 
     Args:
@@ -97,7 +97,7 @@ class Block:
     def __init__(
         self,
         name: str,
-        parameters: Sequence[Parameter],
+        parameters: Sequence[BlockParameter],
         options: Sequence[str],
         *,
         kernel: ModuleType,
