@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend
-from fastfuse.ops.layout import in_layout
-from fastfuse.ops.layout import rows as rows_of
+from fastfuse.ops.layout import as_matrix as rows_of
+from fastfuse.ops.layout import to_memory_format
 from fastfuse.ops.pointwise import mlp
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
@@ -23,7 +23,7 @@ both_ways = pytest.mark.parametrize("recompute", [True, False], ids=["recomputed
 
 
 def matrix_of(image: Tensor) -> Tensor:
-    return rows_of(in_layout(image, True))
+    return rows_of(to_memory_format(image, True))
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tol: float) -> None:
@@ -40,7 +40,7 @@ KEEP = [0.0, 0.25, 1.5, 0.0, 2.0]
 @pytest.mark.walks_memory
 @both_blocks
 @both_ways
-@pytest.mark.parametrize("rows", [1, 5, 12, 29, 100])
+@pytest.mark.parametrize("as_matrix", [1, 5, 12, 29, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block

@@ -11,7 +11,7 @@ from fastfuse.nn.conv2d import Conv2d
 from fastfuse.nn.initialize import he_normal
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, feature_list
-from fastfuse.ops.layout import is_channels_last, to_layout
+from fastfuse.ops.layout import is_channels_last, prefer_memory_format
 
 __all__ = ["DecodeHead", "at_least"]
 
@@ -80,9 +80,9 @@ class DecodeHead(nn.Module):
         levels = self._select(features)
         channels_last = is_channels_last(levels)
         if levels[0].device.type == "cpu":  # every op below is at its best there
-            levels = [to_layout(level, True) for level in levels]
+            levels = [prefer_memory_format(level, True) for level in levels]
         logits = self.conv_seg(self.dropout(self.fuse(levels)))
-        return to_layout(logits, channels_last)
+        return prefer_memory_format(logits, channels_last)
 
     def _select(self, features: Sequence[Tensor]) -> list[Tensor]:
         name = type(self).__name__

@@ -15,7 +15,7 @@ from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
 from fastfuse.nn.ced_block import TokenMixer
 from fastfuse.nn.initialize import kaiming_linear
 from fastfuse.ops.checks import check_image
-from fastfuse.ops.layout import to_layout
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
 
 __all__ = ["CEDNet", "StageOutput", "norm_after"]
@@ -139,7 +139,7 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-for _name in ("_check_images", "to_layout", "upsample_add"):
+for _name in ("_check_images", "prefer_memory_format", "upsample_add"):
     torch.fx.wrap(_name)  # recorded, not looked into
 
 
@@ -266,7 +266,7 @@ class CEDNet(nn.Module):
 
     def _stages(self, images: Tensor) -> list[StageOutput]:
         _check_images(images)
-        images = to_layout(images, True)  # every op below is at its best there
+        images = prefer_memory_format(images, True)  # every op below is at its best there
         c2 = self._run(self._stem, images)
         x = self.downsample(c2)
         outputs: list[StageOutput] = []

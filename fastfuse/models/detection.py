@@ -16,7 +16,7 @@ from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.composition import leaf
 from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.layout import to_layout
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -223,7 +223,7 @@ class RetinaHead(nn.Module):
                     f"RetinaHead: levels[{i}] must be (N, C, H, W) with C = {self.in_channels}; "
                     f"got shape {tuple(level.shape)}"
                 )
-        levels = [to_layout(level, True) for level in levels]
+        levels = [prefer_memory_format(level, True) for level in levels]
         logits = [self.retina_cls(self.cls_convs(level)) for level in levels]
         deltas = [self.retina_reg(self.reg_convs(level)) for level in levels]
         return logits, deltas

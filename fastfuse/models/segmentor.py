@@ -13,7 +13,7 @@ from fastfuse.backends import accumulation_dtype
 from fastfuse.models.evaluation import in_evaluation
 from fastfuse.models.prediction import Prediction, check_prediction
 from fastfuse.ops.checks import check_image, check_tensor
-from fastfuse.ops.layout import to_layout
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -259,7 +259,7 @@ class Segmentor(nn.Module):
 
     def _to_size(self, head: nn.Module, logits: Tensor, like: Tensor) -> Tensor:
         """A head's logits, contiguous, at the height and width of ``like``."""
-        logits = to_layout(logits, False)
+        logits = prefer_memory_format(logits, False)
         if logits.shape[2:] == like.shape[-2:]:
             return logits
         align_corners = bool(getattr(head, "align_corners", False))

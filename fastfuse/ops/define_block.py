@@ -39,7 +39,7 @@ from fastfuse.ops.define import (
     below_autograd,
     no_second_derivative,
 )
-from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
+from fastfuse.ops.layout import is_channels_last, memory_format, to_memory_format
 from fastfuse.ops.pointwise.mlp import mlp_route
 
 __all__ = ["MLP_PARAMETERS", "BlockOp", "BlockParameter", "convolution_and_norm_parameters"]
@@ -229,16 +229,17 @@ class BlockOp:
     def _forward(self, x: Tensor, arguments: Sequence[Any], *, keeping: bool) -> list[Tensor]:
         weights, (keep, *options, channels_last) = self._split(arguments)
         with without_autocast(x.device.type), below_autograd():
-            out, kept = self.kernel.forward(in_layout(x, True), weights, keep, options, keeping)
-            return [in_layout(out, channels_last), *kept]
+            x = to_memory_format(x, True)
+            out, kept = self.kernel.forward(x, weights, keep, options, keeping)
+            return [to_memory_format(out, channels_last), *kept]
 
     def _backward(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
         weights, rest = self._split(arguments)
         kept, keep, *options, wants_x, wants_parameters, channels_last = rest
         with without_autocast(x.device.type), below_autograd():
             grad_x, gradients = self.kernel.backward(
-                in_layout(grad_output, True),
-                in_layout(x, True),
+                to_memory_format(grad_output, True),
+                to_memory_format(x, True),
                 weights,
                 keep,
                 options,
@@ -246,7 +247,7 @@ class BlockOp:
                 wants_x,
                 wants_parameters,
             )
-            results = [in_layout(grad_x, channels_last)] if wants_x else []
+            results = [to_memory_format(grad_x, channels_last)] if wants_x else []
             for gradient, weight in zip(gradients, weights, strict=True):
                 if wants_parameters and weight is not None:
                     results.append(gradient.to(weight.dtype).reshape(weight.shape).contiguous())

@@ -49,7 +49,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Matrices in the dtype of images, vectors wide; ``pixels``: rows of an image."""
+    """Matrices in the dtype of images, vectors in the accumulation dtype.
+
+    Attributes:
+        pixels: rows of an image.
+    """
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -63,7 +67,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class MlpGradients:
-    """Of vectors wide; of matrices wide too where they are sums of several chunks' products."""
+    """Of vectors in the accumulation dtype; of matrices too where they sum several chunks."""
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -207,10 +211,10 @@ def backward(
         hidden,
     )
     of_grad_inputs, of_grad, of_inputs, of_kept = chunks.buffers([grad_inputs, grad, inputs, kept])
-    fc2_weight = wide_fc2 = mlp.fc2_weight
+    fc2_weight = unscaled_fc2 = mlp.fc2_weight
     if mlp.scale is not None:  # conversions apart: PyTorch is slow where dtypes mix
-        wide_fc2 = fc2_weight.to(accumulation.dtype)
-        fc2_weight = (wide_fc2 * mlp.scale[:, None]).to(chunks.dtype)
+        unscaled_fc2 = fc2_weight.to(accumulation.dtype)
+        fc2_weight = (unscaled_fc2 * mlp.scale[:, None]).to(chunks.dtype)
     norm_sums = [accumulation.new_zeros(channels) for _ in range(2)]  # of an op: no views of one
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
     fc1 = _Sum(hidden, channels, normalized) if of_parameters else None
@@ -253,7 +257,7 @@ def backward(
     if mlp.scale is not None:
         grad_fc2 = grad_fc2.to(accumulation.dtype)
         room = fc2_weight if fc2_weight.dtype == grad_fc2.dtype else None  # fresh memory is slow
-        grad_scale = torch.mul(grad_fc2, wide_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
+        grad_scale = torch.mul(grad_fc2, unscaled_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
         grad_fc2 *= mlp.scale[:, None]
         fc2_bias = mlp.scale * fc2_bias
     return MlpGradients(

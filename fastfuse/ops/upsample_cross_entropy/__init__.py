@@ -169,10 +169,10 @@ def _checked_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
         raise ValueError(
             f"{NAME}: weight must be constant; got a tensor that requires grad (use .detach())"
         )
-    wide = logits.new_empty(0, dtype=accumulation_dtype(logits.dtype))
+    like = logits.new_empty(0, dtype=accumulation_dtype(logits.dtype))
     if weight.device == logits.device:
-        weight = weight.to(wide.dtype)
-    check_vector(NAME, "weight", weight, logits.shape[1], "one value per class", wide)
+        weight = weight.to(like.dtype)
+    check_vector(NAME, "weight", weight, logits.shape[1], "one value per class", like)
     return weight
 
 
