@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastfuse.backends import DTYPES
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
-from fastfuse.ops.checks import check_size
+from fastfuse.ops.checks import check_ints, check_size
 
 __all__ = [
     "Use",
@@ -191,8 +191,8 @@ def run(
     progress: bool,
 ) -> int:
     """Runs the model over the batches without gradients; returns the number of images."""
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"{caller}: max_batches must be None or at least 1; got {max_batches}")
+    if max_batches is not None:
+        check_ints(caller, 1, max_batches=max_batches)
     encoder = encoder_of(caller, model, encoder)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with contextlib.ExitStack() as stack:

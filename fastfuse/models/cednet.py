@@ -14,7 +14,7 @@ from fastfuse.models.cednet_settings import Settings, settings
 from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
 from fastfuse.nn.ced_block import TokenMixer
 from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.checks import check_image
+from fastfuse.ops.checks import check_feature_map
 from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
 
@@ -128,7 +128,7 @@ class Stage(nn.Module):
 
 
 def _check_images(images: Tensor) -> None:
-    check_image("CEDNet", "images", images, channels=3)
+    check_feature_map("CEDNet", "images", images, channels=3)
     height, width = images.shape[2:]
     if height % STRIDE or width % STRIDE:
         down, right = -height % STRIDE, -width % STRIDE

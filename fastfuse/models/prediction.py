@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.checks import is_int
 from fastfuse.ops.upsample_argmax import upsample_argmax
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -234,9 +234,7 @@ def check_prediction(
 
 def _pair(op: str, argument: str, value: Sequence[int] | int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or not all(
-        isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1 for n in pair
-    ):
+    if len(pair) != 2 or not all(is_int(n) and n >= 1 for n in pair):
         raise ValueError(
             f"{op}: {argument} must be a positive int or two (height, width); got {value!r}"
         )

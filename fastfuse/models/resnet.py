@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from fastfuse.nn import Conv2d
 from fastfuse.nn.initialize import he_normal
-from fastfuse.ops.checks import check_image
+from fastfuse.ops.checks import check_feature_map
 
 __all__ = ["ResNetV1c"]
 
-torch.fx.wrap("check_image")  # recorded, not looked into
+torch.fx.wrap("check_feature_map")  # recorded, not looked into
 
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Stride and dilation of the four stages, by output stride.
@@ -120,7 +120,7 @@ class ResNetV1c(nn.Module):
         he_normal(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        check_image("ResNetV1c", "images", images, channels=3)
+        check_feature_map("ResNetV1c", "images", images, channels=3)
         x = self.maxpool(self.stem(images))
         features = []
         for i in range(4):

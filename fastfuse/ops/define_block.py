@@ -25,7 +25,7 @@ from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
     check_eps,
-    check_image,
+    check_feature_map,
     check_keep,
     check_matrix,
     check_tensor,
@@ -179,7 +179,7 @@ class BlockOp:
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
         """Cast for autocast, but for norms, biases and scale, which are read in x's dtype."""
         op = self.name
-        check_image(op, "x", x)
+        check_feature_map(op, "x", x)
         if x.shape[1] < 1:
             raise ValueError(f"{op}: x must have at least 1 channel; got shape {tuple(x.shape)}")
         found = list(given)
