@@ -48,7 +48,7 @@ def test_chunks_of_rows(
     """Chunks that are parts of an image, an image, or several; each image with its own factor."""
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
     policy = policy_of("cpu")
-    chunk = rows * 32 * policy.multiplies(dtype).itemsize
+    chunk = rows * 32 * policy.product_dtype(dtype).itemsize
     (x, *parameters), (cotangent,) = block.inputs((5, 8, 3, 4)), images((5, 8, 3, 4))
     inputs = [t.to(dtype) for t in (x, *parameters)]
     cotangent, keep = cotangent.to(dtype), torch.tensor(KEEP)

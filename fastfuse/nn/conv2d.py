@@ -47,7 +47,7 @@ class Conv2d(nn.Conv2d):
         if padding is not None and convolves_single(x, weight, padding):
             return fusion_conv2d([x], weight, bias, padding=padding)
         dtype = cast_dtype(x)
-        product_dtype = policy_of(x.device.type).multiplies(dtype)
+        product_dtype = policy_of(x.device.type).product_dtype(dtype)
         if product_dtype == dtype or requested_backend() == "reference":
             return self._conv_forward(x, weight, bias)
         if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):

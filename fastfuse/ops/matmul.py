@@ -31,7 +31,7 @@ class MatmulRoute:
     def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> MatmulRoute:
         """By the policy; ``rows``: of all products with one weight."""
         policy = policy_of(device_type)
-        dtype = policy.multiplies(dtype)
+        dtype = policy.product_dtype(dtype)
         if _LINEAR is None or _PACK is None or dtype not in policy.onednn:
             return cls(dtype, "torch.mm")
         return cls(dtype, "oneDNN", rows >= policy.packing_rows)

@@ -181,7 +181,7 @@ class Policy:
 
     kernels: KernelSizes | None = None  # None on GPUs
 
-    def multiplies(self, dtype: torch.dtype) -> torch.dtype:
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of ``dtype`` are computed."""
         return dtype if dtype in self.native else torch.float32
 

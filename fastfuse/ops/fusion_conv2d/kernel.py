@@ -48,7 +48,7 @@ class _Fusion:
             self.target = kind(shape, equalization, plan.target)
         if plan.own:
             self.own = OwnResolution(shape, equalization, plan.own)
-        self.product_dtype = policy_of(like.device.type).multiplies(like.dtype)
+        self.product_dtype = policy_of(like.device.type).product_dtype(like.dtype)
 
     @property
     def strategies(self) -> list[Strategy]:

@@ -96,7 +96,7 @@ class _Chunks:
     def __init__(self, image: Tensor, hidden: int) -> None:
         policy = policy_of(image.device.type)
         self.image, self.rows = image, image.shape[0]
-        self.dtype = policy.multiplies(image.dtype)
+        self.dtype = policy.product_dtype(image.dtype)
         limit = max(policy.hidden_bytes // (hidden * self.dtype.itemsize), policy.hidden_rows)
         count = -(-self.rows // limit)
         length = -(-self.rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
