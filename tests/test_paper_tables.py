@@ -20,10 +20,10 @@ from fastfuse.verify import MismatchError
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import paper_counts
 import paper_tables
-from measure import Variant
 from paper_counts import GFLOPS, MATCH, MISS, PARAMETERS, UNKNOWN, Count, FusionTime
 from plain_cednet import CEDNet as PlainCEDNet
 from plain_cednet import ConvNeXt, Features
+from variants import Variant
 
 SIZE = (64, 64)
 
