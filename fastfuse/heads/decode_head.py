@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse.nn.composition import leaf
 from fastfuse.nn.conv2d import Conv2d
-from fastfuse.nn.initialize import he_normal
+from fastfuse.nn.initialize import kaiming_normal_relu
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_features, check_ints, feature_list
 from fastfuse.ops.layout import is_channels_last, prefer_memory_format
@@ -56,8 +56,8 @@ class DecodeHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def initialize(self) -> None:
-        """As in MMSegmentation: He's normal distribution, and a small classifier."""
-        he_normal(self)
+        """As in MMSegmentation: Kaiming's normal distribution, and a small classifier."""
+        kaiming_normal_relu(self)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)

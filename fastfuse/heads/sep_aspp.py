@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse.heads.aspp import ASPPHead
 from fastfuse.nn import ConvUnit, SeparableConvUnit, SeparableFusion
-from fastfuse.nn.initialize import he_normal
+from fastfuse.nn.initialize import kaiming_normal_relu
 from fastfuse.ops.checks import check_ints
 
 __all__ = ["SepASPPHead"]
@@ -96,8 +96,8 @@ class SepASPPHead(ASPPHead):
             ),
             SeparableConvUnit(channels, channels, norm=norm),
         )
-        he_normal(self.c1_bottleneck)
-        he_normal(self.sep_bottleneck)
+        kaiming_normal_relu(self.c1_bottleneck)
+        kaiming_normal_relu(self.sep_bottleneck)
 
     def _dilated(
         self, in_channels: int, channels: int, dilation: int, norm: Callable[[int], nn.Module]

@@ -13,7 +13,7 @@ from fastfuse.backends import is_transformed
 from fastfuse.models.cednet_settings import Settings, settings
 from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
 from fastfuse.nn.ced_block import TokenMixer
-from fastfuse.nn.initialize import kaiming_linear
+from fastfuse.nn.initialize import kaiming_normal_linear
 from fastfuse.ops.checks import check_feature_map
 from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
@@ -243,7 +243,7 @@ class CEDNet(nn.Module):
             Stage(config, depths, make, decodes=i < last or config.last_decoder)
             for i, depths in enumerate(config.stage_depths)
         )
-        kaiming_linear(self)
+        kaiming_normal_linear(self)
 
     def forward(
         self, images: Tensor, *, stages: bool = False

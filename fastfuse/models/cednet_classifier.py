@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.nn import Conv2d
-from fastfuse.nn.initialize import kaiming_linear
+from fastfuse.nn.initialize import kaiming_normal_linear
 from fastfuse.ops.checks import check_ints, check_tensor
 
 __all__ = ["CEDNetClassifier"]
@@ -75,7 +75,7 @@ class CEDNetClassifier(nn.Module):
         self.heads = nn.ModuleList(
             ClassificationHead(self.backbone.channels[-1], num_classes) for _ in range(count)
         )
-        kaiming_linear(self.heads)
+        kaiming_normal_linear(self.heads)
 
     def forward(
         self, images: Tensor, targets: Tensor | None = None, *, label_smoothing: float = 0.0

@@ -14,7 +14,7 @@ from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.composition import leaf
-from fastfuse.nn.initialize import kaiming_linear
+from fastfuse.nn.initialize import kaiming_normal_linear
 from fastfuse.ops.checks import check_ints, is_int
 from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
@@ -113,7 +113,7 @@ class DetectionFeatures(nn.Module):
             self.merge.add_module("conv", Conv2d(out_channels, out_channels, 3, padding=1))
         for added in (self.reduce, self.extra, self.lateral, self.merge):
             if added is not None:
-                kaiming_linear(added)
+                kaiming_normal_linear(added)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor] | tuple[Tensor, ...]:
         c2, *coarser = self._maps(images)

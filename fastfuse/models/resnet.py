@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.nn import Conv2d
-from fastfuse.nn.initialize import he_normal
+from fastfuse.nn.initialize import kaiming_normal_relu
 from fastfuse.ops.checks import check_feature_map
 
 __all__ = ["ResNetV1c"]
@@ -117,7 +117,7 @@ class ResNetV1c(nn.Module):
             in_channels = _EXPANSION * width
             rest = [Bottleneck(in_channels, width, 1, dilation) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
-        he_normal(self)
+        kaiming_normal_relu(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         check_feature_map("ResNetV1c", "images", images, channels=3)

@@ -61,7 +61,7 @@ class BlockParameter:
 
     @property
     def is_cast(self) -> bool:
-        """Whether autocast casts it: what is multiplied with images, and its convolution's bias."""
+        """Whether autocast casts it: what is multiplied with pixels, and its convolution's bias."""
         return self.kind in ("depthwise", "fc1", "fc2") or self.name.startswith("dw")
 
 
@@ -276,9 +276,9 @@ class BlockOp:
 
     def _backward_fake(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
         weights, (*_, wants_x, wants_parameters, channels_last) = self._split(arguments)
-        images = [self._empty(x, channels_last)] if wants_x else []
+        grad_x = [self._empty(x, channels_last)] if wants_x else []
         wanted = [w for w in weights if w is not None] if wants_parameters else []
-        return images + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wanted]
+        return grad_x + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wanted]
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, *arguments = inputs

@@ -90,13 +90,13 @@ def mlp_route(backend: str, image: Tensor) -> str:
 
 
 class _Chunks:
-    """An image's rows in chunks, all of one length but the last, which is no longer, and memory for
+    """Rows of pixels in chunks, all of one length but the last, which is no longer, and memory for
     what becomes of a chunk, in the dtype of the products."""
 
-    def __init__(self, image: Tensor, hidden: int) -> None:
-        policy = policy_of(image.device.type)
-        self.image, self.rows = image, image.shape[0]
-        self.dtype = policy.product_dtype(image.dtype)
+    def __init__(self, matrix: Tensor, hidden: int) -> None:
+        policy = policy_of(matrix.device.type)
+        self.matrix, self.rows = matrix, matrix.shape[0]
+        self.dtype = policy.product_dtype(matrix.dtype)
         limit = max(policy.hidden_bytes // (hidden * self.dtype.itemsize), policy.hidden_rows)
         count = -(-self.rows // limit)
         length = -(-self.rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
@@ -107,19 +107,18 @@ class _Chunks:
             yield slice(first, min(first + self.length, self.rows))
 
     def memory(self, *widths: int) -> list[Tensor]:
-        like = self.image.new_empty(0, dtype=self.dtype)
+        like = self.matrix.new_empty(0, dtype=self.dtype)
         return [empty((self.length, width), like) for width in widths]
 
-    def buffers(self, images: Sequence[Tensor | None]) -> list[RowBuffer]:
-        """For each of some images of one dtype; none needs one that is not there."""
-        for image in images:
-            if image is not None and image.dtype != self.image.dtype:
-                raise ValueError(
-                    f"block: images must have one dtype, {self.image.dtype}; got {image.dtype}"
-                )
+    def buffers(self, matrices: Sequence[Tensor | None]) -> list[RowBuffer]:
+        """For each of some matrices of one dtype; none needs one that is not there."""
+        dtype = self.matrix.dtype
+        for matrix in matrices:
+            if matrix is not None and matrix.dtype != dtype:
+                raise ValueError(f"block: tensors must have one dtype, {dtype}; got {matrix.dtype}")
         return [
-            RowBuffer(self.length, self.image if image is None else image, self.dtype)
-            for image in images
+            RowBuffer(self.length, self.matrix if matrix is None else matrix, self.dtype)
+            for matrix in matrices
         ]
 
 
