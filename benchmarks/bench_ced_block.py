@@ -9,18 +9,19 @@ from functools import partial
 from typing import Any
 
 import ced_blocks
-import measure
-from ced_blocks import DTYPES, LAYOUTS, Block, Call, Cell
+import counts
+from ced_blocks import BlockShape, Call
+from cell import Cell
 from measure import Allowance
 
-__all__ = ["DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
+__all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "ced_block"
 SHAPES = {  # at 1/4, 1/8 and 1/16 of an image of 512x512
-    "96x128x128": Block(96, 128, 128),
-    "192x64x64": Block(192, 64, 64),
-    "352x32x32": Block(352, 32, 32),
-    "tiny": Block(8, 4, 4),
+    "96x128x128": BlockShape(96, 128, 128),
+    "192x64x64": BlockShape(192, 64, 64),
+    "352x32x32": BlockShape(352, 32, 32),
+    "tiny": BlockShape(8, 4, 4),
 }
 DETAILED = "192x64x64"
 
@@ -34,17 +35,10 @@ def build(name: str, layout: str, shape: str, dtype: str, mode: str, device: str
     return ced_blocks.build(SHAPES[shape], name, layout, dtype, mode, device)
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def test_ced_block(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    info = ced_blocks.measure(
-        OP,
-        SHAPES,
-        cell,
-        benchmark=benchmark,
-        device=device,
-        target=f"{__name__}:build",
-        allowance=allowance,
+    ced_blocks.measure_cell(
+        OP, SHAPES, cell, build, benchmark=benchmark, device=device, allowance=allowance
     )
-    assert info["variants"]

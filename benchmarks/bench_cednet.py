@@ -23,13 +23,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import networks
 import plain_cednet
 import torch
-import whole
+from cell import DTYPES, FORWARD, OURS, Cell
 from measure import Allowance
+from networks import TRAINING, rivals
 from peak_memory import of_variants
 from torch import Tensor, nn
-from whole import BOTH, DTYPES, FORWARD, OURS, Cell, rivals
 
 from fastfuse import models
 
@@ -44,8 +45,8 @@ CELLS = [
     for model, size, mode in (
         ("backbone", "800x1280", FORWARD),
         ("RetinaNet", "800x1280", FORWARD),
-        ("backbone", "512x512", BOTH),
-        ("UPerNet", "512x512", BOTH),
+        ("backbone", "512x512", TRAINING),
+        ("UPerNet", "512x512", TRAINING),
     )
     for dtype in DTYPES
 ]
@@ -115,7 +116,7 @@ def _model(name: str, kind: str) -> nn.Module:
 
 def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
-) -> whole.Call:
+) -> networks.NetworkCall:
     """A call of a variant: weights and images are the same for every one."""
     kind, size = shape.split()
     batch = 2 if kind == "UPerNet" else 1
@@ -123,16 +124,21 @@ def build(
     model = _model(name, kind)
     wrapped = Loss(model, (height, width), batch) if kind == "UPerNet" else Maps(model)
     shapes = [(batch, 3, height, width)]
-    return whole.call(wrapped, name, shapes, layout, dtype, mode, device, sequence=False)
+    return networks.network_call(wrapped, name, shapes, layout, dtype, mode, device, sequence=False)
 
 
-work = partial(whole.work, build)
+work = partial(networks.work, build)
 
 
 def test_cednet(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
     tiny = {"shape": f"{cell.shape.split()[0]} 64x64"}
-    memory = of_variants(f"{__name__}:build", cell, tiny, device)
-    info = whole.measure(
-        OP, build, cell, benchmark, device, allowance, memory=memory if cell.mode == BOTH else None
+    memory = of_variants(build, cell, tiny, device) if cell.mode == TRAINING else None
+    networks.measure_cell(
+        OP,
+        cell,
+        build,
+        benchmark=benchmark,
+        device=device,
+        allowance=allowance,
+        memory=memory,
     )
-    assert info["variants"]

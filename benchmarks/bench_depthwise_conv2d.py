@@ -18,29 +18,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    random_tensors,
-)
-from peak_memory import of_variants
+from cell import BOTH, DTYPES, FORWARD, Cell, every, measurement_of, tiny_cell
+from measure import Allowance, compare
 from torch import Tensor
+from variants import CHANNELS_LAST, random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
 OP = "depthwise_conv2d"
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -82,19 +71,6 @@ SHAPES |= KERNELS | GROWTH
 SHAPES["tiny"] = Depthwise(8, 4, 4)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if regime == "huge pages" or (quick and regime != "fresh"):
         return []  # results of fastfuse lie in huge pages anyway
@@ -102,17 +78,17 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if quick:
         found = [_quick(s, d, m, device) for s in QUICK for d in DTYPES for m in modes]
     else:
-        rivals = tuple((name, layout) for name in ("eager", "compiled") for layout in LAYOUTS)
+        rivals = every("eager", "compiled")
         shapes = (*MAIN, *KERNELS) if regime == "fresh" else MAIN
         found = [Cell(s, d, m, rivals) for s in shapes for d in DTYPES for m in modes]
     if regime == "fresh":
         found += [] if quick else [Cell(shape, "float32", FORWARD) for shape in GROWTH]
-        found += [Cell("tiny", "float32", m, (("eager", CONTIGUOUS),)) for m in modes]
+        found += [tiny_cell(m) for m in modes]
     return found
 
 
 def _quick(shape: str, dtype: str, mode: str, device: str) -> Cell:
-    rivals = tuple(("eager", layout) for layout in LAYOUTS)
+    rivals = every("eager")
     if mode == FORWARD and (device == "cuda" or (shape, dtype) == (DETAILED, "float32")):
         rivals += (("compiled", CHANNELS_LAST),)
     return Cell(shape, dtype, mode, rivals)
@@ -156,7 +132,7 @@ def build(
     return both
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -192,48 +168,24 @@ def _tolerances(cell: Cell) -> dict[str, float]:
     return found
 
 
-def _variants(cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    layouts = (CONTIGUOUS,) if cell.shape == "tiny" else LAYOUTS
-    variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name == "compiled"))
-    if not cell.rivals:
-        variants.append(variant("eager", CHANNELS_LAST, timed=False))
-    return variants
-
-
 def test_depthwise_conv2d(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    variants, tiny = _variants(cell, device), cell.shape == "tiny"
-    what = SHAPES[cell.shape]
-    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
-    work = conventional_flops(cell.shape, cell.mode)
-    measures_memory = cell.shape == DETAILED and current_regime() == "fresh"
-    info = compare(
-        benchmark,
-        variants,
-        info={
-            "op": OP,
-            "shape": cell.shape,
-            "image": what.image,
-            "kernel_size": what.kernel_size,
-            "dilation": what.dilation,
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
+    shape = SHAPES[cell.shape]
+    flops = conventional_flops(cell.shape, cell.mode)
+    measured = measurement_of(
+        OP,
+        cell,
+        build,
+        device,
+        about={
+            "image": shape.image,
+            "kernel_size": shape.kernel_size,
+            "dilation": shape.dilation,
         },
+        series="growth" if cell.shape in GROWTH else "main",
         tolerances=_tolerances(cell),
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
-        budget_s=1 if tiny else 6,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
-        flops=None if tiny else {variant.name: work for variant in variants},
-        host=tiny,
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        budget_s=6,
+        nbytes=moved_bytes(cell.shape, cell.dtype, cell.mode),
+        flops=dict.fromkeys(("fastfuse", "eager", "compiled"), flops),
+        memory=cell.shape == DETAILED,
     )
-    assert info["variants"]
+    assert compare(benchmark, measured, allowance)["variants"]

@@ -19,28 +19,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    random_tensors,
-)
-from peak_memory import of_variants
+from cell import BOTH, DTYPES, FORWARD, Cell, Ways, every, measurement_of, tiny_cell
+from measure import Allowance, compare
 from torch import Tensor
+from variants import CHANNELS_LAST, random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
 OP = "fusion_conv2d"
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 
 Shape = tuple[int, int, int]  # (C, H, W) of one level
 
@@ -82,22 +72,7 @@ GROWTH = {
 }
 SHAPES |= GROWTH
 SHAPES["tiny"] = Fusion(_pyramid(8, 4, 4, levels=2), 8)
-DTYPES = ("float32", "bfloat16")
 DETAILED = "UPer fusion"  # its memory is measured, and in quick runs its backward
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``ours`` are fastfuse's layouts, ``rivals`` (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-    ours: tuple[str, ...] = LAYOUTS
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
 
 
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
@@ -113,19 +88,18 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
             Cell(s, d, m, _rivals(s, m)) for s in MAIN for d in DTYPES for m in (FORWARD, BOTH)
         ]
     found += [] if quick else [Cell(shape, "float32", FORWARD) for shape in GROWTH]
-    tiny = (("eager", CONTIGUOUS),)
-    found += [Cell("tiny", "float32", m, tiny, (CONTIGUOUS,)) for m in (FORWARD, BOTH)]
+    found += [tiny_cell(m) for m in (FORWARD, BOTH)]
     return found
 
 
-def _rivals(shape: str, mode: str) -> tuple[tuple[str, str], ...]:
+def _rivals(shape: str, mode: str) -> Ways:
     """Compiled backward, which takes longest to compile, for one shape alone."""
     names = ("eager", "compiled") if mode == FORWARD or shape == DETAILED else ("eager",)
-    return tuple((name, layout) for name in names for layout in LAYOUTS)
+    return every(*names)
 
 
 def _quick(shape: str, dtype: str, mode: str, device: str) -> Cell:
-    rivals = tuple(("eager", layout) for layout in LAYOUTS)
+    rivals = every("eager")
     if (shape, mode) == (DETAILED, FORWARD) and (dtype == "float32" or device == "cuda"):
         rivals += (("compiled", CHANNELS_LAST),)
     return Cell(shape, dtype, mode, rivals)
@@ -177,7 +151,7 @@ def build(
     return both
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -212,47 +186,22 @@ def _tolerances(cell: Cell, device: str) -> dict[str, float]:
     return {"output": every["output"]} if cell.mode == FORWARD else every
 
 
-def _variants(cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    variants = [variant("fastfuse", layout, rival=False) for layout in cell.ours]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name == "compiled"))
-    if not cell.rivals:
-        variants.append(variant("eager", CHANNELS_LAST, timed=False))
-    return variants
-
-
 def _flops(cell: Cell, device: str) -> dict[str, int]:
     return {name: work(name, cell, device)[0] for name in ("fastfuse", "eager", "compiled")}
 
 
 def test_fusion_conv2d(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    tiny = cell.shape == "tiny"
-    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
-    measures_memory = cell.shape == DETAILED and current_regime() == "fresh"
-    info = compare(
-        benchmark,
-        _variants(cell, device),
-        info={
-            "op": OP,
-            "shape": cell.shape,
-            "levels": SHAPES[cell.shape].levels,
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
-        },
+    measured = measurement_of(
+        OP,
+        cell,
+        build,
+        device,
+        about={"levels": SHAPES[cell.shape].levels},
+        series="growth" if cell.shape in GROWTH else "main",
         tolerances=_tolerances(cell, device),
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
-        budget_s=1 if tiny else 15,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
-        flops=None if tiny else _flops(cell, device),
-        host=tiny,
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        budget_s=15,
+        nbytes=moved_bytes(cell.shape, cell.dtype, cell.mode),
+        flops=_flops(cell, device),
+        memory=cell.shape == DETAILED,
     )
-    assert info["variants"]
+    assert compare(benchmark, measured, allowance)["variants"]

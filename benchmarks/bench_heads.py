@@ -18,10 +18,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import networks
 import plain_heads
-import whole
+from cell import DTYPES, FORWARD, OURS, Cell
 from measure import Allowance
-from whole import BOTH, DTYPES, FORWARD, OURS, PLAIN, Cell, rivals
+from networks import PLAIN, TRAINING, rivals
 
 from fastfuse import heads
 
@@ -45,7 +46,7 @@ CELLS = [
     for head in HEADS
     for size in SIZES
     for dtype in DTYPES
-    for mode in (FORWARD, BOTH)
+    for mode in (FORWARD, TRAINING)
 ]
 
 
@@ -63,7 +64,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
 
 def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
-) -> whole.Call:
+) -> networks.NetworkCall:
     """A call of a variant: weights and features are the same for every one."""
     head, size = shape.split()
     in_channels, features = HEADS[head]
@@ -75,12 +76,11 @@ def build(
     if name != OURS:
         model = plain_heads.PLAIN[head](in_channels, dropout=0.0)
         model.load_state_dict(ours.state_dict())
-    return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=True)
+    return networks.network_call(model, name, shapes, layout, dtype, mode, device, sequence=True)
 
 
-work = partial(whole.work, build)
+work = partial(networks.work, build)
 
 
 def test_heads(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    info = whole.measure(OP, build, cell, benchmark, device, allowance)
-    assert info["variants"]
+    networks.measure_cell(OP, cell, build, benchmark=benchmark, device=device, allowance=allowance)

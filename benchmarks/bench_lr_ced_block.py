@@ -9,17 +9,18 @@ from functools import partial
 from typing import Any
 
 import ced_blocks
-import measure
-from ced_blocks import DTYPES, LAYOUTS, Block, Call, Cell
+import counts
+from ced_blocks import BlockShape, Call
+from cell import Cell
 from measure import Allowance
 
-__all__ = ["DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
+__all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "lr_ced_block"
 SHAPES = {  # at 1/32 of an image of 512x512, and of 800x1280
-    "512x16x16": Block(512, 16, 16, dilation=3),
-    "512x25x40": Block(512, 25, 40, dilation=3),
-    "tiny": Block(8, 4, 4, dilation=3),
+    "512x16x16": BlockShape(512, 16, 16, dilation=3),
+    "512x25x40": BlockShape(512, 25, 40, dilation=3),
+    "tiny": BlockShape(8, 4, 4, dilation=3),
 }
 DETAILED = "512x25x40"
 
@@ -33,17 +34,10 @@ def build(name: str, layout: str, shape: str, dtype: str, mode: str, device: str
     return ced_blocks.build(SHAPES[shape], name, layout, dtype, mode, device)
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def test_lr_ced_block(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    info = ced_blocks.measure(
-        OP,
-        SHAPES,
-        cell,
-        benchmark=benchmark,
-        device=device,
-        target=f"{__name__}:build",
-        allowance=allowance,
+    ced_blocks.measure_cell(
+        OP, SHAPES, cell, build, benchmark=benchmark, device=device, allowance=allowance
     )
-    assert info["variants"]

@@ -13,11 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import networks
 import plain_heads
-import whole
+from cell import DTYPES, FORWARD, OURS, Cell
 from measure import Allowance
+from networks import PLAIN, TRAINING, rivals
 from torch import nn
-from whole import BOTH, DTYPES, FORWARD, OURS, PLAIN, Cell, rivals
 
 import fastfuse
 from fastfuse import heads
@@ -35,7 +36,7 @@ CELLS = [
     Cell(f"{model} ResNet-50 512x512", dtype, mode, rivals(PLAIN, compiled=True))
     for model in MODELS
     for dtype in DTYPES
-    for mode in (FORWARD, BOTH)
+    for mode in (FORWARD, TRAINING)
 ]
 
 
@@ -53,7 +54,7 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
 
 def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
-) -> whole.Call:
+) -> networks.NetworkCall:
     """A call of a variant: weights and images are the same for every one."""
     output_stride, head, in_channels = MODELS[shape.split()[0]]
     decode = getattr(heads, head)(in_channels, dropout=0.0)
@@ -67,12 +68,11 @@ def build(
                 module.__class__ = nn.Conv2d
     batch = 1 if mode == FORWARD else 2
     shapes = [(batch, 3, *IMAGE)]
-    return whole.call(model, name, shapes, layout, dtype, mode, device, sequence=False)
+    return networks.network_call(model, name, shapes, layout, dtype, mode, device, sequence=False)
 
 
-work = partial(whole.work, build)
+work = partial(networks.work, build)
 
 
 def test_models(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    info = whole.measure(OP, build, cell, benchmark, device, allowance)
-    assert info["variants"]
+    networks.measure_cell(OP, cell, build, benchmark=benchmark, device=device, allowance=allowance)

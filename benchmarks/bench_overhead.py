@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -22,19 +21,19 @@ import bench_upsample_add
 import bench_upsample_argmax
 import bench_upsample_cross_entropy
 import bench_upsample_equalize_concat
-import measure
+import counts
 import torch
-from measure import CONTIGUOUS, Allowance, Variant, compare, random_tensors
+from cell import BOTH, FORWARD, TINY_ROUNDS, Cell
+from measure import Allowance, Measurement, compare
+from variants import CONTIGUOUS, Variant, random_tensors, tensors
 
 import fastfuse
 from fastfuse.ops.tap_sum.reference import reference as summed_taps
 from fastfuse.tolerances import tolerance
 
-__all__ = ["LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
+__all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "overhead"
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CONTIGUOUS,)
 # The suite of an op, and what it calls eager PyTorch.
 SHAPES: dict[str, tuple[ModuleType, str]] = {
     "upsample_equalize_concat": (bench_upsample_equalize_concat, "eager"),
@@ -50,24 +49,11 @@ SHAPES: dict[str, tuple[ModuleType, str]] = {
 WITHOUT_DERIVATIVE = ("upsample_argmax",)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """``shape`` is an op's name."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = (("eager", CONTIGUOUS),)
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if quick or regime != "fresh":
         return []
     return [
-        Cell(op, "float32", mode)
+        Cell(op, "float32", mode, (("eager", CONTIGUOUS),))  # whose shape is an op's name
         for op in SHAPES
         for mode in (FORWARD, BOTH)
         if mode == FORWARD or op not in WITHOUT_DERIVATIVE
@@ -101,7 +87,7 @@ def _tap_sum(name: str, layout: str, dtype: str, device: str) -> Callable[[], An
     return both
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 @contextmanager
@@ -124,10 +110,9 @@ def test_overhead(benchmark: Any, cell: Cell, device: str, allowance: Allowance)
         for name in ("fastfuse", *(rival for rival, _ in cell.rivals))
     ]
     with one_thread():
-        results = measure.tensors(variants[0].call())
+        results = tensors(variants[0].call())
         close = tolerance(torch.float32, roundings=16, reduction=64)
-        info = compare(
-            benchmark,
+        measured = Measurement(
             variants,
             info={
                 "op": OP,
@@ -138,9 +123,8 @@ def test_overhead(benchmark: Any, cell: Cell, device: str, allowance: Allowance)
             },
             tolerances={f"result {i}": close for i in range(len(results))},
             budget_s=1,
-            max_rounds=2000,
+            max_rounds=TINY_ROUNDS,
             device=device,
             host=True,
-            allowance=allowance,
         )
-    assert info["variants"]
+        assert compare(benchmark, measured, allowance)["variants"]

@@ -17,29 +17,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    random_tensors,
-)
-from peak_memory import of_variants
+from cell import DTYPES, FORWARD, Cell, Ways, every, measurement_of
+from measure import Allowance, compare
 from torch import Tensor
+from variants import CHANNELS_LAST, random_tensors
 
 import fastfuse
 from fastfuse.ops.tap_sum.reference import reference
 from fastfuse.tolerances import tolerance
 
 OP = "tap_sum"
-FORWARD, BACKWARD = "forward", "backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
-DTYPES = ("float32", "bfloat16")
+BACKWARD = "backward"
 
 
 @dataclass(frozen=True)
@@ -70,19 +60,6 @@ MAIN = tuple(SHAPES)
 SHAPES["tiny"] = Taps(8, 2, 4)  # warms up
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...]
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if regime == "huge pages":  # results of fastfuse lie in them anyway
         return []
@@ -91,18 +68,17 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     for shape in shapes:
         for dtype in DTYPES:
             for mode in (FORWARD, BACKWARD):
-                rivals = [(name, layout) for name in ("eager", "compiled") for layout in LAYOUTS]
+                rivals = every("eager", "compiled")
                 if quick and device == "cpu":
                     rivals = _quick_rivals(dtype, mode, regime)
-                found.append(Cell(shape, dtype, mode, tuple(rivals)))
+                found.append(Cell(shape, dtype, mode, rivals))
     return found
 
 
-def _quick_rivals(dtype: str, mode: str, regime: str) -> list[tuple[str, str]]:
-    rivals = [("eager", layout) for layout in LAYOUTS]
+def _quick_rivals(dtype: str, mode: str, regime: str) -> Ways:
     if (dtype, mode, regime) == ("float32", FORWARD, "fresh"):
-        rivals.append(("compiled", CHANNELS_LAST))
-    return rivals
+        return (*every("eager"), ("compiled", CHANNELS_LAST))
+    return every("eager")
 
 
 def build(
@@ -145,7 +121,7 @@ def build(
     return backward
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str) -> int:
@@ -165,37 +141,16 @@ def _tolerances(cell: Cell) -> dict[str, float]:
     return {name: tolerance(getattr(torch, cell.dtype), roundings=2, reduction=reduction)}
 
 
-def _variants(cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    variants = [variant("fastfuse", layout, rival=False) for layout in LAYOUTS]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name == "compiled"))
-    return variants
-
-
 def test_tap_sum(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
-    measures_memory = cell.dtype == "float32" and current_regime() == "fresh"
-    info = compare(
-        benchmark,
-        _variants(cell, device),
-        info={
-            "op": OP,
-            "shape": cell.shape,
-            "levels": [SHAPES[cell.shape].taps_shape[1:]],
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "main",
-        },
+    measured = measurement_of(
+        OP,
+        cell,
+        build,
+        device,
+        about={"levels": [SHAPES[cell.shape].taps_shape[1:]]},
         tolerances=_tolerances(cell),
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
         budget_s=8,
-        device=device,
         nbytes=moved_bytes(cell.shape, cell.dtype),
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        memory=cell.dtype == "float32",
     )
-    assert info["variants"]
+    assert compare(benchmark, measured, allowance)["variants"]

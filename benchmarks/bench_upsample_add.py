@@ -13,33 +13,21 @@ layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    random_tensors,
-)
-from peak_memory import of_variants
+from cell import BOTH, DTYPES, FORWARD, Cell, every, measurement_of, tiny_cell
+from measure import Allowance, compare
 from torch import Tensor
+from variants import CHANNELS_LAST, random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
 OP = "upsample_add"
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
-DTYPES = ("float32", "bfloat16")
 
 Size = tuple[int, int]
 
@@ -59,19 +47,6 @@ SHAPES |= GROWTH
 SHAPES["tiny"] = (8, (2, 2), (4, 4))
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if quick and regime != "fresh":
         return []
@@ -79,16 +54,16 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     if quick:
         found = [_quick(d, m) for d in DTYPES for m in modes]
     else:
-        rivals = tuple((name, layout) for name in ("eager", "compiled") for layout in LAYOUTS)
+        rivals = every("eager", "compiled")
         found = [Cell(s, d, m, rivals) for s in MAIN for d in DTYPES for m in modes]
     if regime == "fresh":
         found += [] if quick else [Cell(shape, "float32", m) for shape in GROWTH for m in modes]
-        found += [Cell("tiny", "float32", m, (("eager", CONTIGUOUS),)) for m in modes]
+        found += [tiny_cell(m) for m in modes]
     return found
 
 
 def _quick(dtype: str, mode: str) -> Cell:
-    rivals = tuple(("eager", layout) for layout in LAYOUTS)
+    rivals = every("eager")
     if (dtype, mode) == ("float32", FORWARD):
         rivals += (("compiled", CHANNELS_LAST),)
     return Cell(LARGEST, dtype, mode, rivals)
@@ -127,7 +102,7 @@ def build(
     return both
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -151,46 +126,18 @@ def _tolerances(cell: Cell) -> dict[str, float]:
     return found
 
 
-def _variants(cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    layouts = (CONTIGUOUS,) if cell.shape == "tiny" else LAYOUTS
-    variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name == "compiled"))
-    if not cell.rivals:
-        variants.append(variant("eager", CONTIGUOUS, timed=False))
-    return variants
-
-
 def test_upsample_add(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    variants, tiny = _variants(cell, device), cell.shape == "tiny"
-    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
-    measures_memory = cell.shape == LARGEST and cell.dtype == "float32"
-    measures_memory = measures_memory and current_regime() == "fresh"
-    channels, source, target = SHAPES[cell.shape]
-    info = compare(
-        benchmark,
-        variants,
-        info={
-            "op": OP,
-            "shape": cell.shape,
-            "channels": channels,
-            "sizes": [source, target],
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
-        },
+    channels, *sizes = SHAPES[cell.shape]
+    measured = measurement_of(
+        OP,
+        cell,
+        build,
+        device,
+        about={"channels": channels, "sizes": sizes},
+        series="growth" if cell.shape in GROWTH else "main",
         tolerances=_tolerances(cell),
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
-        budget_s=1 if tiny else 6,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
-        host=tiny,
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        budget_s=6,
+        nbytes=moved_bytes(cell.shape, cell.dtype, cell.mode),
+        memory=cell.shape == LARGEST and cell.dtype == "float32",
     )
-    assert info["variants"]
+    assert compare(benchmark, measured, allowance)["variants"]

@@ -15,20 +15,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
 import upsampled_logits
-from measure import CONTIGUOUS, EXACT, Allowance, random_tensors
+from cell import FORWARD, Cell
+from measure import Allowance
 from torch import Tensor
-from upsampled_logits import DTYPES, LAYOUTS, SHAPES, Cell, Size, itemsize, upsampled
+from upsampled_logits import SHAPES, Size, itemsize, upsampled
+from variants import CONTIGUOUS, EXACT, random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
-__all__ = ["DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
+__all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "upsample_argmax"
-FORWARD = "forward"
 LABEL_BYTES = 8
 
 
@@ -63,7 +64,7 @@ def build(
     return forward
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str) -> int:
@@ -93,16 +94,14 @@ def _tolerances(cell: Cell) -> dict[str, float]:
 
 
 def test_upsample_argmax(benchmark: Any, cell: Cell, device: str, allowance: Allowance) -> None:
-    info = upsampled_logits.measured(
+    upsampled_logits.measure_cell(
         OP,
         cell,
         build,
         benchmark=benchmark,
-        module=__name__,
         device=device,
         allowance=allowance,
         tolerances=_tolerances(cell),
         nbytes=moved_bytes(cell.shape, cell.dtype),
         compared=chosen(cell, device),
     )
-    assert info["variants"]

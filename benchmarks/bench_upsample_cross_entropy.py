@@ -16,30 +16,31 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import measure
+import counts
 import torch
 import torch.nn.functional as F
 import upsampled_logits
-from measure import Allowance, random_tensors
+from cell import BOTH, FORWARD, Cell
+from measure import Allowance
 from torch import Tensor
-from upsampled_logits import DTYPES, LAYOUTS, SHAPES, Cell, itemsize, upsampled
+from upsampled_logits import SHAPES, itemsize, upsampled
+from variants import random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
-__all__ = ["DTYPES", "LAYOUTS", "SHAPES", "Cell", "build", "cells", "work"]
+__all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "upsample_cross_entropy"
-FORWARD, BOTH = "forward", "forward + backward"
 IGNORED, IGNORED_SHARE = 255, 0.1
 LABEL_BYTES = 8
-WIDE = ", float32 loss"
+IN_FLOAT32 = ", float32 loss"
 
 
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     def rivals(dtype: str) -> tuple[str, ...]:
         names = ("eager", "compiled")
-        return names if dtype == "float32" else (*names, *(name + WIDE for name in names))
+        return names if dtype == "float32" else (*names, *(name + IN_FLOAT32 for name in names))
 
     return upsampled_logits.cells(BOTH, rivals, quick, regime, device)
 
@@ -49,7 +50,7 @@ def _eager(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(up, target, ignore_index=IGNORED)
 
 
-def _wide(logits: Tensor, target: Tensor) -> Tensor:
+def _eager_in_float32(logits: Tensor, target: Tensor) -> Tensor:
     up = upsampled(logits, (target.shape[1], target.shape[2]))
     return F.cross_entropy(up.float(), target, ignore_index=IGNORED)
 
@@ -70,7 +71,7 @@ def build(
     cell, target = SHAPES[shape], labels(shape, device)
     random = random_tensors(name, layout, dtype, device)
     logits = random(cell.batch, cell.classes, *cell.size).requires_grad_()
-    function: Any = _wide if name.endswith(WIDE) else _eager
+    function: Any = _eager_in_float32 if name.endswith(IN_FLOAT32) else _eager
     if name == "fastfuse":
         function = partial(fastfuse.upsample_cross_entropy, ignore_index=IGNORED)
     if name.startswith("compiled"):
@@ -91,7 +92,7 @@ def build(
     return forward if mode == FORWARD else both
 
 
-work = partial(measure.work, build)
+work = partial(counts.work, build)
 
 
 def moved_bytes(shape: str, dtype: str) -> int:
@@ -113,15 +114,13 @@ def _tolerances(cell: Cell) -> dict[str, float]:
 def test_upsample_cross_entropy(
     benchmark: Any, cell: Cell, device: str, allowance: Allowance
 ) -> None:
-    info = upsampled_logits.measured(
+    upsampled_logits.measure_cell(
         OP,
         cell,
         build,
         benchmark=benchmark,
-        module=__name__,
         device=device,
         allowance=allowance,
         tolerances=_tolerances(cell),
         nbytes=moved_bytes(cell.shape, cell.dtype),
     )
-    assert info["variants"]

@@ -18,31 +18,21 @@ forward, and naive channels_last forward + backward only with fresh memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-import measure
+import counts
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    random_tensors,
-)
-from peak_memory import of_variants
+from cell import BOTH, DTYPES, FORWARD, Cell, Ways, every, measurement_of, tiny_cell
+from measure import Allowance, compare
 from torch import Tensor, nn
+from variants import CHANNELS_LAST, CONTIGUOUS, EXACT, random_tensors
 
 import fastfuse
 from fastfuse.tolerances import tolerance
 
 OP = "upsample_equalize_concat"
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 NAIVE_DIFFERS = "statistics of the batch instead of constants"
 
 Shape = tuple[int, int, int]  # (C, H, W) of one level; the batch is 1
@@ -61,46 +51,29 @@ GROWTH = {
 SHAPES |= GROWTH
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     found = []
     for shape in ("UPerNet",) if quick else ("UPerNet", "PSP", "CamVid"):
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES:
             for mode in (FORWARD, BOTH):
-                rivals = _quick_rivals(dtype, mode, regime) if quick else _every("naive", *_SAME)
+                rivals = _quick_rivals(dtype, mode, regime) if quick else every("naive", *_SAME)
                 found.append(Cell(shape, dtype, mode, rivals))
     if not quick and regime == "fresh":
         found += [Cell(shape, "float32", mode) for shape in GROWTH for mode in (FORWARD, BOTH)]
     if regime != "huge pages":  # a tiny call has nothing to do with pages
-        found += [Cell("tiny", "float32", m, (("eager", CONTIGUOUS),)) for m in (FORWARD, BOTH)]
+        found += [tiny_cell(m) for m in (FORWARD, BOTH)]
     return found
 
 
 _SAME = ("eager", "eager, equalized first", "compiled")
 
 
-def _every(*names: str) -> tuple[tuple[str, str], ...]:
-    return tuple((name, layout) for name in names for layout in LAYOUTS)
-
-
-def _quick_rivals(dtype: str, mode: str, regime: str) -> tuple[tuple[str, str], ...]:
+def _quick_rivals(dtype: str, mode: str, regime: str) -> Ways:
     if mode == FORWARD:
         faster = CHANNELS_LAST if dtype == "float32" else CONTIGUOUS
-        return (*_every("naive", "eager", "eager, equalized first"), ("compiled", faster))
-    naive = _every("naive") if regime == "fresh" else (("naive", CONTIGUOUS),)
-    return (*naive, *_every("eager"))
+        return (*every("naive", "eager", "eager, equalized first"), ("compiled", faster))
+    naive = every("naive") if regime == "fresh" else (("naive", CONTIGUOUS),)
+    return (*naive, *every("eager"))
 
 
 def _constants(levels: int) -> tuple[list[float], list[float]]:
@@ -201,7 +174,7 @@ def build(
 
 def work(name: str, cell: Cell, device: str) -> tuple[int, int]:
     """FLOPs and bytes of a variant; naive's as eager's, for counters cannot follow its modules."""
-    return measure.work(build, "eager" if name == "naive" else name, cell, device)
+    return counts.work(build, "eager" if name == "naive" else name, cell, device)
 
 
 def moved_bytes(shape: str, dtype: str, mode: str) -> int:
@@ -225,47 +198,23 @@ def _tolerances(cell: Cell) -> dict[str, float]:
     return found
 
 
-def _variants(cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    layouts = (CONTIGUOUS,) if cell.shape == "tiny" else LAYOUTS
-    variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
-    for name, layout in cell.rivals:
-        differs = NAIVE_DIFFERS if name == "naive" else ""
-        variants.append(variant(name, layout, differs=differs, optional=name == "compiled"))
-    if not cell.rivals:
-        variants.append(variant("eager", CONTIGUOUS, timed=False))
-    return variants
-
-
 def test_upsample_equalize_concat(
     benchmark: Any, cell: Cell, device: str, allowance: Allowance
 ) -> None:
-    variants, tiny = _variants(cell, device), cell.shape == "tiny"
-    memory = of_variants(f"{__name__}:build", cell, {"shape": "tiny"}, device)
-    measures_memory = cell.dtype == "float32" and cell.rivals and not tiny
-    measures_memory = measures_memory and current_regime() == "fresh"
-    info = compare(
-        benchmark,
-        variants,
-        info={
-            "op": OP,
-            "shape": cell.shape,
-            "levels": SHAPES[cell.shape],
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "growth" if cell.shape in GROWTH else "overhead" if tiny else "main",
-        },
+    measured = measurement_of(
+        OP,
+        cell,
+        build,
+        device,
+        about={"levels": SHAPES[cell.shape]},
+        series="growth" if cell.shape in GROWTH else "main",
         tolerances=_tolerances(cell),
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
-        budget_s=2 if tiny else 8,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else moved_bytes(cell.shape, cell.dtype, cell.mode),
-        host=tiny,
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        budget_s=8,
+        tiny_s=2,
+        nbytes=moved_bytes(cell.shape, cell.dtype, cell.mode),
+        memory=cell.dtype == "float32" and bool(cell.rivals),
     )
-    assert info["variants"]
+    variants = [
+        replace(v, differs=NAIVE_DIFFERS) if v.name == "naive" else v for v in measured.variants
+    ]
+    assert compare(benchmark, replace(measured, variants=variants), allowance)["variants"]

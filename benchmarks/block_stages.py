@@ -20,10 +20,12 @@ import bench_ced_block
 import bench_lr_ced_block
 import matplotlib
 import torch
-from ced_blocks import BOTH, CHANNELS_LAST, DTYPES, KEEPING, OURS
+from ced_blocks import KEEPING
+from cell import BOTH, DTYPES, OURS
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from variants import CHANNELS_LAST
 
 from fastfuse._terminal import spell_out
 

@@ -28,39 +28,37 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-    kept_bytes,
-    random_tensors,
+from cell import (
+    BOTH,
+    DTYPES,
+    FORWARD,
+    OURS,
+    TINY,
+    Build,
+    Cell,
+    every,
+    measurement_of,
+    tiny_cell,
 )
-from peak_memory import of_variants
+from counts import kept_bytes
+from measure import Allowance, compare
+from regimes import current_regime
 from torch import Tensor
+from variants import CHANNELS_LAST, EXACT, Variant, random_tensors
 
 import fastfuse
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
 from fastfuse.tolerances import tolerance
 
-FORWARD, BOTH = "forward", "forward + backward"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
-DTYPES = ("float32", "bfloat16")
-OURS, KEEPING = "fastfuse", "fastfuse, recompute=False"
+KEEPING = "fastfuse, recompute=False"
 EAGER = ("eager, linear", "eager, 1x1 conv")
 COMPILED = ("compiled, linear", "compiled, 1x1 conv")
 KERNEL_SIZE, EPS = 7, 1e-6
-TINY = "tiny"
-
-Ways = tuple[tuple[str, str], ...]  # (name, layout)
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block on one image; ``dilation``: of the second convolution, which LR blocks have."""
+class BlockShape:
+    """A block and its image; ``dilation``: of the second convolution, which LR blocks have."""
 
     channels: int
     height: int
@@ -84,22 +82,8 @@ class Block:
         return block_shapes(self.channels, self.hidden, scaled=True, steps=self.steps)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``ours`` are those of fastfuse."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: Ways = ()
-    ours: Ways = ((OURS, CHANNELS_LAST),)
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(
-    shapes: Mapping[str, Block], detailed: str, quick: bool, regime: str, device: str
+    shapes: Mapping[str, BlockShape], detailed: str, quick: bool, regime: str, device: str
 ) -> list[Cell]:
     """Of one op. Quick runs measure ``detailed`` forward too."""
     if regime == "huge pages" or (quick and regime != "fresh"):
@@ -111,21 +95,16 @@ def cells(
         others = [shape for shape in main if shape != detailed]
         found += [_quick(shape, dtype, BOTH, device) for shape in others for dtype in DTYPES]
     else:
-        rivals = _every(*EAGER, *COMPILED)
+        rivals = every(*EAGER, *COMPILED)
         found = [
-            Cell(shape, dtype, mode, rivals, _every(*_ours(mode)))
+            Cell(shape, dtype, mode, rivals, every(*_ours(mode)))
             for shape in main
             for dtype in DTYPES
             for mode in (FORWARD, BOTH)
         ]
     if regime == "fresh":
-        tiny, ours = ((EAGER[0], CONTIGUOUS),), ((OURS, CONTIGUOUS),)
-        found += [Cell(TINY, "float32", mode, tiny, ours) for mode in (FORWARD, BOTH)]
+        found += [tiny_cell(mode, EAGER[0]) for mode in (FORWARD, BOTH)]
     return found
-
-
-def _every(*names: str, layouts: Sequence[str] = LAYOUTS) -> Ways:
-    return tuple((name, layout) for name in names for layout in layouts)
 
 
 def _ours(mode: str) -> tuple[str, ...]:
@@ -135,12 +114,10 @@ def _ours(mode: str) -> tuple[str, ...]:
 def _quick(shape: str, dtype: str, mode: str, device: str) -> Cell:
     rivals, ours = EAGER, _ours(mode)
     if mode == FORWARD and (device == "cuda" or dtype == "float32"):
-        compiled = _every(*COMPILED, layouts=(CHANNELS_LAST,))
-        return Cell(shape, dtype, mode, _every(*rivals) + compiled, _every(*ours))
+        compiled = every(*COMPILED, layouts=(CHANNELS_LAST,))
+        return Cell(shape, dtype, mode, every(*rivals) + compiled, every(*ours))
     layouts = (CHANNELS_LAST,)
-    return Cell(
-        shape, dtype, mode, _every(*rivals, layouts=layouts), _every(*ours, layouts=layouts)
-    )
+    return Cell(shape, dtype, mode, every(*rivals, layouts=layouts), every(*ours, layouts=layouts))
 
 
 def _normalized(x: Tensor, parameters: Sequence[Tensor], dilation: int = 1) -> Tensor:
@@ -166,7 +143,7 @@ def _convolved(y: Tensor, *parameters: Tensor) -> Tensor:
     return scale[:, None, None] * y
 
 
-def _eager(block: Block, mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _eager(block: BlockShape, mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def ced_block(x: Tensor, *parameters: Tensor) -> Tensor:
         return x + mlp(_normalized(x, parameters[:4]), *parameters[4:])
 
@@ -179,13 +156,13 @@ def _eager(block: Block, mlp: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return ced_block if block.dilation is None else lr_ced_block
 
 
-def _fastfuse(block: Block, recompute: bool) -> Callable[..., Tensor]:
+def _fastfuse(block: BlockShape, recompute: bool) -> Callable[..., Tensor]:
     if block.dilation is None:
         return partial(fastfuse.ced_block, eps=EPS, recompute=recompute)
     return partial(fastfuse.lr_ced_block, dilation=block.dilation, eps=EPS, recompute=recompute)
 
 
-def _function(block: Block, name: str) -> Callable[..., Tensor]:
+def _function(block: BlockShape, name: str) -> Callable[..., Tensor]:
     if name in (OURS, KEEPING):
         return _fastfuse(block, recompute=name == OURS)
     eager = _eager(block, _linear if name.endswith("linear") else _convolved)
@@ -210,7 +187,7 @@ class Call:
         return output.detach(), *torch.autograd.grad(output, leaves, self.grad_output)
 
 
-def build(block: Block, name: str, layout: str, dtype: str, mode: str, device: str) -> Call:
+def build(block: BlockShape, name: str, layout: str, dtype: str, mode: str, device: str) -> Call:
     """A call of a variant: inputs are the same for every one."""
     random = random_tensors(name, layout, dtype, device)
     x, grad_output = random(*block.image), random(*block.image) if mode == BOTH else None
@@ -224,7 +201,7 @@ def build(block: Block, name: str, layout: str, dtype: str, mode: str, device: s
     return Call(_function(block, name), x, parameters, grad_output)
 
 
-def moved_bytes(block: Block, dtype: str, mode: str) -> int:
+def moved_bytes(block: BlockShape, dtype: str, mode: str) -> int:
     """Forward reads x and writes the output; backward reads x and a gradient, and writes x's."""
     image = torch.Size(block.image).numel()
     parameters = sum(torch.Size(shape).numel() for shape in block.parameters.values())
@@ -234,13 +211,13 @@ def moved_bytes(block: Block, dtype: str, mode: str) -> int:
     return values * getattr(torch, dtype).itemsize
 
 
-def conventional_flops(block: Block, mode: str) -> int:
+def conventional_flops(block: BlockShape, mode: str) -> int:
     per_pixel = 2 * 2 * block.channels * block.hidden
     per_pixel += block.steps * 2 * KERNEL_SIZE**2 * block.channels
     return per_pixel * block.height * block.width * (1 if mode == FORWARD else 3)
 
 
-def tolerances(block: Block, cell: Cell) -> dict[str, float]:
+def tolerances(block: BlockShape, cell: Cell) -> dict[str, float]:
     """Of the output and the gradients of x and the parameters.
 
     In float32 the roundings of the long sums over pixels partly cancel: they grow with the fourth
@@ -265,61 +242,36 @@ def tolerances(block: Block, cell: Cell) -> dict[str, float]:
     return found
 
 
-def _variants(block: Block, cell: Cell, device: str) -> list[Variant]:
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(block, name, layout, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
-
-    variants = [variant(name, layout, rival=False) for name, layout in cell.ours]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name in COMPILED))
-    return variants
-
-
 def _kept(variant: Variant) -> int:
     call = variant.call
     assert isinstance(call, Call)
     return kept_bytes(call, call.parameters)
 
 
-def measure(
+def measure_cell(
     op: str,
-    shapes: Mapping[str, Block],
+    shapes: Mapping[str, BlockShape],
     cell: Cell,
+    build: Build,
     *,
     benchmark: Any,
     device: str,
-    target: str,
     allowance: Allowance,
-) -> dict[str, Any]:
-    """Measures a cell. ``target``: the suite's function that builds a call from a shape's name."""
-    block, tiny = shapes[cell.shape], cell.shape == TINY
-
-    measures_memory = cell.mode == BOTH and current_regime() == "fresh" and not tiny
-    memory = of_variants(target, cell, {"shape": TINY}, device)
-    work = conventional_flops(block, cell.mode)
-    return compare(
-        benchmark,
-        _variants(block, cell, device),
-        info={
-            "op": op,
-            "shape": cell.shape,
-            "image": block.image,
-            "hidden": block.hidden,
-            "dilation": block.dilation,
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "overhead" if tiny else "main",
-        },
+) -> None:
+    """Measures a cell of a suite, whose ``build`` is given."""
+    block = shapes[cell.shape]
+    flops = conventional_flops(block, cell.mode)
+    measured = measurement_of(
+        op,
+        cell,
+        build,
+        device,
+        about={"image": block.image, "hidden": block.hidden, "dilation": block.dilation},
         tolerances=tolerances(block, cell),
-        exact=lambda: build(block, EXACT, CONTIGUOUS, cell.dtype, cell.mode, device)(),
-        budget_s=1 if tiny else 10,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else moved_bytes(block, cell.dtype, cell.mode),
-        flops=None if tiny else dict.fromkeys((OURS, KEEPING, *EAGER, *COMPILED), work),
-        host=tiny,
-        memory=memory if measures_memory else None,
-        kept=_kept if measures_memory else None,
-        allowance=allowance,
+        budget_s=10,
+        nbytes=moved_bytes(block, cell.dtype, cell.mode),
+        flops=dict.fromkeys((OURS, KEEPING, *EAGER, *COMPILED), flops),
+        memory=cell.mode == BOTH,
+        kept=_kept if cell.mode == BOTH and current_regime() == "fresh" else None,
     )
+    assert compare(benchmark, measured, allowance)["variants"]

@@ -22,14 +22,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import measure
 import plan
 import pytest
 import torch
 from measure import Allowance
+from rates import CopyRoof, compile_seconds, gemm_rate, plain_float32
+from regimes import current_regime
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from variants import Variant
 
 LOG_WIDTH = 150
 
@@ -49,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         config = metafunc.config
         cells = metafunc.module.cells(
             quick=config.getoption("quick"),
-            regime=measure.current_regime(),
+            regime=current_regime(),
             device=config.getoption("device"),
         )
         metafunc.parametrize("cell", cells, ids=str, indirect=True)
@@ -58,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class Estimates:
     """Cells as ``plan`` sees them. Work is counted once for all dtypes, in bytes of an element."""
 
-    def __init__(self, device: str, machine: plan.Machine) -> None:
+    def __init__(self, device: str, machine: plan.MachineRates) -> None:
         self.device, self.machine = device, machine
         self.work: dict[tuple[str, ...], tuple[int, float]] = {}
         self.suites: set[str] = set()
@@ -71,26 +73,26 @@ class Estimates:
         flops, elements = self.work[key]
         return flops, elements * itemsize
 
-    def of(self, item: pytest.Item) -> plan.Cell:
+    def of(self, item: pytest.Item) -> plan.PlannedCell:
         suite, cell = item.module, item.callspec.params["cell"]
 
         def seconds(name: str) -> float:
             return plan.call_s(*self._work(suite, name, cell), cell.dtype, self.machine)
 
         rivals = tuple(
-            plan.Way(
-                measure.Variant(name, print, layout).title,
+            plan.PlannedVariant(
+                Variant(name, print, layout).title,
                 seconds(name),
                 compiles=name.startswith("compiled"),
             )
             for name, layout in cell.rivals
         )
         fastest = min(rival.seconds for rival in rivals)
-        ours = plan.Way("fastfuse", min(seconds("fastfuse"), fastest), rival=False)
+        ours = plan.PlannedVariant("fastfuse", min(seconds("fastfuse"), fastest), rival=False)
         first = suite.OP not in self.suites
         self.suites.add(suite.OP)
         nbytes = self._work(suite, "fastfuse", cell)[1]
-        return plan.Cell(
+        return plan.PlannedCell(
             item.nodeid,
             suite.OP,
             (ours, ours, *rivals),
@@ -111,9 +113,9 @@ class Run:
             self.console = Console(file=sys.stderr, width=LOG_WIDTH)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self.console)
-        self.task = self.progress.add_task(measure.current_regime(), total=None)
+        self.task = self.progress.add_task(current_regime(), total=None)
         self.cell, self.started = "", 0.0
-        self.current: plan.Cell | None = None
+        self.current: plan.PlannedCell | None = None
 
     @property
     def now(self) -> float:
@@ -128,12 +130,10 @@ class Run:
         self.say("measures the machine")
         rates = self.config.getoption("rates") or {}
         dtypes = dict.fromkeys(item.callspec.params["cell"].dtype for item in items)
-        compile_s = measure.compile_seconds(device)
-        machine = plan.Machine(
-            copy_rate=measure.CopyRoof(device).rate,
-            gemm_rates={
-                d: rates.get(d) or measure.gemm_rate(device, getattr(torch, d)) for d in dtypes
-            },
+        compile_s = compile_seconds(device)
+        machine = plan.MachineRates(
+            copy_rate=CopyRoof(device).rate,
+            gemm_rates={d: rates.get(d) or gemm_rate(device, getattr(torch, d)) for d in dtypes},
             compile_s=compile_s,
         )
         estimates, cells = Estimates(device, machine), []
@@ -158,7 +158,7 @@ class Run:
         for column in ("cell", "rivals", "rounds", "seconds"):
             table.add_column(column, justify="right" if column in ("rounds", "seconds") else "left")
         for cell in cells:
-            titles = (w.title.removesuffix(", channels_last") for w in cell.ways if w.rival)
+            titles = (v.title.removesuffix(", channels_last") for v in cell.variants if v.rival)
             names = dict.fromkeys(title.removesuffix(", contiguous") for title in titles)
             rivals = "; ".join(names)
             if cell.dropped:
@@ -194,13 +194,13 @@ class Run:
         return f"{taken}, {self.current.seconds(self.plan.machine):.0f} s estimated"
 
     def pytest_sessionfinish(self) -> None:
-        self.progress.update(self.task, description=measure.current_regime())
+        self.progress.update(self.task, description=current_regime())
         if self.console.is_terminal:
             self.progress.stop()
 
     def _left(self) -> str:
         if self.plan is None:
-            return measure.current_regime()
+            return current_regime()
         return f"{max(0, self.plan.budget_s - self.now):.0f} s left"
 
     def say(self, text: str) -> None:
@@ -218,8 +218,8 @@ class Run:
                 dropped=self.current.dropped,
             )  # fmt: skip
             pytest.skip(self.current.dropped)
-        titles = {way.title for way in self.current.ways}
-        kept = tuple(r for r in cell.rivals if measure.Variant(r[0], print, r[1]).title in titles)
+        titles = {v.title for v in self.current.variants}
+        kept = tuple(r for r in cell.rivals if Variant(r[0], print, r[1]).title in titles)
         return dataclasses.replace(cell, rivals=kept)
 
     def allowance(self) -> Allowance:
@@ -257,7 +257,7 @@ RUN = pytest.StashKey[Run]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    measure.plain_float32()
+    plain_float32()
     config.stash[RUN] = Run(config)
     config.pluginmanager.register(config.stash[RUN])
 

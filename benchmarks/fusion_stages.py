@@ -16,10 +16,12 @@ from typing import Any
 
 import matplotlib
 import torch
-from bench_fusion_conv2d import CHANNELS_LAST, DTYPES, FORWARD, build
+from bench_fusion_conv2d import build
+from cell import DTYPES, FORWARD
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function
+from variants import CHANNELS_LAST
 
 from fastfuse._terminal import spell_out
 from fastfuse.ops.fusion_conv2d.target_resolution import LibraryConvolution, WinogradConvolution

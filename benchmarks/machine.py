@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import measure
+import rates
 import torch
 
 import fastfuse
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def environment(device: str) -> dict[str, Any]:
-    measure.plain_float32()
+    rates.plain_float32()
     info = fastfuse.info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -40,7 +40,7 @@ def environment(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gemm_gflops": {
-            str(dtype).removeprefix("torch."): measure.gemm_rate(device, dtype) / 1e9
+            str(dtype).removeprefix("torch."): rates.gemm_rate(device, dtype) / 1e9
             for dtype in DTYPES
         },
     }
@@ -89,7 +89,7 @@ def _first(info: fastfuse.Info, device: str) -> dict[str, str]:
 
 
 def describe(e: dict[str, Any]) -> list[str]:
-    rates = ", ".join(f"{rate:.3g} GFLOP/s in {name}" for name, rate in e["gemm_gflops"].items())
+    products = ", ".join(f"{rate:.3g} GFLOP/s in {name}" for name, rate in e["gemm_gflops"].items())
     copy = f"{e['copy_gbs']:.3g}" if e["copy_gbs"] else "?"
     lines = [
         f"{e['date']}, {e['name']}, {e['threads']} threads on {e['cores']} cores",
@@ -98,7 +98,7 @@ def describe(e: dict[str, Any]) -> list[str]:
         f"commit: {e['commit']}",
         ", ".join(f"{name} {version}" for name, version in e["versions"].items()),
         "backends: " + ", ".join(f"{op}: {name}" for op, name in e["backends"].items()),
-        f"measured roofs: copy {copy} GB/s read and written, GEMM {rates}",
+        f"measured roofs: copy {copy} GB/s read and written, GEMM {products}",
     ]
     if e["forced"]:
         lines.insert(2, "forced: " + ", ".join(f"{n}={v}" for n, v in e["forced"].items()))

@@ -20,16 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from agreement import check_agreement
+from cell import DTYPES, LAYOUTS, OURS
 from compact import lines
-from measure import (
-    LONG_CALL_S,
-    SETTLING_BYTES,
-    Clock,
-    CopyRoof,
-    Variant,
-    check_agreement,
-    gemm_rate,
-)
+from measure import LONG_CALL_S, SETTLING_BYTES
+from networks import PLAIN
 from paper_counts import (
     GFLOPS,
     PARAMETERS,
@@ -45,10 +40,11 @@ from paper_counts import (
 from plain_cednet import CEDNet as PlainCEDNet
 from plain_cednet import ConvNeXtFPN, Features
 from plain_cednet import RetinaNet as PlainRetinaNet
+from rates import Clock, CopyRoof, gemm_rate
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from whole import CHANNELS_LAST, DTYPES, LAYOUTS, OURS, PLAIN
+from variants import CHANNELS_LAST, Variant
 
 from fastfuse._terminal import spell_out
 from fastfuse.models import cednet_retinanet_tiny

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Variant
+from variants import Variant
 
 __all__ = ["of_variants", "peak_extra_memory"]
 
@@ -64,14 +64,19 @@ def _server() -> subprocess.Popen[str]:
 
 
 def of_variants(
-    target: str, cell: Any, warm_up: Arguments, device: str
+    build: Callable[..., Any], cell: Any, warm_up: Arguments, device: str
 ) -> Callable[[Sequence[Variant]], list[int | None]]:
-    """Peaks of a cell's variants, for ``measure.compare``; None of those that have to compile."""
+    """Peaks of a cell's variants, as ``Measurement`` takes them; None of those that compile.
+
+    Args:
+        build: the suite's function of that name.
+    """
 
     def memory(variants: Sequence[Variant]) -> list[int | None]:
         where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
         known = [v for v in variants if not v.optional]
         cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
+        target = f"{build.__module__}:{build.__name__}"
         peaks = peak_extra_memory(target, cases, warm_up=warm_up, device=device)
         by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
         return [by_title.get(v.title) for v in variants]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from measure import LONG_CALL_S, MIN_ROUNDS, settled_call_s
 
-__all__ = ["RULE", "Cell", "Machine", "Plan", "Way", "call_s", "in_turns"]
+__all__ = ["RULE", "MachineRates", "Plan", "PlannedCell", "PlannedVariant", "call_s", "in_turns"]
 
 RULE = """\
 1. Cells are taken in turns, one of every suite; a suite lists its own most important first.
@@ -35,7 +35,7 @@ LEAST_ROUNDS_S = 0.5  # tiny calls get so many seconds of rounds
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineRates:
     """What was measured first: bytes copied and FLOPs by dtype per second, seconds to compile."""
 
     copy_rate: float
@@ -43,12 +43,12 @@ class Machine:
     compile_s: float
 
 
-def call_s(flops: float, nbytes: float, dtype: str, machine: Machine) -> float:
+def call_s(flops: float, nbytes: float, dtype: str, machine: MachineRates) -> float:
     return flops / machine.gemm_rates[dtype] + nbytes / machine.copy_rate
 
 
 @dataclass(frozen=True)
-class Way:
+class PlannedVariant:
     """A variant of a cell, and what a call of it takes."""
 
     title: str
@@ -56,18 +56,18 @@ class Way:
     rival: bool = True
     compiles: bool = False
 
-    def check_s(self, machine: Machine) -> float:
+    def check_s(self, machine: MachineRates) -> float:
         """Until the rounds: the call that is checked, and of short ones another that warms up."""
         calls = 1 if self.seconds > LONG_CALL_S else 2
         return calls * self.seconds + machine.compile_s * self.compiles
 
-    def least_s(self, machine: Machine) -> float:
+    def least_s(self, machine: MachineRates) -> float:
         """With as few rounds as there may be."""
         return self.check_s(machine) + MIN_ROUNDS * settled_call_s(self.seconds)
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlannedCell:
     """A cell to be planned.
 
     Args:
@@ -81,7 +81,7 @@ class Cell:
 
     key: str
     suite: str
-    ways: tuple[Way, ...]
+    variants: tuple[PlannedVariant, ...]
     nbytes: float
     memory: bool = False
     first_turn: int = 0
@@ -90,21 +90,22 @@ class Cell:
     rounds: int = MIN_ROUNDS
 
     def rounds_s(self) -> float:
-        return max(LEAST_ROUNDS_S, self.rounds * sum(settled_call_s(w.seconds) for w in self.ways))
+        round_s = sum(settled_call_s(v.seconds) for v in self.variants)
+        return max(LEAST_ROUNDS_S, self.rounds * round_s)
 
-    def seconds(self, machine: Machine) -> float:
+    def seconds(self, machine: MachineRates) -> float:
         prepared = min(PREPARED_MOST_S, self.nbytes / (PREPARED_RATE * machine.copy_rate))
-        checked = sum(way.check_s(machine) for way in self.ways)
-        peaks = sum(PEAK_S + w.seconds for w in self.ways if not w.compiles) * self.memory
-        return CELL_S + prepared * len(self.ways) + checked + self.rounds_s() + peaks
+        checked = sum(v.check_s(machine) for v in self.variants)
+        peaks = sum(PEAK_S + v.seconds for v in self.variants if not v.compiles) * self.memory
+        return CELL_S + prepared * len(self.variants) + checked + self.rounds_s() + peaks
 
-    def without(self, titles: Iterable[str], reason: str) -> Cell:
+    def without(self, titles: Iterable[str], reason: str) -> PlannedCell:
         gone = dict.fromkeys(titles, reason)
-        ways = tuple(way for way in self.ways if way.title not in gone)
-        return replace(self, ways=ways, left_out={**self.left_out, **gone})
+        variants = tuple(v for v in self.variants if v.title not in gone)
+        return replace(self, variants=variants, left_out={**self.left_out, **gone})
 
 
-def in_turns(cells: Sequence[Cell]) -> list[Cell]:
+def in_turns(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
     """One of every suite, and again; what is dropped comes last."""
     next_turn: dict[str, int] = {}
     turns = []
@@ -125,7 +126,7 @@ class Plan:
     """
 
     def __init__(
-        self, cells: Sequence[Cell], machine: Machine, budget_s: float, now: float = 0.0
+        self, cells: Sequence[PlannedCell], machine: MachineRates, budget_s: float, now: float = 0.0
     ) -> None:
         self.machine, self.budget_s = machine, budget_s
         self.rival_s = RIVAL_SHARE * budget_s
@@ -139,27 +140,27 @@ class Plan:
         assumed = self.budget_s / 12
         return (self.spent + assumed) / (self.estimated + assumed)
 
-    def _affordable(self, cell: Cell) -> Cell:
+    def _affordable(self, cell: PlannedCell) -> PlannedCell:
         """Without rivals that take more than their share (2)."""
         long = {
-            way.title: way.least_s(self.machine)
-            for way in cell.ways
-            if way.rival and way.least_s(self.machine) > self.rival_s
+            v.title: v.least_s(self.machine)
+            for v in cell.variants
+            if v.rival and v.least_s(self.machine) > self.rival_s
         }
         for title, seconds in long.items():
             reason = f"would take {seconds:.0f} s, more than its share, {self.rival_s:.0f} s"
             cell = cell.without([title], reason)
-        if any(way.rival and not way.compiles for way in cell.ways):
+        if any(v.rival and not v.compiles for v in cell.variants):
             return cell
         least = min(long.values(), default=0.0)
         reason = f"every rival would take {least:.0f} s or more, over its share, "
         return replace(cell, dropped=f"{reason}{self.rival_s:.0f} s")
 
-    def fit(self, now: float) -> list[Cell]:
+    def fit(self, now: float) -> list[PlannedCell]:
         """The cells to come as they are measured or dropped, ``now`` seconds after the start."""
         left = self.budget_s - now
         pace, machine = self.pace, self.machine
-        found: list[Cell] = []
+        found: list[PlannedCell] = []
         for cell in self.cells:
             if not cell.dropped:
                 plain = self._least(cell)
@@ -178,17 +179,17 @@ class Plan:
                     found[i], left = more, left - needed
         return self._with_rounds(found, left)
 
-    def _least(self, cell: Cell) -> Cell:
-        titles = [way.title for way in cell.ways if way.compiles]
+    def _least(self, cell: PlannedCell) -> PlannedCell:
+        titles = [v.title for v in cell.variants if v.compiles]
         return replace(cell.without(titles, "no time was left to compile it"), memory=False)
 
-    def _compiled(self, cell: Cell, asked: Cell) -> Cell:
-        return replace(cell, ways=asked.ways, left_out=asked.left_out)
+    def _compiled(self, cell: PlannedCell, asked: PlannedCell) -> PlannedCell:
+        return replace(cell, variants=asked.variants, left_out=asked.left_out)
 
-    def _with_peaks(self, cell: Cell, asked: Cell) -> Cell:
+    def _with_peaks(self, cell: PlannedCell, asked: PlannedCell) -> PlannedCell:
         return replace(cell, memory=asked.memory)
 
-    def _with_rounds(self, cells: list[Cell], left: float) -> list[Cell]:
+    def _with_rounds(self, cells: list[PlannedCell], left: float) -> list[PlannedCell]:
         """All with the most rounds that fit (5)."""
         kept = [cell for cell in cells if not cell.dropped]
 
@@ -200,13 +201,13 @@ class Plan:
         rounds = next((n for n in possible if more(n) <= left), MIN_ROUNDS)
         return [c if c.dropped else replace(c, rounds=rounds) for c in cells]
 
-    def start(self, key: str, now: float) -> Cell:
+    def start(self, key: str, now: float) -> PlannedCell:
         """The cell of that key, which is next, as it is measured or dropped."""
         cell = next(c for c in self.fit(now) if c.key == key)
         self.cells = [c for c in self.cells if c.key != key]
         return cell
 
-    def finish(self, cell: Cell, seconds: float) -> None:
+    def finish(self, cell: PlannedCell, seconds: float) -> None:
         """``cell``, as ``start`` returned it, took so long."""
         self.spent += seconds
         self.estimated += cell.seconds(self.machine)

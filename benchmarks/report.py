@@ -4,7 +4,7 @@
         [--device cpu|cuda]
 
 Quick runs measure what ``plan`` chooses for the time they have, in one process and in fresh memory.
-Others run each suite once per regime of memory allocation (``measure.REGIMES``), for malloc and
+Others run each suite once per regime of memory allocation (``regimes.py``), for malloc and
 PyTorch read it from the environment when a process starts. The exit code is not zero if a suite
 failed; what the others measured is reported all the same.
 """
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import measure
 import plan
 import torch
 from compact import compact
 from machine import describe, environment
+from regimes import REGIMES
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -330,13 +330,13 @@ def _run(
     command += ["--quick"] if args.quick else []
     command += ["-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
     command += ["--durations=0", "--benchmark-columns=median,iqr,rounds"]
-    names = {name for variables in measure.REGIMES.values() for name in variables}
+    names = {name for variables in REGIMES.values() for name in variables}
     clean = {name: value for name, value in os.environ.items() if name not in names}
     name = ", ".join(suite.stem for suite in suites)
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"\n{name}, {regime}: {' '.join(command)}\n")
         stream.flush()
-        process = subprocess.Popen(command, env=clean | measure.REGIMES[regime], stdout=stream)
+        process = subprocess.Popen(command, env=clean | REGIMES[regime], stdout=stream)
         size, ended = 0, False
         while not ended:
             try:
@@ -358,7 +358,7 @@ def _regimes(suite: Path, args: argparse.Namespace) -> list[str]:
     if args.device == "cuda":
         return ["fresh"]
     cells = importlib.import_module(suite.stem).cells
-    return [r for r in measure.REGIMES if cells(quick=args.quick, regime=r, device=args.device)]
+    return [r for r in REGIMES if cells(quick=args.quick, regime=r, device=args.device)]
 
 
 class SuiteError(RuntimeError):

@@ -7,28 +7,21 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import (
-    CHANNELS_LAST,
-    CONTIGUOUS,
-    EXACT,
-    Allowance,
-    Variant,
-    compare,
-    current_regime,
-)
-from peak_memory import of_variants
+from cell import DTYPES, OURS, Build, Cell, every, measurement_of, tiny_cell
+from measure import Allowance, compare
 from torch import Tensor
+from variants import CHANNELS_LAST, CONTIGUOUS
 
-__all__ = ["DTYPES", "LARGEST", "LAYOUTS", "SHAPES", "Cell", "Logits", "measured", "upsampled"]
+__all__ = ["LARGEST", "SHAPES", "Logits", "cells", "itemsize", "measure_cell", "upsampled"]
 
 LAYOUTS = (CONTIGUOUS, CHANNELS_LAST)
-DTYPES = ("float32", "bfloat16")
+OURS_IN_BOTH = every(OURS, layouts=LAYOUTS)
 Size = tuple[int, int]
 
 
@@ -61,19 +54,6 @@ MAIN = tuple(SHAPES)[:-1]
 LARGEST = MAIN[0]  # of one image
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
 def cells(
     mode: str, rivals: Callable[[str], tuple[str, ...]], quick: bool, regime: str, device: str
 ) -> list[Cell]:
@@ -81,7 +61,7 @@ def cells(
 
     def cell(shape: str, dtype: str, *, compiled: bool) -> Cell:
         names = [name for name in rivals(dtype) if compiled or not name.startswith("compiled")]
-        return Cell(shape, dtype, mode, tuple((n, layout) for n in names for layout in LAYOUTS))
+        return Cell(shape, dtype, mode, every(*names, layouts=LAYOUTS), OURS_IN_BOTH)
 
     if quick:
         found = [
@@ -93,65 +73,46 @@ def cells(
     if regime != "fresh":  # which is a matter of what eager PyTorch allocates
         return [cell(LARGEST, dtype, compiled=False) for dtype in DTYPES]
     found = [cell(shape, dtype, compiled=True) for shape in MAIN for dtype in DTYPES]
-    return [*found, Cell("tiny", "float32", mode, (("eager", CONTIGUOUS),))]
+    return [*found, tiny_cell(mode)]
 
 
 def upsampled(logits: Tensor, size: Size) -> Tensor:
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def measured(
+def measure_cell(
     op: str,
     cell: Cell,
-    build: Callable[..., Callable[[], Any]],
+    build: Build,
     *,
     benchmark: Any,
-    module: str,
     device: str,
     allowance: Allowance,
-    tolerances: Mapping[str, float],
-    nbytes: int,
-    compared: Callable[[Any], Any] | None = None,
-) -> dict[str, Any]:
-    """``compare`` of a cell; memory is that of the largest image in float32."""
-    tiny = cell.shape == "tiny"
+    **more: Any,
+) -> None:
+    """Measures a cell of a suite, whose ``build`` is given.
 
-    def variant(name: str, layout: str, **more: Any) -> Variant:
-        call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
-        return Variant(name, call, layout, **more)
+    Memory is that of the largest image in float32.
 
-    layouts = (CONTIGUOUS,) if tiny else LAYOUTS
-    variants = [variant("fastfuse", layout, rival=False) for layout in layouts]
-    for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name.startswith("compiled")))
-    memory = of_variants(f"{module}:build", cell, {"shape": "tiny"}, device)
-    measures_memory = cell.shape == LARGEST and cell.dtype == "float32"
-    measures_memory = measures_memory and current_regime() == "fresh"
+    Args:
+        more: as ``Measurement`` takes it.
+    """
     shape = SHAPES[cell.shape]
-    return compare(
-        benchmark,
-        variants,
-        info={
-            "op": op,
-            "shape": cell.shape,
+    measured = measurement_of(
+        op,
+        cell,
+        build,
+        device,
+        about={
             "batch": shape.batch,
             "classes": shape.classes,
             "sizes": [shape.size, shape.target],
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "overhead" if tiny else "main",
         },
-        tolerances=tolerances,
-        exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),
-        compared=compared,
-        budget_s=1 if tiny else 6,
-        max_rounds=2000 if tiny else 20,
-        device=device,
-        nbytes=None if tiny else nbytes,
-        host=tiny,
-        memory=memory if measures_memory else None,
-        allowance=allowance,
+        budget_s=6,
+        memory=cell.shape == LARGEST and cell.dtype == "float32",
+        **more,
     )
+    assert compare(benchmark, measured, allowance)["variants"]
 
 
 def itemsize(dtype: str) -> int:

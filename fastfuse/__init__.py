@@ -11,8 +11,8 @@ from fastfuse import heads, models, nn
 from fastfuse._info import Info, info
 from fastfuse.backends import BackendError, backend
 from fastfuse.calibration import BranchStatistics, calibrate
-from fastfuse.calibration.file import load_calibration, save_calibration
 from fastfuse.calibration.folding import fold_scale_equalizers
+from fastfuse.calibration.statistics_file import load_calibration, save_calibration
 from fastfuse.nn.composition import explain
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d

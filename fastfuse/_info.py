@@ -18,7 +18,7 @@ from fastfuse.backends import (
     DTYPES,
     ENVIRONMENT,
     BackendError,
-    explain,
+    backend_refusals,
     requested_backend,
     select,
 )
@@ -170,7 +170,7 @@ def info() -> Info:
             if name in os.environ
         },
         operations={
-            name: {d: explain(operation, torch.empty(0, device=d)) for d in devices}
+            name: {d: backend_refusals(operation, torch.empty(0, device=d)) for d in devices}
             for name, operation in OPERATIONS.items()
         },
     )

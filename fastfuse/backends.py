@@ -38,8 +38,8 @@ __all__ = [
     "Dispatched",
     "accumulation_dtype",
     "backend",
+    "backend_refusals",
     "cpu_refusal",
-    "explain",
     "is_tracing",
     "requested_backend",
     "select",
@@ -191,7 +191,7 @@ class Dispatched(Protocol):
         """Whether calls name a size, which torch.jit.trace would make a constant."""
 
 
-def explain(operation: Dispatched, tensor: Tensor) -> dict[str, str | None]:
+def backend_refusals(operation: Dispatched, tensor: Tensor) -> dict[str, str | None]:
     """Every fused backend of an op with its refusal of `tensor`, None where it would run."""
     return {name: _REFUSALS[name](tensor) for name in operation.backends}
 
@@ -228,7 +228,8 @@ _logged: set[str] = set()
 
 
 def _log_fallback(operation: Dispatched, tensor: Tensor) -> None:
-    reasons = "; ".join(f"{name}: {why}" for name, why in explain(operation, tensor).items())
+    refusals = backend_refusals(operation, tensor)
+    reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
     line = f"{operation.name} runs on the reference backend ({reasons})"
     if line not in _logged:
         _logged.add(line)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfuse.backends import BACKENDS, DTYPES, backend, explain, requested_backend
+from fastfuse.backends import BACKENDS, DTYPES, backend, backend_refusals, requested_backend
 from fastfuse.ops import OPERATIONS
-from fastfuse.ops.define import Operation
+from fastfuse.ops.define import Operation, Sample
 from fastfuse.ops.layout import memory_format
-from fastfuse.ops.sample import Sample
 from fastfuse.tolerances import relative_error, tolerance
 
 __all__ = [
@@ -313,7 +312,7 @@ def _checks(
             for device in _devices():
                 if which != "reference":
                     probe = torch.empty(0, device=device)
-                    refusals[device] = explain(operation, probe)[which]
+                    refusals[device] = backend_refusals(operation, probe)[which]
                 if refusals.get(device) is not None:
                     continue
                 for dtype in dtypes or DTYPES:

@@ -10,15 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastfuse.calibration.moments import Moments, image_moments
-from fastfuse.calibration.observe import (
-    Use,
-    equalizers,
+from fastfuse.calibration.equalizers import (
+    find_equalizers,
     identity_equalizers,
     kept_statistics,
-    run,
     unwrap,
 )
+from fastfuse.calibration.moments import Moments, image_moments
+from fastfuse.calibration.observed_pass import FusionInput, run_observed
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.ops.checks import FLOAT32
 
@@ -111,7 +110,7 @@ def calibrate(
     True
     """
     model = unwrap(model)
-    modules = equalizers(model)
+    modules = find_equalizers(model)
 
     def observe() -> dict[str, list[Moments]]:
         if not modules:
@@ -119,16 +118,23 @@ def calibrate(
                 "calibrate: the model has no scale equalizers; build its fusions or heads with "
                 "scale_equalizer=True"
             )
-        found = MomentsOf(modules)
-        options: dict[str, Any] = {"encoder": encoder, "max_batches": max_batches}
-        count = run("calibrate", model, batches, found.observe, **options, progress=progress)
+        found = MomentsObserver(modules)
+        count = run_observed(
+            "calibrate",
+            model,
+            batches,
+            found.observe,
+            encoder=encoder,
+            max_batches=max_batches,
+            progress=progress,
+        )
         return found.result() if count else {}
 
     levels = {name: module.num_levels for name, module in modules.items()}
 
     def settle() -> dict[str, BranchStatistics]:
-        statistics = combined("calibrate", ranks, levels)
-        write(modules, statistics)
+        statistics = combined_statistics("calibrate", ranks, levels)
+        write_statistics(modules, statistics)
         return statistics
 
     with identity_equalizers(modules.values()):
@@ -136,19 +142,19 @@ def calibrate(
         return _on_all_ranks(settle)[0]
 
 
-class MomentsOf:
-    """Moments of every branch before the given equalizers (or fusions), by name; an observer."""
+class MomentsObserver:
+    """Observes the moments of every branch before the given equalizers (or fusions), by name."""
 
     def __init__(self, modules: dict[str, Any]) -> None:
         self._names = {id(module): name for name, module in modules.items()}
         self._images: dict[str, list[list[tuple[Tensor, Tensor]]]] = {n: [] for n in modules}
 
-    def observe(self, use: Use) -> None:
-        keys = (use.module, getattr(use.module, "equalizer", None))
+    def observe(self, given: FusionInput) -> None:
+        keys = (given.module, getattr(given.module, "equalizer", None))
         names = [self._names[id(key)] for key in keys if id(key) in self._names]
         for name in names[:1]:
-            align = use.align_corners
-            levels = [image_moments(f, use.size, align_corners=align) for f in use.features]
+            align = given.align_corners
+            levels = [image_moments(f, given.size, align_corners=align) for f in given.features]
             self._images[name].append(levels)
 
     def result(self) -> dict[str, list[Moments]]:
@@ -166,7 +172,7 @@ class MomentsOf:
         return moments
 
 
-def combined(
+def combined_statistics(
     caller: str, ranks: list[dict[str, list[Moments]]], levels: dict[str, int]
 ) -> dict[str, BranchStatistics]:
     """Statistics of all ranks' moments, once they are known to be usable."""
@@ -206,7 +212,9 @@ def _problem(branch: Moments) -> str | None:
     return None
 
 
-def write(modules: dict[str, ScaleEqualizer], statistics: dict[str, BranchStatistics]) -> None:
+def write_statistics(
+    modules: dict[str, ScaleEqualizer], statistics: dict[str, BranchStatistics]
+) -> None:
     """Writes statistics to all equalizers, or to none if one refuses its own."""
     with kept_statistics(modules.values()):
         for name, module in modules.items():

@@ -14,16 +14,16 @@ from rich.console import Console
 from torch import nn
 
 from fastfuse.calibration import calibrate
-from fastfuse.calibration.file import check_suffix, save_calibration
 from fastfuse.calibration.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from fastfuse.calibration.plot import check_plot_path
 from fastfuse.calibration.report import check_numbers_path, report, save_report, table
+from fastfuse.calibration.statistics_file import check_statistics_path, save_calibration
 
 __all__ = ["add_commands"]
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    check_suffix("calibrate", args.output)
+    check_statistics_path("calibrate", args.output)
     model, images = _model_and_images(args)
     statistics = calibrate(model, images, **_options(args))
     save_calibration(statistics, args.output)

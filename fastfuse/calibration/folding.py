@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastfuse.calibration.observe import equalizers, fusions, unwrap
+from fastfuse.calibration.equalizers import find_equalizers, find_fusions, unwrap
 
 __all__ = ["fold_scale_equalizers"]
 
@@ -50,13 +50,13 @@ def fold_scale_equalizers(model: nn.Module, *, keep_mean: bool = True) -> list[s
     """
     caller = "fold_scale_equalizers"
     model = unwrap(model)
-    names = {id(module): name for name, module in equalizers(model).items()}
+    names = {id(module): name for name, module in find_equalizers(model).items()}
     if not names:
         raise ValueError(
             f"{caller}: the model has no scale equalizers; build its fusions or heads with "
             f"scale_equalizer=True"
         )
-    owners = {n: f for n, f in fusions(model).items() if f.equalizer is not None}
+    owners = {n: f for n, f in find_fusions(model).items() if f.equalizer is not None}
     alone = names.keys() - {id(fusion.equalizer) for fusion in owners.values()}
     if alone:
         raise ValueError(

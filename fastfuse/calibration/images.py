@@ -104,8 +104,8 @@ class ImageFolder:
         self._std = torch.tensor(std, dtype=torch.float32, device="cpu")[:, None, None]
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.files), self.batch_size)
-        return whole + (rest > 1)
+        full, rest = divmod(len(self.files), self.batch_size)
+        return full + (rest > 1)
 
     def __iter__(self) -> Iterator[Tensor]:
         images, found = self._images(), False

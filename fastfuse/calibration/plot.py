@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastfuse.calibration.branch import BranchReport
+from fastfuse.calibration.branch_report import BranchReport
 
 __all__ = ["check_plot_path", "plot"]
 

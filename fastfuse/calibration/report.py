@@ -16,17 +16,16 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from fastfuse.calibration import MomentsOf, combined, write
-from fastfuse.calibration.branch import BranchReport, BranchScale
-from fastfuse.calibration.observe import (
-    Use,
-    equalizers,
-    fusions,
+from fastfuse.calibration import MomentsObserver, combined_statistics, write_statistics
+from fastfuse.calibration.branch_report import BranchReport, BranchScale
+from fastfuse.calibration.equalizers import (
+    find_equalizers,
+    find_fusions,
     identity_equalizers,
     kept_statistics,
-    run,
     unwrap,
 )
+from fastfuse.calibration.observed_pass import FusionInput, run_observed
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
@@ -81,7 +80,7 @@ def report(
     ('level 1 (3 ch, x4)', True, 1.0)
     """
     model = unwrap(model)
-    owners = fusions(model)
+    owners = find_fusions(model)
     if not owners:
         raise ValueError(
             "report: the model has no fusions (fastfuse.nn.MultiLevelFusion or SeparableFusion)"
@@ -94,12 +93,12 @@ def report(
     options: dict[str, Any] = {"encoder": encoder, "max_batches": max_batches}
     options["progress"] = progress
 
-    def scales() -> _Scales:
-        found = _Scales(owners)
-        found.images = run("report", model, batches, found.observe, **options)
+    def scales() -> _ScalesObserver:
+        found = _ScalesObserver(owners)
+        found.images = run_observed("report", model, batches, found.observe, **options)
         return found
 
-    present = equalizers(model)
+    present = find_equalizers(model)
     own = {n: f.equalizer for n, f in owners.items() if f.equalizer is not None}
     with contextlib.ExitStack() as stack:
         stack.enter_context(kept_statistics(present.values(), always=True))
@@ -107,9 +106,9 @@ def report(
             before = scales()
         levels = {name: len(fusion.in_channels) for name, fusion in owners.items()}
         moments = before.moments.result() if before.images else {}
-        statistics = combined("report", [moments], levels)
+        statistics = combined_statistics("report", [moments], levels)
         stack.enter_context(_borrowed([f for n, f in owners.items() if n not in own]))
-        write({n: f.equalizer for n, f in owners.items() if f.equalizer}, statistics)
+        write_statistics({n: f.equalizer for n, f in owners.items() if f.equalizer}, statistics)
         after = scales()
     branches = []
     for name, fusion in owners.items():
@@ -126,22 +125,22 @@ def report(
     return branches
 
 
-class _Scales:
+class _ScalesObserver:
     """What one pass finds out about every fusion."""
 
     def __init__(self, owners: dict[str, LevelFusion]) -> None:
         self.images = 0
-        self.moments = MomentsOf(owners)
+        self.moments = MomentsObserver(owners)
         self.sizes: dict[str, list[tuple[int, int]]] = {}
         self.targets: dict[str, tuple[int, int]] = {}
         self._gradients: dict[str, list[float]] = {}
 
-    def observe(self, use: Use) -> None:
-        self.moments.observe(use)
-        if isinstance(use.module, LevelFusion) and use.size and use.name not in self.sizes:
-            self.sizes[use.name] = [(f.shape[2], f.shape[3]) for f in use.features]
-            self.targets[use.name] = use.size
-            self._gradients[use.name] = _gradients(use.module, use)
+    def observe(self, given: FusionInput) -> None:
+        self.moments.observe(given)
+        if isinstance(given.module, LevelFusion) and given.size and given.name not in self.sizes:
+            self.sizes[given.name] = [(f.shape[2], f.shape[3]) for f in given.features]
+            self.targets[given.name] = given.size
+            self._gradients[given.name] = _gradients(given.module, given)
 
     def of(self, name: str) -> list[BranchScale]:
         moments = self.moments.result()[name]
@@ -152,18 +151,18 @@ class _Scales:
 
 
 @torch.enable_grad()
-def _gradients(fusion: LevelFusion, use: Use) -> list[float]:
+def _gradients(fusion: LevelFusion, given: FusionInput) -> list[float]:
     """RMS of every branch's part of the weight's gradient, for a random upstream gradient."""
     weight = fusion.level_weight.detach().requires_grad_()
-    features = [feature[:_IMAGES].detach() for feature in use.features]
+    features = [feature[:_IMAGES].detach() for feature in given.features]
     mean = fusion.equalizer.mean if fusion.equalizer else None
     std = fusion.equalizer.std if fusion.equalizer else None
-    constants: dict[str, Any] = {"mean": mean, "std": std, "align_corners": use.align_corners}
+    constants: dict[str, Any] = {"mean": mean, "std": std, "align_corners": given.align_corners}
     if fusion.level_axis == 0:  # one kernel per channel
-        levels = upsample_equalize_concat(features, size=use.size, **constants)
+        levels = upsample_equalize_concat(features, size=given.size, **constants)
         output = depthwise_conv2d(levels, weight)
     else:
-        output = fusion_conv2d(features, weight, size=use.size, **constants)
+        output = fusion_conv2d(features, weight, size=given.size, **constants)
     generator = torch.Generator().manual_seed(0x5CA1E)
     channels = output.shape[1]
     squares = torch.zeros(len(features), dtype=torch.float64, device="cpu")

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastfuse.heads.decode_head import DecodeHead, at_least
+from fastfuse.heads.decode_head import DecodeHead
 from fastfuse.heads.pooling import PooledUnit
 from fastfuse.nn import ConvUnit, MultiLevelFusion
+from fastfuse.ops.checks import check_ints
 
 __all__ = ["ASPPHead"]
 
@@ -33,6 +34,7 @@ class ASPPHead(DecodeHead):
     (N, num_classes, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; no level, or one of other channels.
 
     Source: *Rethinking Atrous Convolution for Semantic Image Segmentation*.
@@ -60,7 +62,7 @@ class ASPPHead(DecodeHead):
         if not isinstance(dilations, Sequence) or len(dilations) == 0:
             raise ValueError(f"{name}: dilations must be a sequence of ints; got {dilations!r}")
         for dilation in dilations:
-            at_least(name, 1, dilations=dilation)
+            check_ints(name, 1, dilations=dilation)
         self.image_pool = PooledUnit(1, in_channels, channels, norm)
         self.aspp_modules = nn.ModuleList(
             ConvUnit(in_channels, channels, 1, norm=norm)

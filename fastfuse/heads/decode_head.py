@@ -8,21 +8,12 @@ from torch import Tensor, nn
 
 from fastfuse.nn.composition import leaf
 from fastfuse.nn.conv2d import Conv2d
-from fastfuse.nn.initialize import he_normal
+from fastfuse.nn.initialize import kaiming_normal_relu
 from fastfuse.ops.autocast import cast_for_autocast
-from fastfuse.ops.checks import check_features, feature_list
-from fastfuse.ops.layout import is_channels_last, to_layout
+from fastfuse.ops.checks import check_features, check_ints, feature_list
+from fastfuse.ops.layout import is_channels_last, prefer_memory_format
 
-__all__ = ["DecodeHead", "at_least"]
-
-
-def at_least(name: str, minimum: int, **arguments: int) -> None:
-    """Refuses an argument below a minimum, by name."""
-    for argument, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ValueError(
-                f"{name}: {argument} must be an int of at least {minimum}; got {value}"
-            )
+__all__ = ["DecodeHead"]
 
 
 class DecodeHead(nn.Module):
@@ -39,6 +30,7 @@ class DecodeHead(nn.Module):
         align_corners: of the upsampling here, and of the logits' by a model.
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range.
     """
 
@@ -52,9 +44,9 @@ class DecodeHead(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        at_least(name, 1, channels=channels, num_classes=num_classes)
+        check_ints(name, 1, channels=channels, num_classes=num_classes)
         for channels_of_level in level_channels.values():
-            at_least(name, 1, in_channels=channels_of_level)
+            check_ints(name, 1, in_channels=channels_of_level)
         if not 0 <= dropout < 1:
             raise ValueError(f"{name}: dropout must be in [0, 1); got {dropout}")
         self.level_channels = dict(level_channels)
@@ -64,8 +56,8 @@ class DecodeHead(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def initialize(self) -> None:
-        """As in MMSegmentation: He's normal distribution, and a small classifier."""
-        he_normal(self)
+        """As in MMSegmentation: Kaiming's normal distribution, and a small classifier."""
+        kaiming_normal_relu(self)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         assert self.conv_seg.bias is not None
         nn.init.zeros_(self.conv_seg.bias)
@@ -80,9 +72,9 @@ class DecodeHead(nn.Module):
         levels = self._select(features)
         channels_last = is_channels_last(levels)
         if levels[0].device.type == "cpu":  # every op below is at its best there
-            levels = [to_layout(level, True) for level in levels]
+            levels = [prefer_memory_format(level, True) for level in levels]
         logits = self.conv_seg(self.dropout(self.fuse(levels)))
-        return to_layout(logits, channels_last)
+        return prefer_memory_format(logits, channels_last)
 
     def _select(self, features: Sequence[Tensor]) -> list[Tensor]:
         name = type(self).__name__

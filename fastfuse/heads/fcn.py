@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastfuse.heads.decode_head import DecodeHead, at_least
+from fastfuse.heads.decode_head import DecodeHead
 from fastfuse.nn import ConvUnit, MultiLevelFusion
+from fastfuse.ops.checks import check_ints
 
 __all__ = ["FCNHead"]
 
@@ -35,6 +36,7 @@ class FCNHead(DecodeHead):
     (N, num_classes, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; no level, or one of other channels.
 
     Source: *Fully Convolutional Networks for Semantic Segmentation*.
@@ -59,7 +61,7 @@ class FCNHead(DecodeHead):
         align_corners: bool = False,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
-        at_least("FCNHead", 0, num_convs=num_convs)
+        check_ints("FCNHead", 0, num_convs=num_convs)
         if num_convs == 0 and in_channels != channels:
             raise ValueError(
                 f"FCNHead: channels must be in_channels = {in_channels} if num_convs is 0; "

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from fastfuse.heads.decode_head import at_least
 from fastfuse.nn import ConvUnit
+from fastfuse.ops.checks import check_ints
 
 __all__ = ["PooledUnit", "PyramidPooling"]
 
@@ -38,7 +38,7 @@ class PyramidPooling(nn.ModuleList):
         if not isinstance(scales, Sequence) or len(scales) == 0:
             raise ValueError(f"{name}: pool_scales must be a sequence of ints; got {scales!r}")
         for scale in scales:
-            at_least(name, 1, pool_scales=scale)
+            check_ints(name, 1, pool_scales=scale)
         super().__init__(PooledUnit(scale, in_channels, channels, norm) for scale in scales)
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -33,6 +33,7 @@ class PSPHead(DecodeHead):
     (N, num_classes, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; no level, or one of other channels.
 
     Source: *Pyramid Scene Parsing Network*.

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from fastfuse.heads.aspp import ASPPHead
-from fastfuse.heads.decode_head import at_least
 from fastfuse.nn import ConvUnit, SeparableConvUnit, SeparableFusion
-from fastfuse.nn.initialize import he_normal
+from fastfuse.nn.initialize import kaiming_normal_relu
+from fastfuse.ops.checks import check_ints
 
 __all__ = ["SepASPPHead"]
 
@@ -47,6 +47,7 @@ class SepASPPHead(ASPPHead):
     (N, in_channels, h, w) -> logits (N, num_classes, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; fewer than two levels, or other channels.
 
     Source: *Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation*.
@@ -72,7 +73,7 @@ class SepASPPHead(ASPPHead):
         align_corners: bool = False,
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
-        at_least("SepASPPHead", 1, c1_in_channels=c1_in_channels, c1_channels=c1_channels)
+        check_ints("SepASPPHead", 1, c1_in_channels=c1_in_channels, c1_channels=c1_channels)
         super().__init__(
             in_channels,
             channels,
@@ -95,8 +96,8 @@ class SepASPPHead(ASPPHead):
             ),
             SeparableConvUnit(channels, channels, norm=norm),
         )
-        he_normal(self.c1_bottleneck)
-        he_normal(self.sep_bottleneck)
+        kaiming_normal_relu(self.c1_bottleneck)
+        kaiming_normal_relu(self.sep_bottleneck)
 
     def _dilated(
         self, in_channels: int, channels: int, dilation: int, norm: Callable[[int], nn.Module]

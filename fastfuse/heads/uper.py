@@ -34,6 +34,7 @@ class UPerHead(DecodeHead):
     Shape: levels (N, in_channels[i], H_i, W_i), finest first -> logits (N, num_classes, H_0, W_0).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; a wrong number of levels, or of channels, named.
 
     Source: *Unified Perceptual Parsing for Scene Understanding*; its fusions with equalizers:

@@ -13,9 +13,9 @@ from fastfuse.backends import is_transformed
 from fastfuse.models.cednet_settings import Settings, settings
 from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
 from fastfuse.nn.ced_block import TokenMixer
-from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.checks import check_image
-from fastfuse.ops.layout import to_layout
+from fastfuse.nn.initialize import kaiming_normal_linear
+from fastfuse.ops.checks import check_feature_map
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
 
 __all__ = ["CEDNet", "StageOutput", "norm_after"]
@@ -128,7 +128,7 @@ class Stage(nn.Module):
 
 
 def _check_images(images: Tensor) -> None:
-    check_image("CEDNet", "images", images, channels=3)
+    check_feature_map("CEDNet", "images", images, channels=3)
     height, width = images.shape[2:]
     if height % STRIDE or width % STRIDE:
         down, right = -height % STRIDE, -width % STRIDE
@@ -139,7 +139,7 @@ def _check_images(images: Tensor) -> None:
         )
 
 
-for _name in ("_check_images", "to_layout", "upsample_add"):
+for _name in ("_check_images", "prefer_memory_format", "upsample_add"):
     torch.fx.wrap(_name)  # recorded, not looked into
 
 
@@ -243,7 +243,7 @@ class CEDNet(nn.Module):
             Stage(config, depths, make, decodes=i < last or config.last_decoder)
             for i, depths in enumerate(config.stage_depths)
         )
-        kaiming_linear(self)
+        kaiming_normal_linear(self)
 
     def forward(
         self, images: Tensor, *, stages: bool = False
@@ -266,7 +266,7 @@ class CEDNet(nn.Module):
 
     def _stages(self, images: Tensor) -> list[StageOutput]:
         _check_images(images)
-        images = to_layout(images, True)  # every op below is at its best there
+        images = prefer_memory_format(images, True)  # every op below is at its best there
         c2 = self._run(self._stem, images)
         x = self.downsample(c2)
         outputs: list[StageOutput] = []

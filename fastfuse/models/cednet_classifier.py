@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.nn import Conv2d
-from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.checks import check_tensor
+from fastfuse.nn.initialize import kaiming_normal_linear
+from fastfuse.ops.checks import check_ints, check_tensor
 
 __all__ = ["CEDNetClassifier"]
 
@@ -48,6 +47,7 @@ class CEDNetClassifier(nn.Module):
     (N, num_classes); with targets the loss, a scalar.
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an argument out of its range; what :class:`CEDNet` raises.
 
     Source: CEDNet, section 4.1.
@@ -69,13 +69,13 @@ class CEDNetClassifier(nn.Module):
         **cednet: Any,
     ) -> None:
         super().__init__()
-        at_least("CEDNetClassifier", 1, num_classes=num_classes)
+        check_ints("CEDNetClassifier", 1, num_classes=num_classes)
         self.backbone = CEDNet(variant, **{"last_decoder": False, **cednet})
         count = len(self.backbone.stages) if auxiliary_heads else 1
         self.heads = nn.ModuleList(
             ClassificationHead(self.backbone.channels[-1], num_classes) for _ in range(count)
         )
-        kaiming_linear(self.heads)
+        kaiming_normal_linear(self.heads)
 
     def forward(
         self, images: Tensor, targets: Tensor | None = None, *, label_smoothing: float = 0.0

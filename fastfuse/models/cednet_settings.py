@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastfuse.nn.ced_block import TokenMixer
+from fastfuse.ops.checks import check_ints, is_int
 
 __all__ = ["STYLES", "VARIANTS", "Settings", "settings"]
 
@@ -73,8 +74,8 @@ def settings(
         raise ValueError(
             f"CEDNet: channels must be 4 ints of at least 1, at 1/4 to 1/32; got {channels!r}"
         )
-    if stages is not None and not (_ints([stages], 1) and stages >= 1):
-        raise ValueError(f"CEDNet: stages must be an int of at least 1; got {stages!r}")
+    if stages is not None:
+        check_ints("CEDNet", 1, stages=stages)
     if depths is None:
         stage_depths = (own_depths,) * (stages or own_stages)
     else:
@@ -93,11 +94,7 @@ def settings(
 
 
 def _ints(value: Any, count: int) -> bool:
-    return (
-        isinstance(value, Sequence)
-        and len(value) == count
-        and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
-    )
+    return isinstance(value, Sequence) and len(value) == count and all(is_int(n) for n in value)
 
 
 def _depths(depths: Any, stages: int | None, own_stages: int) -> tuple[int, tuple[Depths, ...]]:

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.heads.decode_head import at_least
 from fastfuse.models.cednet import CEDNet, norm_after
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.composition import leaf
-from fastfuse.nn.initialize import kaiming_linear
-from fastfuse.ops.layout import to_layout
+from fastfuse.nn.initialize import kaiming_normal_linear
+from fastfuse.ops.checks import check_ints, is_int
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_add import upsample_add
 
 __all__ = [
@@ -83,12 +83,12 @@ class DetectionFeatures(nn.Module):
             raise ValueError(
                 f"DetectionFeatures: levels must be one of {', '.join(_LEVELS)}; got {levels!r}"
             )
-        at_least("DetectionFeatures", 1, out_channels=out_channels)
+        check_ints("DetectionFeatures", 1, out_channels=out_channels)
         channels = getattr(backbone, "channels", None)
         if not (
             isinstance(channels, Sequence)
             and len(channels) == 4
-            and all(isinstance(c, int) for c in channels)
+            and all(is_int(c) for c in channels)
         ):
             raise ValueError(
                 "DetectionFeatures: backbone must have an attribute channels, four ints for c2 to "
@@ -113,7 +113,7 @@ class DetectionFeatures(nn.Module):
             self.merge.add_module("conv", Conv2d(out_channels, out_channels, 3, padding=1))
         for added in (self.reduce, self.extra, self.lateral, self.merge):
             if added is not None:
-                kaiming_linear(added)
+                kaiming_normal_linear(added)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor] | tuple[Tensor, ...]:
         c2, *coarser = self._maps(images)
@@ -159,7 +159,7 @@ class RetinaHead(nn.Module):
     (N, num_anchors * num_classes, H_i, W_i), and the deltas (N, num_anchors * 4, H_i, W_i).
 
     Raises:
-        TypeError: levels that are no sequence or mapping of tensors.
+        TypeError: a number that is no int; levels that are no sequence or mapping of tensors.
         ValueError: an argument below 1; a level of other channels.
 
     Source: *Focal Loss for Dense Object Detection*, section 4.
@@ -180,7 +180,7 @@ class RetinaHead(nn.Module):
         num_convs: int = 4,
     ) -> None:
         super().__init__()
-        at_least(
+        check_ints(
             "RetinaHead",
             1,
             in_channels=in_channels,
@@ -223,7 +223,7 @@ class RetinaHead(nn.Module):
                     f"RetinaHead: levels[{i}] must be (N, C, H, W) with C = {self.in_channels}; "
                     f"got shape {tuple(level.shape)}"
                 )
-        levels = [to_layout(level, True) for level in levels]
+        levels = [prefer_memory_format(level, True) for level in levels]
         logits = [self.retina_cls(self.cls_convs(level)) for level in levels]
         deltas = [self.retina_reg(self.reg_convs(level)) for level in levels]
         return logits, deltas

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.checks import is_int
 from fastfuse.ops.upsample_argmax import upsample_argmax
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -92,8 +92,8 @@ class Prediction:
                 resized = F.interpolate(images, size, mode="bilinear", align_corners=False)
             for mirrored in (False, True) if self.flip else (False,):
                 logits = self._full(resized.flip(3) if mirrored else resized, (height, width))
-                wide = logits.to(accumulation_dtype(logits.dtype))
-                found = wide.softmax(1) if wide.shape[1] > 1 else wide.sigmoid()
+                logits = logits.to(accumulation_dtype(logits.dtype))
+                found = logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
                 found = found.flip(3) if mirrored else found
                 total = found if total is None else total.add_(found)
         assert total is not None
@@ -103,15 +103,15 @@ class Prediction:
         """Logits of all classes, at a size."""
         if self.crop is None:
             return self._upsampled(self.logits(images), size)
-        whole: Tensor | None = None
+        logits: Tensor | None = None
         for rows, columns, sums, counts in self._windows(images):
-            if whole is None:
-                whole = sums.new_empty(*sums.shape[:2], *images.shape[2:])
-            torch.div(sums, counts, out=whole[:, :, rows, columns])
-        assert whole is not None
-        if tuple(whole.shape[2:]) == size:
-            return whole
-        return self._upsampled(whole, size)
+            if logits is None:
+                logits = sums.new_empty(*sums.shape[:2], *images.shape[2:])
+            torch.div(sums, counts, out=logits[:, :, rows, columns])
+        assert logits is not None
+        if tuple(logits.shape[2:]) == size:
+            return logits
+        return self._upsampled(logits, size)
 
     # ---- windows ---------------------------------------------------------------------------------
 
@@ -234,9 +234,7 @@ def check_prediction(
 
 def _pair(op: str, argument: str, value: Sequence[int] | int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2 or not all(
-        isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1 for n in pair
-    ):
+    if len(pair) != 2 or not all(is_int(n) and n >= 1 for n in pair):
         raise ValueError(
             f"{op}: {argument} must be a positive int or two (height, width); got {value!r}"
         )

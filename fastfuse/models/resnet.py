@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.nn import Conv2d
-from fastfuse.nn.initialize import he_normal
-from fastfuse.ops.checks import check_image
+from fastfuse.nn.initialize import kaiming_normal_relu
+from fastfuse.ops.checks import check_feature_map
 
 __all__ = ["ResNetV1c"]
 
-torch.fx.wrap("check_image")  # recorded, not looked into
+torch.fx.wrap("check_feature_map")  # recorded, not looked into
 
 _DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Stride and dilation of the four stages, by output stride.
@@ -117,10 +117,10 @@ class ResNetV1c(nn.Module):
             in_channels = _EXPANSION * width
             rest = [Bottleneck(in_channels, width, 1, dilation) for _ in range(blocks - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
-        he_normal(self)
+        kaiming_normal_relu(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        check_image("ResNetV1c", "images", images, channels=3)
+        check_feature_map("ResNetV1c", "images", images, channels=3)
         x = self.maxpool(self.stem(images))
         features = []
         for i in range(4):

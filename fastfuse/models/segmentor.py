@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastfuse.backends import accumulation_dtype
 from fastfuse.models.evaluation import in_evaluation
 from fastfuse.models.prediction import Prediction, check_prediction
-from fastfuse.ops.checks import check_image, check_tensor
-from fastfuse.ops.layout import to_layout
+from fastfuse.ops.checks import check_feature_map, check_tensor
+from fastfuse.ops.layout import prefer_memory_format
 from fastfuse.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
@@ -112,7 +112,7 @@ class Segmentor(nn.Module):
         """
         if targets is not None:
             return self.loss(images, targets)
-        check_image("Segmentor", "images", images)
+        check_feature_map("Segmentor", "images", images)
         logits = self.decode_head(self._features(images))
         return self._to_size(self.decode_head, logits, images) if upsample else logits
 
@@ -171,7 +171,7 @@ class Segmentor(nn.Module):
                 larger than the images, a stride larger than the crop; no scales.
             RuntimeError: a module in training mode that cannot be copied.
         """
-        check_image("Segmentor", "images", images)
+        check_feature_map("Segmentor", "images", images)
         window, step = check_prediction("Segmentor", images, mode, crop, stride, scales, flip)
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"Segmentor: threshold must be between 0 and 1; got {threshold}")
@@ -214,7 +214,7 @@ class Segmentor(nn.Module):
             ValueError: targets of another shape or dtype; heads of different numbers of classes.
             RuntimeError: targets of other values (on GPUs when the device comes to it).
         """
-        check_image("Segmentor", "images", images)
+        check_feature_map("Segmentor", "images", images)
         check_tensor("Segmentor", "targets", targets)
         expected = (images.shape[0], *images.shape[2:])
         if tuple(targets.shape) != expected or targets.dtype != torch.int64:
@@ -259,7 +259,7 @@ class Segmentor(nn.Module):
 
     def _to_size(self, head: nn.Module, logits: Tensor, like: Tensor) -> Tensor:
         """A head's logits, contiguous, at the height and width of ``like``."""
-        logits = to_layout(logits, False)
+        logits = prefer_memory_format(logits, False)
         if logits.shape[2:] == like.shape[-2:]:
             return logits
         align_corners = bool(getattr(head, "align_corners", False))

@@ -16,7 +16,7 @@ from fastfuse.nn.layer_norm import LayerNorm2d
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.ced_block.reference import scaled_and_added
-from fastfuse.ops.checks import check_image
+from fastfuse.ops.checks import check_feature_map, check_ints
 from fastfuse.ops.lr_ced_block import lr_ced_block
 
 __all__ = ["CONVNEXT_KEYS", "CEDBlock", "LRCEDBlock", "TokenMixer", "conv3x3"]
@@ -100,8 +100,7 @@ _MLP = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
 
 def _depthwise(channels: int, dilation: int = 1) -> Conv2d:
     """With the constructor of nn.Conv2d, which adapters call again."""
-    if dilation < 1:
-        raise ValueError(f"LRCEDBlock: dilation must be at least 1; got {dilation}")
+    check_ints("LRCEDBlock", 1, dilation=dilation)
     padding = dilation * (_KERNEL // 2)
     return Conv2d(channels, channels, _KERNEL, padding=padding, dilation=dilation, groups=channels)
 
@@ -123,8 +122,7 @@ class _Block(Composition):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if channels < 1:
-            raise ValueError(f"{name}: channels must be at least 1; got {channels}")
+        check_ints(name, 1, channels=channels)
         if not 0 <= drop_path < 1:
             raise ValueError(f"{name}: drop_path must be in [0, 1); got {drop_path}")
         if token_mixer is None:
@@ -235,7 +233,7 @@ class CEDBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.read_parts()
         if isinstance(tensors, str):
-            check_image("CEDBlock", "x", x)
+            check_feature_map("CEDBlock", "x", x)
             (x,) = cast_for_autocast([x])
             return self._added(x, self._mixed(x))
         return ced_block(  # type: ignore[misc]
@@ -332,7 +330,7 @@ class LRCEDBlock(_Block):
     def forward(self, x: Tensor) -> Tensor:
         tensors = self.read_parts()
         if isinstance(tensors, str):
-            check_image("LRCEDBlock", "x", x)
+            check_feature_map("LRCEDBlock", "x", x)
             (x,) = cast_for_autocast([x])
             y = x + F.gelu(self._mixed(x))
             return self._added(x, y + F.gelu(self.norm2(self.dw2(y))))

@@ -47,15 +47,15 @@ class Conv2d(nn.Conv2d):
         if padding is not None and convolves_single(x, weight, padding):
             return fusion_conv2d([x], weight, bias, padding=padding)
         dtype = cast_dtype(x)
-        wide = policy_of(x.device.type).multiplies(dtype)
-        if wide == dtype or requested_backend() == "reference":
+        product_dtype = policy_of(x.device.type).product_dtype(dtype)
+        if product_dtype == dtype or requested_backend() == "reference":
             return self._conv_forward(x, weight, bias)
         if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
             return self._conv_forward(x, weight, bias)  # PyTorch's error
         with without_autocast(x.device.type):
-            bias = None if bias is None else bias.to(dtype).to(wide)
-            weight = weight.to(dtype).to(wide)
-            return self._conv_forward(x.to(dtype).to(wide), weight, bias).to(dtype)
+            bias = None if bias is None else bias.to(dtype).to(product_dtype)
+            weight = weight.to(dtype).to(product_dtype)
+            return self._conv_forward(x.to(dtype).to(product_dtype), weight, bias).to(dtype)
 
     def _is_image(self, x: Tensor, weight: Tensor) -> bool:
         """What the package's ops take, and not what only traces a graph (torch.fx)."""

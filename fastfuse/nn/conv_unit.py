@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfuse.nn.conv2d import Conv2d
+from fastfuse.ops.checks import check_kernel_size
 
 __all__ = ["ConvUnit"]
 
@@ -28,6 +29,7 @@ class ConvUnit(nn.Module):
     Shape: (N, in_channels, H, W) -> (N, out_channels, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: an even kernel_size, or what ``nn.Conv2d`` raises.
 
     >>> import torch, fastfuse
@@ -48,8 +50,7 @@ class ConvUnit(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"{name}: kernel_size must be odd; got {kernel_size}")
+        check_kernel_size(name, kernel_size)
         self.conv = Conv2d(
             in_channels,
             out_channels,

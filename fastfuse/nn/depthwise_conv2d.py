@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastfuse.nn.conv2d import Conv2d
+from fastfuse.ops.checks import check_ints, check_kernel_size
 
 __all__ = ["DepthwiseConv2d"]
 
@@ -23,6 +24,7 @@ class DepthwiseConv2d(Conv2d):
     Shape: (N, C, H, W) -> (N, C, H, W).
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: channels below 1, an even kernel_size, or dilation below 1.
 
     >>> import torch, fastfuse
@@ -33,11 +35,8 @@ class DepthwiseConv2d(Conv2d):
     def __init__(
         self, channels: int, kernel_size: int = 7, *, dilation: int = 1, bias: bool = True
     ) -> None:
-        for argument, value in (("channels", channels), ("dilation", dilation)):
-            if value < 1:
-                raise ValueError(f"DepthwiseConv2d: {argument} must be at least 1; got {value}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"DepthwiseConv2d: kernel_size must be odd; got {kernel_size}")
+        check_ints("DepthwiseConv2d", 1, channels=channels, dilation=dilation)
+        check_kernel_size("DepthwiseConv2d", kernel_size)
         super().__init__(
             channels,
             channels,

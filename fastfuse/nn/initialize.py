@@ -1,21 +1,21 @@
-"""The initial weights of backbones and heads."""
+"""The initial weights of backbones and heads: Kaiming's normal distribution."""
 
 from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["he_normal", "kaiming_linear"]
+__all__ = ["kaiming_normal_linear", "kaiming_normal_relu"]
 
 
-def he_normal(module: nn.Module) -> None:
-    """He's normal distribution by fan-out for every convolution, as MMSegmentation has it."""
+def kaiming_normal_relu(module: nn.Module) -> None:
+    """By fan-out with the gain of ReLU for every convolution, as MMSegmentation has it."""
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
 
 
-def kaiming_linear(module: nn.Module) -> None:
-    """Kaiming's normal distribution by fan-out without a gain, biases zero, as CEDNet has it."""
+def kaiming_normal_linear(module: nn.Module) -> None:
+    """By fan-out without a gain, biases zero, as CEDNet has it."""
     for child in module.modules():
         if isinstance(child, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="linear")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfuse.nn.composition import leaf
+from fastfuse.ops.checks import check_ints
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["LayerNorm2d"]
@@ -22,6 +23,7 @@ class LayerNorm2d(nn.Module):
     Shape: (N, C, H, W) -> (N, C, H, W), in the memory format of the input.
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: channels below 1, or eps not above 0.
 
     >>> import torch, fastfuse
@@ -31,8 +33,7 @@ class LayerNorm2d(nn.Module):
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"LayerNorm2d: channels must be at least 1; got {channels}")
+        check_ints("LayerNorm2d", 1, channels=channels)
         if not eps > 0:
             raise ValueError(f"LayerNorm2d: eps must be above 0; got {eps}")
         self.weight = nn.Parameter(torch.ones(channels))

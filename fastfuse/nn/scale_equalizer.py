@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfuse.ops.checks import FLOAT32
+from fastfuse.ops.checks import FLOAT32, check_ints
 
 __all__ = ["ScaleEqualizer"]
 
@@ -27,6 +27,7 @@ class ScaleEqualizer(nn.Module):
         mean, std: float32 buffers of shape (num_levels,); 0 and 1 until calibrated.
 
     Raises:
+        TypeError: a number that is no int.
         ValueError: num_levels < 1, or statistics that are not finite or a std <= 0.
 
     >>> import torch, fastfuse
@@ -43,8 +44,7 @@ class ScaleEqualizer(nn.Module):
 
     def __init__(self, num_levels: int) -> None:
         super().__init__()
-        if num_levels < 1:
-            raise ValueError(f"ScaleEqualizer: num_levels must be at least 1; got {num_levels}")
+        check_ints("ScaleEqualizer", 1, num_levels=num_levels)
         self.num_levels = num_levels
         self.register_buffer("mean", torch.zeros(num_levels, dtype=torch.float32))
         self.register_buffer("std", torch.ones(num_levels, dtype=torch.float32))

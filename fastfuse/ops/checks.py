@@ -24,8 +24,9 @@ __all__ = [
     "check_depthwise_weight",
     "check_dilation",
     "check_eps",
+    "check_feature_map",
     "check_features",
-    "check_image",
+    "check_ints",
     "check_keep",
     "check_kernel_size",
     "check_matrix",
@@ -35,6 +36,7 @@ __all__ = [
     "check_tensor",
     "check_vector",
     "feature_list",
+    "is_int",
 ]
 
 
@@ -69,16 +71,15 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {value.layout}")
 
 
-def check_image(op: str, argument: str, image: Tensor, *, channels: int | None = None) -> None:
+def check_feature_map(op: str, argument: str, x: Tensor, *, channels: int | None = None) -> None:
     """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide, of some channels."""
-    check_tensor(op, argument, image)
-    shape = tuple(image.shape)
-    if image.dim() != 4:
+    check_tensor(op, argument, x)
+    shape = tuple(x.shape)
+    if x.dim() != 4:
         raise ValueError(f"{op}: {argument} must have 4 dimensions (N, C, H, W); got shape {shape}")
-    if image.dtype not in DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(
-            f"{op}: {argument} must be float64, float32, bfloat16 or float16; "
-            f"got {_name(image.dtype)}"
+            f"{op}: {argument} must be float64, float32, bfloat16 or float16; got {_name(x.dtype)}"
         )
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(
@@ -89,11 +90,11 @@ def check_image(op: str, argument: str, image: Tensor, *, channels: int | None =
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> None:
-    """Levels are (N, C_i, H_i, W_i) floating-point images of one N, device and dtype."""
+    """Levels are (N, C_i, H_i, W_i) floating-point feature maps of one N, device and dtype."""
     first = features[0]
     for i, feature in enumerate(features):
         shape = tuple(feature.shape)
-        check_image(op, f"features[{i}]", feature)
+        check_feature_map(op, f"features[{i}]", feature)
         if feature.dtype != first.dtype:
             raise ValueError(
                 f"{op}: features must share one dtype; features[0] is {_name(first.dtype)}, "
@@ -125,18 +126,29 @@ def check_size(
 
 
 def _is_extent(value: object) -> bool:
-    return _is_int(value) and 1 <= value < 2**31  # type: ignore[operator]
+    return is_int(value) and 1 <= value < 2**31  # type: ignore[operator]
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     if isinstance(value, Tensor):  # a size under torch.jit.trace
         return value.dim() == 0 and value.dtype == torch.int64
     return isinstance(value, (numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
+def check_ints(
+    op: str, minimum: int | None = None, below: int | None = None, /, **arguments: int
+) -> None:
+    """Ints, by their names, of at least ``minimum`` and below a power of two."""
+    for argument, value in arguments.items():
+        if not is_int(value):
+            raise TypeError(f"{op}: {argument} must be an int; got {type(value).__name__}")
+        if minimum is not None and not (value >= minimum and (below is None or value < below)):
+            most = "" if below is None else f" and below 2^{below.bit_length() - 1}"
+            raise ValueError(f"{op}: {argument} must be at least {minimum}{most}; got {value}")
+
+
 def check_kernel_size(op: str, kernel_size: int) -> int:
-    if not _is_int(kernel_size):
-        raise TypeError(f"{op}: kernel_size must be an int; got {type(kernel_size).__name__}")
+    check_ints(op, kernel_size=kernel_size)
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"{op}: kernel_size must be odd and positive; got {kernel_size}")
     return kernel_size
@@ -146,22 +158,16 @@ def check_padding(op: str, padding: int | None, kernel_size: int) -> int:
     """Zeros on each side, on both axes; None keeps the size."""
     if padding is None:
         return kernel_size // 2
-    if not _is_int(padding):
-        raise TypeError(f"{op}: padding must be an int or None; got {type(padding).__name__}")
-    if not 0 <= padding < 2**30:
-        raise ValueError(f"{op}: padding must be at least 0 and below 2^30; got {padding}")
+    check_ints(op, 0, 2**30, padding=padding)
     return padding
 
 
 def check_dilation(op: str, dilation: int) -> None:
-    if not _is_int(dilation):
-        raise TypeError(f"{op}: dilation must be an int; got {type(dilation).__name__}")
-    if not 1 <= dilation < 2**15:
-        raise ValueError(f"{op}: dilation must be at least 1 and below 2^15; got {dilation}")
+    check_ints(op, 1, 2**15, dilation=dilation)
 
 
 def check_depthwise_weight(op: str, argument: str, weight: Tensor, x: Tensor) -> None:
-    """(C, 1, k, k) with k odd, in the dtype and on the device of the image x."""
+    """(C, 1, k, k) with k odd, in the dtype and on the device of x."""
     check_tensor(op, argument, weight)
     shape, channels = tuple(weight.shape), x.shape[1]
     if not (

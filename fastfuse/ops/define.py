@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,15 @@ from fastfuse import _extension  # noqa: F401  (its kernels register themselves 
 from fastfuse.backends import DISPATCH_KEYS
 from fastfuse.ops.autocast import without_autocast
 
-if TYPE_CHECKING:
-    from fastfuse.ops.sample import Sample
-
-__all__ = ["COMPILED", "Derivative", "Op", "Operation", "below_autograd", "no_second_derivative"]
+__all__ = [
+    "COMPILED",
+    "Derivative",
+    "Op",
+    "Operation",
+    "Sample",
+    "below_autograd",
+    "no_second_derivative",
+]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
 
@@ -216,6 +221,28 @@ def _loaded(kernel: Kernel) -> Callable[..., Any]:
         return getattr(importlib.import_module(module), function)(*arguments)
 
     return launch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One input to check an op with: shared by ``verify``, the tests and gradcheck."""
+
+    name: str
+    inputs: tuple[Tensor, ...]  # the differentiable arguments
+    # The public op on such inputs, in their dtype; of several or of integer outputs something that
+    # tells as much, such as the value of the class that was chosen.
+    call: Callable[..., Tensor]
+    exact: Callable[..., Tensor]  # its definition on float64 inputs
+    channels_last: bool  # the memory format the output must have
+    # How many values a gradient sums, for all or for each: its tolerance grows by the root.
+    reduction: float | tuple[float, ...] = 1.0
+    # As much for the output, and how often the fused op rounds on the way to either.
+    output_reduction: float = 1.0
+    roundings: int = 1
+    differentiable: bool = True
+
+    def reduction_of(self, index: int) -> float:
+        return self.reduction[index] if isinstance(self.reduction, tuple) else self.reduction
 
 
 @dataclass(frozen=True)

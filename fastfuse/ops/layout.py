@@ -12,7 +12,13 @@ from fastfuse import _extension
 from fastfuse.backends import cpu_refusal, is_transformed, requested_backend
 from fastfuse.ops.define import COMPILED, Derivative, Op
 
-__all__ = ["in_layout", "is_channels_last", "memory_format", "rows", "to_layout"]
+__all__ = [
+    "as_matrix",
+    "is_channels_last",
+    "memory_format",
+    "prefer_memory_format",
+    "to_memory_format",
+]
 
 
 def is_channels_last(images: Sequence[Tensor]) -> bool:
@@ -36,7 +42,7 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def in_layout(image: Tensor, channels_last: bool) -> Tensor:
+def to_memory_format(image: Tensor, channels_last: bool) -> Tensor:
     """The image in a memory format: itself where it is, else a copy; within kernels only.
 
     PyTorch's own conversion of dense CPU images takes several times as long.
@@ -50,13 +56,13 @@ def in_layout(image: Tensor, channels_last: bool) -> Tensor:
     return image.contiguous(memory_format=wanted)
 
 
-def to_layout(image: Tensor, channels_last: bool) -> Tensor:
-    """:func:`in_layout` for modules, with derivatives; in transforms, where images may be batches
-    of images, the image as it is."""
+def prefer_memory_format(image: Tensor, channels_last: bool) -> Tensor:
+    """:func:`to_memory_format` for modules, with derivatives; in transforms, where images may be
+    batches of images, the image as it is."""
     if is_transformed():
         return image
     if requested_backend() != "reference" and cpu_refusal(image) is None:
-        return in_layout(image, channels_last)
+        return to_memory_format(image, channels_last)
     return image.contiguous(memory_format=memory_format(channels_last))
 
 
@@ -70,7 +76,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
     try:
-        return to_layout(grad_output, not ctx.channels_last), None
+        return prefer_memory_format(grad_output, not ctx.channels_last), None
     except RuntimeError as error:  # batched gradients have no memory format
         if "vmap" not in str(error):
             raise
@@ -85,7 +91,7 @@ _copy = Op(
 )
 
 
-def rows(image: Tensor) -> Tensor:
+def as_matrix(image: Tensor) -> Tensor:
     """A dense channels_last image as the matrix (N * H * W, C), a row for each pixel."""
     batch, channels, height, width = image.shape
     return image.permute(0, 2, 3, 1).view(batch * height * width, channels)

@@ -181,7 +181,7 @@ class Policy:
 
     kernels: KernelSizes | None = None  # None on GPUs
 
-    def multiplies(self, dtype: torch.dtype) -> torch.dtype:
+    def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of ``dtype`` are computed."""
         return dtype if dtype in self.native else torch.float32
 
@@ -209,9 +209,10 @@ def _zen3_depthwise(kernel_size: int, channels_last: bool, values: int, dtype: t
 
 def _cpu(machine: Machine) -> Policy:
     avx512 = machine.isa in ("avx512", "avx512_bf16")
-    wide = frozenset({torch.float64, torch.float32})
+    native = frozenset({torch.float64, torch.float32})
     bfloat16 = machine.isa == "avx512_bf16" and machine.onednn_bfloat16
-    native = wide | {torch.bfloat16} if bfloat16 else wide
+    if bfloat16:
+        native |= {torch.bfloat16}
     float32_rule = WinogradRule(channels=64, pixels=1000, work=30_000_000)
     narrow_rule = WinogradRule(channels=384, pixels=8000, work=0)
     return Policy(

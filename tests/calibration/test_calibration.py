@@ -452,7 +452,7 @@ def test_bad_models() -> None:
         calibrate(Model(), batches, encoder="backbone.body")
     with pytest.raises(ValueError, match="encoder must be a module of the model"):
         calibrate(Model(), batches, encoder=nn.Identity())
-    with pytest.raises(ValueError, match="max_batches must be None or at least 1; got 0"):
+    with pytest.raises(ValueError, match="max_batches must be at least 1; got 0"):
         calibrate(Model(), batches, max_batches=0)
     model = Model()
     model.spare = MultiLevelFusion([3], 4, scale_equalizer=True)

@@ -23,7 +23,7 @@ from small_models import (
 from torch import nn
 
 from fastfuse import calibrate, cli, load_calibration
-from fastfuse.calibration.branch import BranchReport
+from fastfuse.calibration.branch_report import BranchReport
 from fastfuse.calibration.images import ImageFolder
 from fastfuse.calibration.report import report, save_report, table
 from fastfuse.nn import MultiLevelFusion, SeparableFusion

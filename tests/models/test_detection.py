@@ -217,7 +217,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: features(width=0),
         ValueError,
-        "DetectionFeatures: out_channels must be an int of at least 1; got 0",
+        "DetectionFeatures: out_channels must be at least 1; got 0",
     ),
     (
         lambda: DetectionFeatures(nn.Identity()),
@@ -228,11 +228,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (
             partial(RetinaHead, **{name: value}),
             ValueError,
-            f"RetinaHead: {name} must be an int of at least 1; got {value}",
+            f"RetinaHead: {name} must be at least 1; got {value}",
         )
         for name, value in (
             ("in_channels", 0),
-            ("num_classes", True),
+            ("num_classes", 0),
             ("num_anchors", -1),
             ("num_convs", 0),
         )
@@ -242,6 +242,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"RetinaHead: levels\[1\] must be .* C = 8; got shape \(1, 6, 2, 2\)",
     ),
+    (lambda: RetinaHead(num_classes=True), TypeError, "num_classes must be an int; got bool"),
     (lambda: RetinaHead(8)(3), TypeError, "RetinaHead: expected a sequence or mapping of tensors"),
     (
         lambda: RetinaNet(Number(), RetinaHead(8))(torch.zeros(1)),
@@ -251,7 +252,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: CEDNetClassifier(num_classes=0),
         ValueError,
-        "CEDNetClassifier: num_classes must be an int of at least 1; got 0",
+        "CEDNetClassifier: num_classes must be at least 1; got 0",
     ),
     (
         lambda: classifier().loss(*images((2, 3, 32, 32)), torch.zeros(3).long()),

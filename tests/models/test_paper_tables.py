@@ -13,11 +13,11 @@ import paper_counts
 import paper_tables
 import pytest
 import torch
-from measure import Variant
 from paper_counts import GFLOPS, MATCH, MISS, PARAMETERS, UNKNOWN, Count, FusionTime
 from plain_cednet import CEDNet as PlainCEDNet
 from plain_cednet import ConvNeXt, Features
 from torch import nn
+from variants import Variant
 
 from fastfuse.models import CEDNet, DetectionFeatures
 from fastfuse.verify import MismatchError

@@ -95,8 +95,8 @@ def test_depthwise_is_pytorchs(k: int, dilation: int, bias: bool, channels_last:
     ("arguments", "message"),
     [
         ({"channels": 0}, "channels must be at least 1; got 0"),
-        ({"channels": 4, "kernel_size": 4}, "kernel_size must be odd; got 4"),
-        ({"channels": 4, "kernel_size": -3}, "kernel_size must be odd; got -3"),
+        ({"channels": 4, "kernel_size": 4}, "kernel_size must be odd and positive; got 4"),
+        ({"channels": 4, "kernel_size": -3}, "kernel_size must be odd and positive; got -3"),
         ({"channels": 4, "dilation": 0}, "dilation must be at least 1; got 0"),
     ],
 )

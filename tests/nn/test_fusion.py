@@ -98,7 +98,7 @@ def test_conv_unit() -> None:
     x = torch.randn(2, 4, 9, 7)
     expected = F.gelu(unit.bn(F.conv2d(x, unit.conv.weight, padding=2, dilation=2, groups=2)))
     torch.testing.assert_close(unit(x), expected)
-    with pytest.raises(ValueError, match="ConvUnit: kernel_size must be odd; got 4"):
+    with pytest.raises(ValueError, match="ConvUnit: kernel_size must be odd and positive; got 4"):
         ConvUnit(4, 6, 4)
 
 

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastfuse
 from fastfuse.backends import BackendError, backend
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.define import Sample
 from fastfuse.ops.policy import policy_of, use_policy
-from fastfuse.ops.sample import Sample
 from fastfuse.tolerances import relative_error, tolerance
 from fastfuse.verify import check_sample, gradcheck
 

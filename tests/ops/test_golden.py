@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastfuse
-from fastfuse.backends import explain
+from fastfuse.backends import backend_refusals
 from fastfuse.ops import OPERATIONS
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -34,7 +34,8 @@ def tensor(values: list[float], shape: list[int], device: str, layout: str) -> T
 def skip_unless_it_runs(op: str, backend: str, device: str) -> None:
     if backend == "reference":
         return
-    refusals = explain(OPERATIONS[op], torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device))
+    probe = torch.zeros(1, 1, 1, 1, dtype=torch.float64, device=device)
+    refusals = backend_refusals(OPERATIONS[op], probe)
     if backend not in refusals or refusals[backend]:
         pytest.skip(f"{backend}: {refusals.get(backend, 'no such backend of this op')}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastfuse.ops import product
+from fastfuse.ops import matmul
 from fastfuse.ops.policy import Machine, cpu_policy, policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 
@@ -23,12 +23,12 @@ WEIGHTS = {
 @pytest.mark.parametrize("layout", WEIGHTS)
 def test_products(dtype: torch.dtype, rows: str, layout: str) -> None:
     weight = WEIGHTS[layout](torch.randn(24, 17)).to(dtype)
-    made = product.Weight(weight, ROWS[rows])
+    made = matmul.MatmulWeight(weight, ROWS[rows])
     for count in (0, 1, 5):
         a = torch.randn(count, 17).to(dtype)
         expected = a.double() @ weight.double().t()
         for out in (None, torch.empty(count, 24, dtype=made.dtype)):
-            result = made.product(a.to(made.dtype), out)
+            result = made.matmul(a.to(made.dtype), out)
             assert result.dtype == made.dtype
             assert relative_error(result, expected) <= tolerance(dtype, reduction=17)
 
@@ -48,7 +48,7 @@ def test_products_into_memory_that_is_there(
     given = a.clone()
     out = torch.full((rows, 24), torch.nan, dtype=wide)
     with use_policy(policy_of("cpu"), convert_bytes=1):
-        product.multiply_into(
+        matmul.matmul_into(
             out, a, weight.to(wide), shift.to(wide) if bias else None,
             None if center is None else torch.tensor([center], dtype=wide),
         )  # fmt: skip
@@ -60,12 +60,12 @@ def test_products_into_memory_that_is_there(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_of_a_processor_without_their_products(dtype: torch.dtype) -> None:
     with use_policy(cpu_policy(Machine(isa="avx2"))):
-        made = product.Weight(torch.randn(4, 3).to(dtype), 1)
-        assert made.product(torch.ones(2, 3)).dtype == made.dtype == torch.float32
+        made = matmul.MatmulWeight(torch.randn(4, 3).to(dtype), 1)
+        assert made.matmul(torch.ones(2, 3)).dtype == made.dtype == torch.float32
 
 
 def test_a_pytorch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product, "_LINEAR", None)
-    made = product.Weight(torch.randn(4, 3), 10_000)
+    monkeypatch.setattr(matmul, "_LINEAR", None)
+    made = matmul.MatmulWeight(torch.randn(4, 3), 10_000)
     assert made.takes_out
-    assert made.product(torch.ones(2, 3)).shape == (2, 4)
+    assert made.matmul(torch.ones(2, 3)).shape == (2, 4)

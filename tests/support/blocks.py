@@ -16,10 +16,10 @@ from fastfuse.ops.ced_block import BLOCK as CED_BLOCK
 from fastfuse.ops.ced_block import reference as ced_reference
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
 from fastfuse.ops.ced_block.samples import samples as ced_samples
+from fastfuse.ops.define import Sample
 from fastfuse.ops.lr_ced_block import BLOCK as LR_CED_BLOCK
 from fastfuse.ops.lr_ced_block import reference as lr_reference
 from fastfuse.ops.lr_ced_block.samples import samples as lr_samples
-from fastfuse.ops.sample import Sample
 
 __all__ = ["BLOCKS", "Block", "both_blocks", "with_gradients"]
 

@@ -29,17 +29,23 @@ import bench_upsample_equalize_concat
 import block_stages
 import ced_blocks
 import compact
+import counts
 import fusion_stages
 import machine
 import measure
+import networks
 import plan
 import plot
 import pytest
+import rates
+import regimes
 import report
 import torch
-import whole
+from agreement import Agreement, check_agreement
+from cell import DTYPES, FORWARD, LAYOUTS, Cell, every, variants_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from variants import EXACT, Variant, tensors
 
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import MismatchError
@@ -62,11 +68,11 @@ def _ours() -> Tensor:
     return torch.linspace(-1, 1, 2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
 
 
-def _variant(change: Callable[[Tensor], Tensor], **options: object) -> measure.Variant:
-    return measure.Variant("rival", lambda: change(_ours()), **options)
+def _variant(change: Callable[[Tensor], Tensor], **options: object) -> Variant:
+    return Variant("rival", lambda: change(_ours()), **options)
 
 
-OURS = measure.Variant("fastfuse", _ours, rival=False)
+OURS = Variant("fastfuse", _ours, rival=False)
 
 
 def _spoil(x: Tensor, value: float) -> Tensor:
@@ -75,7 +81,7 @@ def _spoil(x: Tensor, value: float) -> Tensor:
 
 
 def test_equal_results_are_timed() -> None:
-    found = measure.check_agreement([OURS, _variant(lambda x: x)], {"output": 1e-6})
+    found = check_agreement([OURS, _variant(lambda x: x)], {"output": 1e-6})
     assert len(found.usable) == 2
     assert not found.left_out
     assert not found.wrong
@@ -93,23 +99,23 @@ def test_equal_results_are_timed() -> None:
     ],
 )
 def test_wrong_results_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
-    ours = measure.Variant("fastfuse", lambda: (_ours(), _ours().flatten()), rival=False)
+    ours = Variant("fastfuse", lambda: (_ours(), _ours().flatten()), rival=False)
     with pytest.raises(MismatchError, match=message):
-        measure.check_agreement([ours, _variant(change)], {"output": 1e-6, "gradient": 1e-6})
+        check_agreement([ours, _variant(change)], {"output": 1e-6, "gradient": 1e-6})
 
 
-def _check_against_float64(rival: float, ours: float) -> measure.Agreement:
+def _check_against_float64(rival: float, ours: float) -> Agreement:
     """Of two tensors; the second one's values are that many times the truth."""
 
-    def variant(name: str, factor: float) -> measure.Variant:
+    def variant(name: str, factor: float) -> Variant:
         call = lambda: (_ours(), factor * _ours())  # noqa: E731
-        return measure.Variant(name, call, rival=name != "fastfuse")
+        return Variant(name, call, rival=name != "fastfuse")
 
     def exact() -> tuple[Tensor, Tensor]:
         return _ours().double(), _ours().double()
 
     variants = [variant("fastfuse", ours), variant("rival", rival)]
-    return measure.check_agreement(variants, {"output": 1e-4, "gradient": 1e-4}, exact)
+    return check_agreement(variants, {"output": 1e-4, "gradient": 1e-4}, exact)
 
 
 def test_float64_decides_who_is_wrong() -> None:
@@ -124,16 +130,14 @@ def test_float64_decides_who_is_wrong() -> None:
 
 
 def test_float64_does_not_excuse_fastfuse() -> None:
-    other = measure.Variant("fastfuse", lambda: _ours() * 1.1, "other layout", rival=False)
+    other = Variant("fastfuse", lambda: _ours() * 1.1, "other layout", rival=False)
     with pytest.raises(MismatchError, match="fastfuse, other layout and fastfuse differ"):
-        measure.check_agreement([OURS, other], {"output": 1e-6}, lambda: _ours().double())
+        check_agreement([OURS, other], {"output": 1e-6}, lambda: _ours().double())
 
 
 def test_something_must_be_comparable() -> None:
     with pytest.raises(MismatchError, match="nothing was checked"):
-        measure.check_agreement(
-            [OURS, _variant(lambda x: x, differs="by definition")], {"output": 1e-6}
-        )
+        check_agreement([OURS, _variant(lambda x: x, differs="by definition")], {"output": 1e-6})
 
 
 def test_an_optional_rival_may_be_missing_and_no_other() -> None:
@@ -141,10 +145,10 @@ def test_an_optional_rival_may_be_missing_and_no_other() -> None:
         raise OSError("no compiler")
 
     variants = [OURS, _variant(lambda x: x), _variant(broken, layout="slow", optional=True)]
-    found = measure.check_agreement(variants, {"output": 1e-6})
+    found = check_agreement(variants, {"output": 1e-6})
     assert found.left_out == {"rival, slow": "OSError: no compiler"}
     with pytest.raises(OSError, match="no compiler"):
-        measure.check_agreement([OURS, _variant(broken)], {"output": 1e-6})
+        check_agreement([OURS, _variant(broken)], {"output": 1e-6})
 
 
 def test_every_suite_can_be_collected() -> None:
@@ -164,17 +168,17 @@ def test_every_suite_can_be_collected() -> None:
 def test_cells_are_distinct_and_their_shapes_known(
     suite: ModuleType, device: str, quick: bool
 ) -> None:
-    of_regime = [suite.cells(quick, regime, device) for regime in measure.REGIMES]
+    of_regime = [suite.cells(quick, regime, device) for regime in regimes.REGIMES]
     assert of_regime[0]
     for cells in of_regime:
         assert len(set(map(str, cells))) == len(cells)
         for cell in cells:
             assert cell.shape in suite.SHAPES
             assert len(set(cell.rivals)) == len(cell.rivals)
-            assert all(layout in suite.LAYOUTS for _, layout in cell.rivals)
+            assert all(layout in LAYOUTS for _, layout in cell.rivals)
             if suite in BLOCKS:
                 assert len(set(cell.ours)) == len(cell.ours)
-                assert all(layout in suite.LAYOUTS for _, layout in cell.ours)
+                assert all(layout in LAYOUTS for _, layout in cell.ours)
 
 
 def test_regimes_without_cells_are_skipped() -> None:
@@ -185,8 +189,8 @@ def test_regimes_without_cells_are_skipped() -> None:
     assert report._regimes(suite, arguments) == ["fresh"]
 
 
-@pytest.mark.parametrize("layout", bench_fusion_conv2d.LAYOUTS)
-@pytest.mark.parametrize("dtype", bench_fusion_conv2d.DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("suite", "mode"),
     [
@@ -202,29 +206,29 @@ def test_regimes_without_cells_are_skipped() -> None:
 )
 def test_builders_agree(suite: ModuleType, layout: str, dtype: str, mode: str) -> None:
     variants = [
-        measure.Variant(name, suite.build(name, layout, "tiny", dtype, mode), layout)
+        Variant(name, suite.build(name, layout, "tiny", dtype, mode), layout)
         for name in ("fastfuse", "eager")
     ]
-    cell = suite.Cell("tiny", dtype, mode, ())
+    cell = Cell("tiny", dtype, mode, ())
     device = ("cpu",) if suite is bench_fusion_conv2d else ()
     tolerances = suite._tolerances(cell, *device)
-    exact = suite.build(measure.EXACT, layout, "tiny", dtype, mode)
+    exact = suite.build(EXACT, layout, "tiny", dtype, mode)
     compared = suite.chosen(cell) if suite is bench_upsample_argmax else None
-    results = measure.tensors(compared(exact()) if compared else exact())
-    assert len(tolerances) == len(results) == len(measure.tensors(variants[0].call()))
+    results = tensors(compared(exact()) if compared else exact())
+    assert len(tolerances) == len(results) == len(tensors(variants[0].call()))
     assert all(tensor.dtype == torch.float64 for tensor in results)
-    assert len(measure.check_agreement(variants, tolerances, exact, compared).usable) == 2
+    assert len(check_agreement(variants, tolerances, exact, compared).usable) == 2
 
 
 @pytest.mark.parametrize(
     ("suite", "shape", "mode"),
     [
-        (bench_heads, "UPerHead 64x64", whole.BOTH),
-        (bench_heads, "SepASPPHead 64x64", whole.FORWARD),
-        (bench_models, "PSPNet ResNet-50 64x64", whole.FORWARD),
-        (bench_cednet, "RetinaNet 64x64", whole.FORWARD),
-        (bench_cednet, "backbone 64x64", whole.BOTH),
-        (bench_cednet, "UPerNet 64x64", whole.BOTH),
+        (bench_heads, "UPerHead 64x64", networks.TRAINING),
+        (bench_heads, "SepASPPHead 64x64", FORWARD),
+        (bench_models, "PSPNet ResNet-50 64x64", FORWARD),
+        (bench_cednet, "RetinaNet 64x64", FORWARD),
+        (bench_cednet, "backbone 64x64", networks.TRAINING),
+        (bench_cednet, "UPerNet 64x64", networks.TRAINING),
     ],
 )
 def test_whole_heads_and_models_agree(
@@ -232,24 +236,24 @@ def test_whole_heads_and_models_agree(
 ) -> None:
     monkeypatch.setattr(bench_heads, "SIZES", {"64x64": (64, 64)})
     monkeypatch.setattr(bench_models, "IMAGE", (64, 64))
-    cell = whole.Cell(shape, "float32", mode)
-    names = (whole.OURS, *getattr(suite, "RIVALS", (whole.PLAIN,)))
-    layouts = (*whole.LAYOUTS, whole.CHANNELS_LAST)
+    cell = Cell(shape, "float32", mode)
+    names = (networks.OURS, *getattr(suite, "RIVALS", (networks.PLAIN,)))
+    layouts = (*LAYOUTS, LAYOUTS[0])
     variants = [
-        measure.Variant(n, suite.build(n, layout, shape, "float32", mode), layout)
+        Variant(n, suite.build(n, layout, shape, "float32", mode), layout)
         for n, layout in zip(names, layouts, strict=False)
     ]
-    assert len(measure.check_agreement(variants, whole.tolerances(cell)).usable) == len(names)
-    if mode == whole.FORWARD:
+    assert len(check_agreement(variants, networks.tolerances(cell)).usable) == len(names)
+    if mode == FORWARD:
         with FlopCounterMode(display=False) as counter:
             variants[0].call()
-        assert measure.count_work(lambda: variants[0].call)[0] == counter.get_total_flops()
+        assert counts.count_work(lambda: variants[0].call)[0] == counter.get_total_flops()
 
 
 def test_labels_are_judged_by_the_values_of_their_classes() -> None:
-    cell = bench_upsample_argmax.Cell("tiny", "float32", "forward")
+    cell = Cell("tiny", "float32", "forward")
     call = bench_upsample_argmax.build("fastfuse", "contiguous", "tiny", "float32", "forward")
-    ours = measure.Variant("fastfuse", call, rival=False)
+    ours = Variant("fastfuse", call, rival=False)
 
     def wrong() -> Tensor:
         labels = ours.call()
@@ -258,10 +262,10 @@ def test_labels_are_judged_by_the_values_of_their_classes() -> None:
 
     judge = bench_upsample_argmax.chosen(cell)
     tolerances = bench_upsample_argmax._tolerances(cell)
-    same = measure.Variant("same", lambda: ours.call().clone())
-    assert len(measure.check_agreement([ours, same], tolerances, None, judge).usable) == 2
+    same = Variant("same", lambda: ours.call().clone())
+    assert len(check_agreement([ours, same], tolerances, None, judge).usable) == 2
     with pytest.raises(MismatchError, match="values of the classes"):
-        measure.check_agreement([ours, measure.Variant("wrong", wrong)], tolerances, None, judge)
+        check_agreement([ours, Variant("wrong", wrong)], tolerances, None, judge)
 
 
 def test_random_labels_of_the_loss() -> None:
@@ -280,9 +284,7 @@ def test_overhead_is_that_of_every_op() -> None:
     assert bench_overhead.cells(True, "fresh", "cpu") == []
     for cell in cells:
         ours, eager = (
-            measure.tensors(
-                bench_overhead.build(name, "contiguous", cell.shape, cell.dtype, cell.mode)()
-            )
+            tensors(bench_overhead.build(name, "contiguous", cell.shape, cell.dtype, cell.mode)())
             for name in ("fastfuse", "eager")
         )
         assert sum(tensor.numel() for tensor in ours) < 5000
@@ -299,17 +301,17 @@ def test_quick_cells_of_whole_heads_and_models() -> None:
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward + backward"])
-@pytest.mark.parametrize("dtype", ced_blocks.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("suite", BLOCKS)
 def test_blocks_agree(suite: ModuleType, dtype: str, mode: str) -> None:
     block = suite.SHAPES["tiny"]
-    ours = ced_blocks._every(ced_blocks.OURS, ced_blocks.KEEPING)
-    cell = suite.Cell("tiny", dtype, mode, ced_blocks._every(*ced_blocks.EAGER), ours)
-    variants = ced_blocks._variants(block, cell, "cpu")
+    ours = every(networks.OURS, ced_blocks.KEEPING)
+    cell = Cell("tiny", dtype, mode, every(*ced_blocks.EAGER), ours)
+    variants = variants_of(cell, suite.build, "cpu")
     tolerances = ced_blocks.tolerances(block, cell)
-    assert len(tolerances) == len(measure.tensors(variants[0].call()))
-    exact = suite.build(measure.EXACT, "contiguous", "tiny", dtype, mode)
-    found = measure.check_agreement(variants, tolerances, exact)
+    assert len(tolerances) == len(tensors(variants[0].call()))
+    exact = suite.build(EXACT, "contiguous", "tiny", dtype, mode)
+    found = check_agreement(variants, tolerances, exact)
     assert len(found.usable) == len(variants) == 8
     assert not found.left_out
 
@@ -319,7 +321,7 @@ def test_bytes_that_blocks_keep() -> None:
         """Of the image's."""
         call = suite.build(name, "channels_last", "tiny", "float32", mode)
         of_image: int = call.x.nbytes
-        return measure.kept_bytes(call, call.parameters) / of_image
+        return counts.kept_bytes(call, call.parameters) / of_image
 
     assert kept(bench_ced_block, "fastfuse", "forward") == 0
     for suite, more in ((bench_ced_block, 6), (bench_lr_ced_block, 9)):
@@ -334,7 +336,7 @@ def test_bytes_that_blocks_keep() -> None:
 def test_conventional_flops_are_those_of_the_ops(mode: str) -> None:
     for suite, shape in ((bench_ced_block, "352x32x32"), (bench_lr_ced_block, "512x25x40")):
         arguments = ("fastfuse", "channels_last", shape, "float32", mode)
-        counted, _ = measure.count_work(lambda a=arguments, s=suite: s.build(*a))
+        counted, _ = counts.count_work(lambda a=arguments, s=suite: s.build(*a))
         assert ced_blocks.conventional_flops(suite.SHAPES[shape], mode) == counted
     passes = 1 if mode == "forward" else 3
     flops = bench_depthwise_conv2d.conventional_flops("192x64x64, 7x7", mode)
@@ -342,7 +344,7 @@ def test_conventional_flops_are_those_of_the_ops(mode: str) -> None:
 
 
 def test_flops_are_those_of_a_variant_itself() -> None:
-    cell = bench_fusion_conv2d.Cell("SegFormer", "float32", "forward")
+    cell = Cell("SegFormer", "float32", "forward")
     flops = bench_fusion_conv2d._flops(cell, "cpu")
     side, channels = 128, 768
     assert flops["eager"] == 2 * side**2 * 4 * channels * channels
@@ -369,19 +371,19 @@ def _cell(op: str, series: str, work: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-MACHINE = plan.Machine(copy_rate=1e10, gemm_rates={"float32": 1e11}, compile_s=4.0)
+MACHINE = plan.MachineRates(copy_rate=1e10, gemm_rates={"float32": 1e11}, compile_s=4.0)
 
 
 def _planned(
     key: str, suite: str, seconds: float, compiled: bool = False, rivals: int = 1
-) -> plan.Cell:
-    ways = [plan.Way("fastfuse", 0.01, rival=False)]
-    ways += [plan.Way(f"eager {i}", seconds) for i in range(rivals)]
-    ways += [plan.Way("compiled", 0.01, compiles=True)] * compiled
-    return plan.Cell(key, suite, tuple(ways), nbytes=10**6)
+) -> plan.PlannedCell:
+    variants = [plan.PlannedVariant("fastfuse", 0.01, rival=False)]
+    variants += [plan.PlannedVariant(f"eager {i}", seconds) for i in range(rivals)]
+    variants += [plan.PlannedVariant("compiled", 0.01, compiles=True)] * compiled
+    return plan.PlannedCell(key, suite, tuple(variants), nbytes=10**6)
 
 
-def _keys(cells: list[plan.Cell], dropped: bool = False) -> list[str]:
+def _keys(cells: list[plan.PlannedCell], dropped: bool = False) -> list[str]:
     return [cell.key for cell in cells if bool(cell.dropped) == dropped]
 
 
@@ -398,10 +400,11 @@ def test_cells_are_planned_in_turns() -> None:
 
 def test_a_rival_that_takes_more_than_its_share_is_left_out() -> None:
     slow, fast = _planned("a0", "a", 5.0), _planned("a1", "a", 0.01)
-    mixed = plan.Cell("b0", "b", (*slow.ways, plan.Way("quick", 0.01)), nbytes=1)
+    quick = plan.PlannedVariant("quick", 0.01)
+    mixed = plan.PlannedCell("b0", "b", (*slow.variants, quick), nbytes=1)
     planned = plan.Plan([slow, fast, mixed], MACHINE, 160).fit(0)
     assert _keys(planned) == ["a1", "b0"]  # what is dropped does not use up a turn
-    assert [way.title for way in planned[1].ways] == ["fastfuse", "quick"]
+    assert [v.title for v in planned[1].variants] == ["fastfuse", "quick"]
     assert planned[1].left_out == {"eager 0": "would take 20 s, more than its share, 10 s"}
     assert planned[2].dropped == "every rival would take 20 s or more, over its share, 10 s"
 
@@ -411,15 +414,15 @@ def test_rounds_are_reduced_before_cells_are_dropped_and_compiled_rivals_before_
     least = [cell.without(["compiled"], "").seconds(MACHINE) for cell in cells]
     compiling = cells[0].seconds(MACHINE) - least[0]
 
-    def fit(budget: float) -> list[plan.Cell]:
-        wide = plan.Plan(cells, MACHINE, 1000)  # whose share leaves no rival out
-        return wide.fit(1000 - budget)
+    def fit(budget: float) -> list[plan.PlannedCell]:
+        generous = plan.Plan(cells, MACHINE, 1000)  # whose share leaves no rival out
+        return generous.fit(1000 - budget)
 
     everything = fit(900)
-    assert all("compiled" in (w.title for w in cell.ways) for cell in everything)
+    assert all("compiled" in (v.title for v in cell.variants) for cell in everything)
     assert {cell.rounds for cell in everything} == {plan.MAX_ROUNDS}
     some = fit(sum(least) + 2.5 * compiling)
-    assert [len(cell.ways) for cell in some] == [3, 3, 2, 2, 2]
+    assert [len(cell.variants) for cell in some] == [3, 3, 2, 2, 2]
     assert some[2].left_out == {"compiled": "no time was left to compile it"}
     assert {cell.rounds for cell in some} == {measure.MIN_ROUNDS}
     few = fit(sum(least) - 1)
@@ -450,20 +453,20 @@ def test_a_run_exceeds_its_budget_by_no_more_than_a_cell(pace: float) -> None:
 
 
 def test_a_rivals_slower_layout_and_long_calls_have_no_rounds() -> None:
-    def variant(name: str, layout: str = "", rival: bool = True) -> measure.Variant:
-        return measure.Variant(name, _ours, layout, rival=rival)
+    def variant(name: str, layout: str = "", rival: bool = True) -> Variant:
+        return Variant(name, _ours, layout, rival=rival)
 
     variants = [
         variant("fastfuse", rival=False), variant("eager", "a"), variant("eager", "b"),
         variant("eager", "c"), variant("slow"),
     ]  # fmt: skip
     seconds = [9.0, 1.0, 1.2, 2.0, 4.0]
-    estimates = {v.title: s for v, s in zip(variants, seconds, strict=True)}
-    assert measure.too_long(variants, estimates, rival_s=10) == {
+    timed = [measure.Timed(v, s) for v, s in zip(variants, seconds, strict=True)]
+    assert measure.too_long(timed, rival_s=10) == {
         "eager, c": "2.0 times as slow as its other layout when checked",
         "slow": "a call takes 4.0 s, and 3 rounds more than its share of the time, 10 s",
     }
-    assert measure.too_long(variants[:2], estimates, rival_s=1) == {}
+    assert measure.too_long(timed[:2], rival_s=1) == {}
 
 
 def test_quick_cells_begin_with_every_dtype_and_mode() -> None:
@@ -477,7 +480,7 @@ def test_quick_cells_begin_with_every_dtype_and_mode() -> None:
 
 
 def test_work_of_a_suite_is_counted_and_not_done() -> None:
-    cell = bench_fusion_conv2d.Cell("UPer fusion", "bfloat16", "forward")
+    cell = Cell("UPer fusion", "bfloat16", "forward")
     flops, nbytes = bench_fusion_conv2d.work("compiled", cell, "cpu")
     outputs, channels = 512 * 128**2, 2048
     assert flops == 2 * 9 * channels * outputs
@@ -493,10 +496,10 @@ def test_rate_of_products_takes_no_longer_where_they_are_slow(
         sizes.append(n)
         return flops_per_s
 
-    monkeypatch.setattr(measure, "_gemm_rate", rate)
+    monkeypatch.setattr(rates, "_gemm_rate", rate)
     for flops_per_s, largest in ((1e9, 256), (2e10, 1024), (2e11, 2048)):
         sizes.clear()
-        assert measure.gemm_rate("cpu", torch.float32) == flops_per_s
+        assert rates.gemm_rate("cpu", torch.float32) == flops_per_s
         assert max(sizes) == largest
 
 
@@ -544,7 +547,7 @@ def test_environment_tells_the_commit_the_caches_and_what_is_forced(
     assert machine.caches(tmp_path) == {"L1 data": "32K", "L2": "512K"}
     assert machine.caches(tmp_path / "none") == {}
 
-    monkeypatch.setattr(measure, "gemm_rate", lambda device, dtype: 1e11)
+    monkeypatch.setattr(rates, "gemm_rate", lambda device, dtype: 1e11)
     for name in machine.FORCED:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastfuse import cli, verify
 from fastfuse.backends import requested_backend
 from fastfuse.ops import OPERATIONS
-from fastfuse.ops.sample import Sample
+from fastfuse.ops.define import Sample
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfuse.ops.block import MLP, Block, convolution_and_norm
 from fastfuse.ops.ced_block import kernel
 from fastfuse.ops.ced_block.reference import reference
 from fastfuse.ops.ced_block.samples import samples
+from fastfuse.ops.define_block import MLP_PARAMETERS, BlockOp, convolution_and_norm_parameters
 
 __all__ = ["BLOCK", "OPERATION", "ced_block"]
 
-BLOCK = Block(
+BLOCK = BlockOp(
     "ced_block",
-    [*convolution_and_norm(), *MLP],
+    [*convolution_and_norm_parameters(), *MLP_PARAMETERS],
     ["float eps"],
     kernel=kernel,
     reference=reference,

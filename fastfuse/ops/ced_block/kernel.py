@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.ops.layout import rows
+from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
 from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
@@ -52,8 +52,8 @@ def forward(
     if keeping:
         out = empty(x.shape, x, torch.channels_last)
         kept = [convolved, empty(kept_shapes(x, parameters)[1], x, torch.channels_last)]
-    hidden = rows(kept[1]) if keeping else None
-    pointwise.forward(rows(out), rows(x), rows(convolved), mlp, hidden)
+    hidden = as_matrix(kept[1]) if keeping else None
+    pointwise.forward(as_matrix(out), as_matrix(x), as_matrix(convolved), mlp, hidden)
     return out, kept
 
 
@@ -75,11 +75,11 @@ def backward(
     # Each pixel is read before it is written, and what is kept is not ours to write.
     grad_convolved = empty(x.shape, x, torch.channels_last) if kept else convolved
     g = pointwise.backward(
-        rows(grad_convolved),
-        rows(grad),
-        rows(convolved),
+        as_matrix(grad_convolved),
+        as_matrix(grad),
+        as_matrix(convolved),
         _mlp(x, parameters, keep, *option),
-        rows(kept[1]) if kept else None,
+        as_matrix(kept[1]) if kept else None,
         of_parameters=wants_parameters,
     )
     grad_x = None

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.ced_block.reference import reference
+from fastfuse.ops.define import Sample
 from fastfuse.ops.layout import is_channels_last, memory_format
-from fastfuse.ops.sample import Sample
 
 __all__ = ["block_parameters", "block_shapes", "samples"]
 

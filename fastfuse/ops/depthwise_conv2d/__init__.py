@@ -10,7 +10,7 @@ from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
     check_dilation,
-    check_image,
+    check_feature_map,
     check_tensor,
     check_vector,
 )
@@ -88,7 +88,7 @@ def depthwise_conv2d(
     >>> fastfuse.depthwise_conv2d(x, weight, dilation=3).shape
     torch.Size([1, 8, 16, 16])
     """
-    check_image(NAME, "x", x)
+    check_feature_map(NAME, "x", x)
     check_dilation(NAME, dilation)
     check_tensor(NAME, "weight", weight)
     if bias is not None:

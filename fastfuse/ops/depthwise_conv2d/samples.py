@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
+from fastfuse.ops.define import Sample
 from fastfuse.ops.depthwise_conv2d.reference import reference
 from fastfuse.ops.layout import is_channels_last, memory_format
-from fastfuse.ops.sample import Sample
 
 __all__ = ["samples"]
 

@@ -314,8 +314,8 @@ def forward(
         addend = addend.contiguous(memory_format=_memory_format(channels_last))
     weight = weight[:, 0]
     if channels_last:  # a copy, so that what a thread loads of it is contiguous too
-        wide = torch.promote_types(x.dtype, torch.float32)
-        weight = weight.permute(1, 2, 0).to(wide, memory_format=torch.contiguous_format)
+        accumulation = torch.promote_types(x.dtype, torch.float32)
+        weight = weight.permute(1, 2, 0).to(accumulation, memory_format=torch.contiguous_format)
         weight = weight.contiguous().permute(2, 0, 1)
     weight_c, weight_h, weight_w = weight.stride()
     start = (kernel_size - 1) * (weight_h + weight_w) if flip else 0

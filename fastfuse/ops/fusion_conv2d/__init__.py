@@ -143,7 +143,7 @@ def _routes(image: Tensor) -> dict[str, str]:
             little = select(OPERATION, image) != backend
             found[name] = "reference, for so little work" if little else backend
         elif count == 1 and not convolves_single(image, weight, 1):  # what nn.Conv2d asks
-            dtype = str(policy_of(image.device.type).multiplies(image.dtype))
+            dtype = str(policy_of(image.device.type).product_dtype(image.dtype))
             found[name] = f"PyTorch's convolution in {dtype.removeprefix('torch.')}"
         else:
             shape = FusionShape.of(levels, weight, height, width, 1, False)

@@ -92,8 +92,8 @@ def _gradients(ctx: Any, grad_output: Tensor) -> Sequence[Any]:
         gradients = [next(remaining) if want else None for want in wanted]
         weight_gradient = next(remaining, None)
     if bias_wanted:
-        wide = accumulation_dtype(grad_output.dtype)
-        bias_gradient = grad_output.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
+        accumulation = accumulation_dtype(grad_output.dtype)
+        bias_gradient = grad_output.sum((0, 2, 3), dtype=accumulation).to(ctx.bias_dtype)
     return gradients, weight_gradient, bias_gradient, *[None] * 7
 
 

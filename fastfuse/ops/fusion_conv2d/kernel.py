@@ -3,9 +3,9 @@
 A static plan says which levels are convolved at their own resolution and which at the target's, and
 three strategies do it: OwnResolution, LibraryConvolution and WinogradConvolution.
 
-Everything inside is channels_last: there an image is a matrix (pixels, channels), and the taps of
+Everything inside is channels_last: there a feature is a matrix (pixels, channels), and the taps of
 a level are one product with its weights. Where the device does not multiply the dtype of the
-images, weights, taps and sums are float32, and results are rounded once.
+features, weights, taps and sums are float32, and results are rounded once.
 
 Upsampling keeps constants: a mean comes off before it as well as after. It does so before the
 products, in which nothing large is left to cancel.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
-from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.fusion_conv2d.own_resolution import OwnResolution
 from fastfuse.ops.fusion_conv2d.plan import plan_of
 from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape, Gradients
@@ -29,7 +28,7 @@ from fastfuse.ops.fusion_conv2d.target_resolution import (
     TargetResolution,
     WinogradConvolution,
 )
-from fastfuse.ops.layout import in_layout, memory_format
+from fastfuse.ops.layout import memory_format, to_memory_format
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -49,32 +48,32 @@ class _Fusion:
             self.target = kind(shape, equalization, plan.target)
         if plan.own:
             self.own = OwnResolution(shape, equalization, plan.own)
-        self.work = policy_of(like.device.type).multiplies(like.dtype)
+        self.product_dtype = policy_of(like.device.type).product_dtype(like.dtype)
 
     @property
     def strategies(self) -> list[Strategy]:
         return [s for s in (self.target, self.own) if s is not None]
 
-    def images(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """The features as channels_last images; those convolved at their own resolution less their
-        mean and in the dtype of the products, for they are read once for every chunk of outputs."""
+    def prepared(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """The features in channels_last; those convolved at their own resolution less their mean
+        and in the dtype of the products, for they are read once for every chunk of outputs."""
         own = () if self.own is None else self.own.levels
-        images = [in_layout(f, True) for f in features]
+        features = [to_memory_format(f, True) for f in features]
         return [
-            centered(image.to(self.work), self.equalization.center(i)) if i in own else image
-            for i, image in enumerate(images)
+            self.equalization.centered(f.to(self.product_dtype), i) if i in own else f
+            for i, f in enumerate(features)
         ]
 
 
 def described(shape: FusionShape, like: Tensor) -> str:
-    """What is done where, in words, for images like one."""
+    """What is done where, in words, for tensors like one."""
     fusion = _Fusion(shape, Equalization(None, None), like)
-    work, wide = (
+    products, sums = (
         str(dtype).removeprefix("torch.")
-        for dtype in (fusion.work, accumulation_dtype(fusion.work))
+        for dtype in (fusion.product_dtype, accumulation_dtype(fusion.product_dtype))
     )
     parts = {
-        i: f"{shape.sizes[i][0]}x{shape.sizes[i][1]} {strategy.described(work, wide)}"
+        i: f"{shape.sizes[i][0]}x{shape.sizes[i][1]} {strategy.described(products, sums)}"
         for strategy in fusion.strategies
         for i in strategy.levels
     }
@@ -96,9 +95,9 @@ def forward(
     shape = FusionShape.of(features, weight, height, width, padding, align_corners)
     dtype = weight.dtype
     fusion = _Fusion(shape, Equalization.of(mean, std, dtype), weight)
-    weight = weight.to(fusion.work)
-    bias = None if bias is None else bias.to(fusion.work)
-    features = fusion.images(features)
+    weight = weight.to(fusion.product_dtype)
+    bias = None if bias is None else bias.to(fusion.product_dtype)
+    features = fusion.prepared(features)
 
     onto = None if fusion.target is None else fusion.target.forward(features, weight, bias)
     if fusion.own is None and onto is not None and onto.scale is None:
@@ -134,9 +133,9 @@ def backward(
     )
     dtype = grad_output.dtype
     fusion = _Fusion(shape, Equalization.of(mean, std, dtype), grad_output)
-    grad_output = in_layout(grad_output, True).to(fusion.work)
-    weight = None if weight is None else weight.to(fusion.work)
-    features = fusion.images(features)
+    grad_output = to_memory_format(grad_output, True).to(fusion.product_dtype)
+    weight = None if weight is None else weight.to(fusion.product_dtype)
+    features = fusion.prepared(features)
     levels = tuple(i for i, want in enumerate(wanted) if want)
     memory = None
     if features:
@@ -144,7 +143,7 @@ def backward(
     gradients = Gradients(shape, levels, memory)
     for i in levels:
         if shape.channels[i] == 0:  # of no strategy
-            gradients.found[i] = empty_image(grad_output, shape.batch, 0, *shape.sizes[i])
+            gradients.found[i] = empty(shape.level_shape(i), grad_output, torch.channels_last)
     for strategy in fusion.strategies:
         if memory is not None or gradients.wanted_of(strategy.levels):
             strategy.backward(grad_output, features, weight, gradients)
@@ -152,10 +151,8 @@ def backward(
     return result if memory is None else [*result, memory.to(dtype)]
 
 
-def _result(image: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """A channels_last image rounded to a dtype, in a memory format."""
-    if image.dtype != dtype:
-        image = empty(image.shape, image.new_empty(0, dtype=dtype), torch.channels_last).copy_(
-            image
-        )
-    return in_layout(image, channels_last)
+def _result(x: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """A channels_last tensor rounded to a dtype, in a memory format."""
+    if x.dtype != dtype:
+        x = empty(x.shape, x.new_empty(0, dtype=dtype), torch.channels_last).copy_(x)
+    return to_memory_format(x, channels_last)

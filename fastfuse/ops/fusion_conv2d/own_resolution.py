@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d.images import empty_image, tap_weights
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
-from fastfuse.ops.layout import rows
+from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -39,11 +38,7 @@ class OwnResolution(Strategy):
         The bias (C_out,) is in the accumulation dtype.
         """
         shape, inverse_std = self.shape, self.equalization.inverse_std
-        out = (
-            empty_image(weight, shape.batch, shape.out_channels, *shape.out_size)
-            if onto is None
-            else onto.value
-        )
+        out = empty(shape.out_shape, weight, torch.channels_last) if onto is None else onto.value
         in_parts = self._in_parts(out)
         scales = None
         if inverse_std is not None:
@@ -57,20 +52,20 @@ class OwnResolution(Strategy):
             )
         memory = _Taps(shape, self.levels, out)
         for chunk in memory.chunks():
-            images = memory.images(chunk)
+            taps_of_levels = memory.by_level(chunk)
             remainders = []
-            for i, taps in images.items():
-                products = tap_weights(weight, chunk, shape.slice_of(i))
+            for i, taps in taps_of_levels.items():
+                products = _tap_weights(weight, chunk, shape.slice_of(i))
                 if i in in_parts:
-                    exact = torch.mm(rows(features[i]).float(), products.t().float())
-                    rows(taps).copy_(exact)
+                    exact = torch.mm(as_matrix(features[i]).float(), products.t().float())
+                    as_matrix(taps).copy_(exact)
                     remainders.append(torch.empty_like(taps))
-                    rows(remainders[-1]).copy_(exact - rows(taps))
+                    as_matrix(remainders[-1]).copy_(exact - as_matrix(taps))
                 else:
-                    torch.mm(rows(features[i]), products.t(), out=rows(taps))
+                    torch.mm(as_matrix(features[i]), products.t(), out=as_matrix(taps))
             torch.ops.fastfuse.tap_sum_into(
                 out[:, chunk],
-                [*images.values(), *remainders],
+                [*taps_of_levels.values(), *remainders],
                 scales,
                 None,
                 None if bias is None else bias[chunk],
@@ -101,11 +96,9 @@ class OwnResolution(Strategy):
         exact = grad_output.dtype in (torch.float32, torch.float64)
         memory = _Taps(shape, self.levels, grad_output, chunked=exact or not wanted)
         for i in wanted:
-            gradients.found[i] = empty_image(
-                grad_output, shape.batch, shape.channels[i], *shape.sizes[i]
-            )
+            gradients.found[i] = empty(shape.level_shape(i), grad_output, torch.channels_last)
         for chunk in memory.chunks():
-            for i, taps in memory.images(chunk).items():
+            for i, taps in memory.by_level(chunk).items():
                 if i not in wanted and gradients.weight is None:
                     continue
                 torch.ops.fastfuse.tap_sum_backward_into(
@@ -113,18 +106,24 @@ class OwnResolution(Strategy):
                 )
                 if i in wanted:
                     assert weight is not None
-                    products = tap_weights(weight, chunk, shape.slice_of(i))
-                    x_gradient = rows(gradients.found[i])
+                    products = _tap_weights(weight, chunk, shape.slice_of(i))
+                    x_gradient = as_matrix(gradients.found[i])
                     if chunk.start == 0:
-                        torch.mm(rows(taps), products, out=x_gradient)
+                        torch.mm(as_matrix(taps), products, out=x_gradient)
                     else:
-                        torch.addmm(x_gradient, rows(taps), products, out=x_gradient)
+                        torch.addmm(x_gradient, as_matrix(taps), products, out=x_gradient)
                 if gradients.weight is not None:
-                    products = torch.mm(rows(taps).t(), rows(features[i]))
+                    products = torch.mm(as_matrix(taps).t(), as_matrix(features[i]))
                     gradients.write_weight(i, chunk, products)
 
-    def described(self, work: str, wide: str) -> str:
-        return f"at its own resolution in {work}"
+    def described(self, products: str, sums: str) -> str:
+        return f"at its own resolution in {products}"
+
+
+def _tap_weights(weight: Tensor, outputs: slice, inputs: slice) -> Tensor:
+    """The weights of a chunk of outputs as one product, (k * k * outputs, inputs), tap-major."""
+    chunk = weight[outputs, inputs].permute(2, 3, 0, 1)
+    return chunk.reshape(-1, chunk.shape[3])
 
 
 class _Taps:
@@ -147,14 +146,14 @@ class _Taps:
         for start in range(0, self.shape.out_channels, self.length):
             yield slice(start, min(start + self.length, self.shape.out_channels))
 
-    def images(self, chunk: slice) -> dict[int, Tensor]:
-        """By level, the taps of a chunk as a channels_last image."""
-        images, start = {}, 0
+    def by_level(self, chunk: slice) -> dict[int, Tensor]:
+        """The taps of a chunk, (N, k * k * outputs, h, w) in channels_last."""
+        found, start = {}, 0
         channels, batch = self.taps * (chunk.stop - chunk.start), self.shape.batch
         for i in self.levels:
             height, width = self.shape.sizes[i]
             count = batch * height * width * channels
-            image = self.memory[start : start + count].view(batch, height, width, channels)
-            images[i] = image.permute(0, 3, 1, 2)
+            taps = self.memory[start : start + count].view(batch, height, width, channels)
+            found[i] = taps.permute(0, 3, 1, 2)
             start += count
-        return images
+        return found

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastfuse.ops.define import Sample
 from fastfuse.ops.layout import is_channels_last, memory_format
-from fastfuse.ops.sample import Sample
 from fastfuse.ops.upsample_equalize_concat.samples import exact as concatenated
 
 __all__ = ["exact", "samples"]

@@ -97,6 +97,10 @@ class FusionShape:
         return self.size[0] + margin, self.size[1] + margin
 
     @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, *self.out_size
+
+    @property
     def out_pixels(self) -> int:
         return self.batch * self.out_size[0] * self.out_size[1]
 
@@ -108,6 +112,9 @@ class FusionShape:
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         return self.out_channels, sum(self.channels), self.kernel_size, self.kernel_size
+
+    def level_shape(self, level: int) -> tuple[int, int, int, int]:
+        return self.batch, self.channels[level], *self.sizes[level]
 
     def slice_of(self, level: int) -> slice:
         """A level's channels among those of the weight."""
@@ -124,10 +131,10 @@ class Equalization:
 
     @classmethod
     def of(cls, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Equalization:
-        wide = accumulation_dtype(dtype)
+        accumulation = accumulation_dtype(dtype)
         return cls(
-            None if mean is None else mean.to(wide),
-            None if std is None else std.to(torch.float64).reciprocal().to(wide),
+            None if mean is None else mean.to(accumulation),
+            None if std is None else std.to(torch.float64).reciprocal().to(accumulation),
         )
 
     def mean_and_std(self, levels: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
@@ -144,6 +151,17 @@ class Equalization:
     def center(self, level: int) -> Tensor | None:
         """The mean of one level, of shape (1,)."""
         return None if self.mean is None else self.mean[level : level + 1]
+
+    def centered(self, feature: Tensor, level: int) -> Tensor:
+        """A channels_last feature less the mean of its level, rounded once."""
+        center = self.center(level)
+        if center is None:
+            return feature
+        _, channels, *size = feature.shape
+        return torch.ops.fastfuse.upsample_equalize_concat(
+            [feature], *size, center, None, False,
+            channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
+        )  # fmt: skip
 
 
 @dataclass

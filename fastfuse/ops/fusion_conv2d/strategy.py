@@ -1,7 +1,7 @@
 """What the strategies of a fusion have in common.
 
 A strategy convolves some of the levels, and has two methods: ``forward``, their part of the result,
-and ``backward``, the part of the gradients that is theirs. All images are channels_last.
+and ``backward``, the part of the gradients that is theirs. All features are channels_last.
 """
 
 from __future__ import annotations
@@ -52,6 +52,6 @@ class Strategy:
         weight for the features'."""
         raise NotImplementedError
 
-    def described(self, work: str, wide: str) -> str:
-        """Where and how, for dtypes of products and of sums."""
+    def described(self, products: str, sums: str) -> str:
+        """Where and how, by the names of the dtypes of products and of sums."""
         raise NotImplementedError

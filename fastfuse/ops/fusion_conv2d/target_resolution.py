@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d import winograd
-from fastfuse.ops.fusion_conv2d.images import centered, empty_image
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
-from fastfuse.ops.layout import in_layout, rows
-from fastfuse.ops.product import multiply_into
+from fastfuse.ops.layout import as_matrix, to_memory_format
+from fastfuse.ops.matmul import matmul_into
+from fastfuse.ops.memory import empty
 
 __all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
 
@@ -40,7 +40,7 @@ class TargetResolution(Strategy):
     def _inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
         """What is convolved: equalized, or less the means."""
         if not self.equalizes_first:
-            return [centered(features[i], self.equalization.center(i)) for i in self.levels]
+            return [self.equalization.centered(features[i], i) for i in self.levels]
         fused = torch.ops.fastfuse.upsample_equalize_concat(
             [features[i] for i in self.levels],
             *self.shape.size,
@@ -96,18 +96,18 @@ class LibraryConvolution(TargetResolution):
         bias = bias if scale is None else None
         weights = self._weights(weight, self.levels)
         if self.is_product:
-            out = empty_image(weight, shape.batch, shape.out_channels, *shape.size)
+            out = empty(shape.out_shape, weight, torch.channels_last)
             if self.equalizes_first:
                 (x,), center = self._inputs(features), None
             else:
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
-            multiply_into(rows(out), rows(x), weights[:, :, 0, 0], bias, center)
+            matmul_into(as_matrix(out), as_matrix(x), weights[:, :, 0, 0], bias, center)
             return Scaled(out, scale)
         (x,) = self._inputs(features)
         with _deterministic(x.device):
-            weights = in_layout(weights, True)
+            weights = to_memory_format(weights, True)
             out = torch.conv2d(x.to(weight.dtype), weights, bias, padding=shape.padding)
-        return Scaled(in_layout(out, True), scale)  # of one channel it may come contiguous
+        return Scaled(to_memory_format(out, True), scale)  # of one channel it may come contiguous
 
     def backward(
         self,
@@ -125,7 +125,7 @@ class LibraryConvolution(TargetResolution):
             x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
         if wanted:
             assert weight is not None
-            weights = in_layout(self._weights(weight, self.levels), True)
+            weights = to_memory_format(self._weights(weight, self.levels), True)
         else:
             kernel = shape.kernel_size, shape.kernel_size
             weights = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
@@ -143,11 +143,11 @@ class LibraryConvolution(TargetResolution):
         elif wanted:
             gradients.found[self.levels[0]] = _multiplied(x_gradient, scale)
 
-    def described(self, work: str, wide: str) -> str:
+    def described(self, products: str, sums: str) -> str:
         return (
-            f"by torch.mm in {work}"
+            f"by torch.mm in {products}"
             if self.is_product
-            else (f"by the library's convolution in {work}")
+            else f"by the library's convolution in {products}"
         )
 
 
@@ -197,7 +197,7 @@ class WinogradConvolution(TargetResolution):
 
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
         shape = self.shape
-        out = empty_image(weight, shape.batch, shape.out_channels, *shape.out_size)
+        out = empty(shape.out_shape, weight, torch.channels_last)
         taps = winograd.transform_weight(self._taps(weight, self.levels))
         winograd.convolve(out, self._inputs(features), taps, bias, shape.padding)
         return Scaled(out, None)
@@ -230,7 +230,8 @@ class WinogradConvolution(TargetResolution):
     def _input_gradient(self, grad_output: Tensor, weight: Tensor, levels: Sequence[int]) -> Tensor:
         shape = self.shape
         channels = sum(shape.channels[i] for i in levels)
-        gradient = empty_image(grad_output, shape.batch, channels, *shape.size)
+        size = (shape.batch, channels, *shape.size)
+        gradient = empty(size, grad_output, torch.channels_last)
         winograd.input_gradient(gradient, grad_output, self._taps(weight, levels), shape.padding)
         return gradient
 
@@ -247,5 +248,5 @@ class WinogradConvolution(TargetResolution):
         assert inverse_std is not None
         return torch.cat([inverse_std[i].expand(self.shape.channels[i]) for i in levels])
 
-    def described(self, work: str, wide: str) -> str:
-        return f"by Winograd's F(4x4, 3x3) in {wide}"  # float32 for all narrower
+    def described(self, products: str, sums: str) -> str:
+        return f"by Winograd's F(4x4, 3x3) in {sums}"  # float32 for all narrower

@@ -19,9 +19,9 @@ from torch import Tensor
 from fastfuse import _extension
 from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Op
+from fastfuse.ops.matmul import MatmulWeight
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.product import Weight
 
 __all__ = [
     "ELEMENTS",
@@ -95,20 +95,16 @@ def applies(
 
 def transform_weight(taps: Tensor) -> Tensor:
     """(9, A, B) -> (36, A, B), in the accumulation dtype."""
-    taps = taps.to(_wide(taps))
+    taps = taps.to(accumulation_dtype(taps.dtype))
     out = empty((ELEMENTS, taps[0].numel()), taps)
     return torch.mm(_G.to(taps.dtype), taps.reshape(9, -1), out=out).view(-1, *taps.shape[1:])
 
 
-def _wide(like: Tensor) -> torch.dtype:
-    return accumulation_dtype(like.dtype)
-
-
 def _matrices(count: int, channels: int, like: Tensor) -> Tensor:
     """Room for (36, count, channels), in the accumulation dtype."""
-    wide = like.new_empty(0, dtype=_wide(like))
-    stride = count * channels + SKEW_BYTES // wide.element_size()
-    memory = empty((ELEMENTS * stride,), wide)
+    like = like.new_empty(0, dtype=accumulation_dtype(like.dtype))
+    stride = count * channels + SKEW_BYTES // like.element_size()
+    memory = empty((ELEMENTS * stride,), like)
     return memory.as_strided((ELEMENTS, count, channels), (stride, channels, 1))
 
 
@@ -117,7 +113,8 @@ def _blocks(image: Tensor, size: tuple[int, int], channels: int) -> Iterator[sli
     their rows have so many channels together."""
     tiles = image.shape[0] * -(-size[0] // OUTPUTS) * -(-size[1] // OUTPUTS)
     policy = policy_of("cpu")
-    limit = policy.winograd_bytes // (ELEMENTS * channels * _wide(image).itemsize)
+    itemsize = accumulation_dtype(image.dtype).itemsize
+    limit = policy.winograd_bytes // (ELEMENTS * channels * itemsize)
     count = -(-tiles // max(limit, policy.winograd_tiles))
     length = -(-tiles // (count * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE if count else 1
     for first in range(0, tiles, length):
@@ -141,13 +138,13 @@ def convolve(
 
     Images are channels_last, the bias in their dtype.
     """
-    bias = None if bias is None else bias.to(_wide(out))
+    bias = None if bias is None else bias.to(accumulation_dtype(out.dtype))
     size = (out.shape[2], out.shape[3])
     out_channels, channels = weight.shape[1:]
     blocks = list(_blocks(out, size, channels + out_channels))
     if not blocks:
         return
-    weights = [Weight(matrix, blocks[-1].stop) for matrix in weight]
+    weights = [MatmulWeight(matrix, blocks[-1].stop) for matrix in weight]
     memory = _matrices(blocks[0].stop, channels, out)
     results: Sequence[Tensor | None] = [None] * ELEMENTS
     if weights[0].takes_out:
@@ -157,7 +154,7 @@ def convolve(
         transformed = memory[:, :count]
         _transform_inputs(transformed, inputs, block.start, size, padding)
         products = [
-            w.product(x, None if result is None else result[:count])
+            w.matmul(x, None if result is None else result[:count])
             for w, x, result in zip(weights, transformed, results, strict=True)
         ]
         torch.ops.fastfuse.winograd_output(out, products, block.start, bias)
@@ -175,7 +172,9 @@ def weight_gradient(grad_output: Tensor, inputs: Sequence[Tensor], padding: int)
     channels = sum(image.shape[1] for image in inputs)
     out_channels = grad_output.shape[1]
     total = torch.zeros(
-        (ELEMENTS, out_channels, channels), dtype=_wide(grad_output), device=grad_output.device
+        (ELEMENTS, out_channels, channels),
+        dtype=accumulation_dtype(grad_output.dtype),
+        device=grad_output.device,
     )
     memory: list[Tensor] = []
     for block in _blocks(grad_output, size, channels + out_channels):

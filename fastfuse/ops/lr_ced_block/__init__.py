@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastfuse.ops.block import MLP, Block, convolution_and_norm
 from fastfuse.ops.checks import check_dilation
+from fastfuse.ops.define_block import MLP_PARAMETERS, BlockOp, convolution_and_norm_parameters
 from fastfuse.ops.lr_ced_block import kernel
 from fastfuse.ops.lr_ced_block.reference import reference
 from fastfuse.ops.lr_ced_block.samples import samples
 
 __all__ = ["BLOCK", "OPERATION", "lr_ced_block"]
 
-BLOCK = Block(
+BLOCK = BlockOp(
     "lr_ced_block",
-    [*convolution_and_norm(), *convolution_and_norm("2"), *MLP],
+    [*convolution_and_norm_parameters(), *convolution_and_norm_parameters("2"), *MLP_PARAMETERS],
     ["int dilation", "float eps"],
     kernel=kernel,
     reference=reference,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.ops.layout import rows
+from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
 from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
@@ -49,8 +49,8 @@ class _Step:
         # Each pixel is read before it is written: fresh memory is slow.
         out = empty(x.shape, x, torch.channels_last) if keeping else convolved
         torch.ops.fastfuse.layer_norm_into(
-            rows(out), rows(convolved), self.norm.weight, self.norm.bias, self.norm.eps, rows(x),
-            True,
+            as_matrix(out), as_matrix(convolved), self.norm.weight, self.norm.bias, self.norm.eps,
+            as_matrix(x), True,
         )  # fmt: skip
         return convolved, out
 
@@ -67,8 +67,8 @@ class _Step:
         norm_sums = [self.norm.weight.new_zeros(x.shape[1]) for _ in range(2)]
         grad_convolved = empty(x.shape, x, torch.channels_last) if kept else convolved
         torch.ops.fastfuse.layer_norm_backward_into(
-            rows(grad_convolved), *norm_sums, rows(grad), rows(convolved), self.norm.weight,
-            self.norm.bias, self.norm.eps, True,
+            as_matrix(grad_convolved), *norm_sums, as_matrix(grad), as_matrix(convolved),
+            self.norm.weight, self.norm.bias, self.norm.eps, True,
         )  # fmt: skip
         grad_x = None
         if wants_x:
@@ -117,7 +117,8 @@ def forward(
         kept = [convolved, y, convolved2, z, hidden]
         out = empty(x.shape, x, torch.channels_last)
     mlp = _mlp(x, parameters[8:], keep)
-    pointwise.forward(rows(out), rows(x), rows(z), mlp, rows(kept[4]) if keeping else None)
+    hidden_rows = as_matrix(kept[4]) if keeping else None
+    pointwise.forward(as_matrix(out), as_matrix(x), as_matrix(z), mlp, hidden_rows)
     return out, kept
 
 
@@ -140,11 +141,11 @@ def backward(
     # Each pixel is read before it is written, and what is kept is not ours to write.
     grad_z = empty(x.shape, x, torch.channels_last) if kept else z
     g = pointwise.backward(
-        rows(grad_z),
-        rows(grad),
-        rows(z),
+        as_matrix(grad_z),
+        as_matrix(grad),
+        as_matrix(z),
         _mlp(x, parameters[8:], keep),
-        None if hidden is None else rows(hidden),
+        None if hidden is None else as_matrix(hidden),
         of_parameters=wants_parameters,
     )
     grad_y, of_second = second.backward(grad_z, y, convolved2, bool(kept), True, wants_parameters)

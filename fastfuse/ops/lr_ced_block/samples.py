@@ -8,9 +8,9 @@ from functools import partial
 import torch
 
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
+from fastfuse.ops.define import Sample
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.lr_ced_block.reference import reference
-from fastfuse.ops.sample import Sample
 
 __all__ = ["samples"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.matmul import MatmulRoute, MatmulWeight, RowBuffer
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
-from fastfuse.ops.product import Choice, RowBuffer, Weight
 
 __all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "to_accumulation"]
 
@@ -49,7 +49,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Matrices in the dtype of images, vectors wide; ``pixels``: rows of an image."""
+    """Matrices in the dtype of images, vectors in the accumulation dtype.
+
+    Attributes:
+        pixels: rows of an image.
+    """
 
     fc1_weight: Tensor
     fc1_bias: Tensor
@@ -63,7 +67,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class MlpGradients:
-    """Of vectors wide; of matrices wide too where they are sums of several chunks' products."""
+    """Of vectors in the accumulation dtype; of matrices too where they sum several chunks."""
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -81,18 +85,18 @@ def mlp_route(backend: str, image: Tensor) -> str:
     batch, channels, height, width = image.shape
     rows = image.new_empty(batch * height * width, channels)
     chunks = _Chunks(rows, 4 * channels)
-    products = Choice.of(image.device.type, image.dtype, chunks.rows)
+    products = MatmulRoute.of(image.device.type, image.dtype, chunks.rows)
     return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
 
 
 class _Chunks:
-    """An image's rows in chunks, all of one length but the last, which is no longer, and memory for
+    """Rows of pixels in chunks, all of one length but the last, which is no longer, and memory for
     what becomes of a chunk, in the dtype of the products."""
 
-    def __init__(self, image: Tensor, hidden: int) -> None:
-        policy = policy_of(image.device.type)
-        self.image, self.rows = image, image.shape[0]
-        self.dtype = policy.multiplies(image.dtype)
+    def __init__(self, matrix: Tensor, hidden: int) -> None:
+        policy = policy_of(matrix.device.type)
+        self.matrix, self.rows = matrix, matrix.shape[0]
+        self.dtype = policy.product_dtype(matrix.dtype)
         limit = max(policy.hidden_bytes // (hidden * self.dtype.itemsize), policy.hidden_rows)
         count = -(-self.rows // limit)
         length = -(-self.rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
@@ -103,19 +107,18 @@ class _Chunks:
             yield slice(first, min(first + self.length, self.rows))
 
     def memory(self, *widths: int) -> list[Tensor]:
-        like = self.image.new_empty(0, dtype=self.dtype)
+        like = self.matrix.new_empty(0, dtype=self.dtype)
         return [empty((self.length, width), like) for width in widths]
 
-    def buffers(self, images: Sequence[Tensor | None]) -> list[RowBuffer]:
-        """For each of some images of one dtype; none needs one that is not there."""
-        for image in images:
-            if image is not None and image.dtype != self.image.dtype:
-                raise ValueError(
-                    f"block: images must have one dtype, {self.image.dtype}; got {image.dtype}"
-                )
+    def buffers(self, matrices: Sequence[Tensor | None]) -> list[RowBuffer]:
+        """For each of some matrices of one dtype; none needs one that is not there."""
+        dtype = self.matrix.dtype
+        for matrix in matrices:
+            if matrix is not None and matrix.dtype != dtype:
+                raise ValueError(f"block: tensors must have one dtype, {dtype}; got {matrix.dtype}")
         return [
-            RowBuffer(self.length, self.image if image is None else image, self.dtype)
-            for image in images
+            RowBuffer(self.length, self.matrix if matrix is None else matrix, self.dtype)
+            for matrix in matrices
         ]
 
 
@@ -137,19 +140,19 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     chunks = _Chunks(x, hidden)
     normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
     of_out, of_x, of_inputs, of_kept = chunks.buffers([out, x, inputs, kept])
-    fc1, fc2 = (Weight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
+    fc1, fc2 = (MatmulWeight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
         n = _normalized(of_inputs.read(inputs[chunk]), mlp.norm, normalized)
         if kept is None:
-            h = a = fc1.product(n, activated[:count])
+            h = a = fc1.matmul(n, activated[:count])
         else:
             to_keep = kept[chunk]
-            h = fc1.product(n, of_kept.room(to_keep))
+            h = fc1.matmul(n, of_kept.room(to_keep))
             of_kept.write(h, to_keep)
             a = activated[:count] if h is to_keep else h
         ops.bias_gelu_into(a, h, mlp.fc1_bias)
-        p = fc2.product(a, product[:count])
+        p = fc2.matmul(a, product[:count])
         target = out[chunk]
         result = of_out.room(target)
         ops.residual_into(
@@ -207,17 +210,18 @@ def backward(
         hidden,
     )
     of_grad_inputs, of_grad, of_inputs, of_kept = chunks.buffers([grad_inputs, grad, inputs, kept])
-    fc2_weight = wide_fc2 = mlp.fc2_weight
+    fc2_weight = unscaled_fc2 = mlp.fc2_weight
     if mlp.scale is not None:  # conversions apart: PyTorch is slow where dtypes mix
-        wide_fc2 = fc2_weight.to(accumulation.dtype)
-        fc2_weight = (wide_fc2 * mlp.scale[:, None]).to(chunks.dtype)
+        unscaled_fc2 = fc2_weight.to(accumulation.dtype)
+        fc2_weight = (unscaled_fc2 * mlp.scale[:, None]).to(chunks.dtype)
     norm_sums = [accumulation.new_zeros(channels) for _ in range(2)]  # of an op: no views of one
     fc1_bias, fc2_bias = accumulation.new_zeros(hidden), accumulation.new_zeros(channels)
     fc1 = _Sum(hidden, channels, normalized) if of_parameters else None
     fc2 = _Sum(channels, hidden, normalized) if of_parameters else None
     rows = chunks.rows
-    to_hidden = Weight(mlp.fc1_weight, rows) if kept is None else None
-    to_grad_hidden, to_grad = Weight(fc2_weight.t(), rows), Weight(mlp.fc1_weight.t(), rows)
+    to_hidden = MatmulWeight(mlp.fc1_weight, rows) if kept is None else None
+    to_grad_hidden = MatmulWeight(fc2_weight.t(), rows)
+    to_grad = MatmulWeight(mlp.fc1_weight.t(), rows)
     for chunk in chunks:
         count = chunk.stop - chunk.start
         of_out = of_grad.read(grad[chunk])
@@ -227,11 +231,11 @@ def backward(
         n = _normalized(x, mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
         if to_hidden is not None:
-            h = a = to_hidden.product(n, a)
+            h = a = to_hidden.matmul(n, a)
         else:
             assert kept is not None
             h = of_kept.read(kept[chunk])
-        gh = to_grad_hidden.product(g, gh)
+        gh = to_grad_hidden.matmul(g, gh)
         ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
             fc2.add(g, a)
@@ -239,9 +243,9 @@ def backward(
         target = grad_inputs[chunk]
         result = of_grad_inputs.room(target)
         if mlp.norm is None:
-            result = to_grad.product(gh, result)
+            result = to_grad.matmul(gh, result)
         else:
-            gn = to_grad.product(gh, grad_normalized[:count])
+            gn = to_grad.matmul(gh, grad_normalized[:count])
             ops.layer_norm_backward_into(
                 result, *norm_sums, gn, x, mlp.norm.weight, mlp.norm.bias, mlp.norm.eps, False
             )
@@ -252,7 +256,7 @@ def backward(
     if mlp.scale is not None:
         grad_fc2 = grad_fc2.to(accumulation.dtype)
         room = fc2_weight if fc2_weight.dtype == grad_fc2.dtype else None  # fresh memory is slow
-        grad_scale = torch.mul(grad_fc2, wide_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
+        grad_scale = torch.mul(grad_fc2, unscaled_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
         grad_fc2 *= mlp.scale[:, None]
         fc2_bias = mlp.scale * fc2_bias
     return MlpGradients(

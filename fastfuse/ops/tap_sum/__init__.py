@@ -10,7 +10,7 @@ from fastfuse.backends import select
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import (
     check_convolved_size,
-    check_image,
+    check_feature_map,
     check_kernel_size,
     check_padding,
     check_size,
@@ -73,7 +73,7 @@ def tap_sum(
     >>> fastfuse.tap_sum(taps, (32, 32), kernel_size=3).shape
     torch.Size([1, 4, 32, 32])
     """
-    check_image(NAME, "taps", taps)
+    check_feature_map(NAME, "taps", taps)
     kernel_size = check_kernel_size(NAME, kernel_size)
     padding = check_padding(NAME, padding, kernel_size)
     if taps.shape[1] % kernel_size**2:

@@ -93,10 +93,10 @@ def _offsets_gradient(
 
     Every offset is added wherever its tap falls inside: its gradient is the sum over there.
     """
-    wide = accumulation_dtype(grad_output.dtype)
-    columns = _sums_inside(grad_output, 3, width, kernel_size, padding, wide)
+    accumulation = accumulation_dtype(grad_output.dtype)
+    columns = _sums_inside(grad_output, 3, width, kernel_size, padding, accumulation)
     by_kx = torch.stack([c.sum(0) for c in columns])  # (kx, C, H)
-    by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding, wide)
+    by_ky = _sums_inside(by_kx, 2, height, kernel_size, padding, accumulation)
     return torch.stack(by_ky).flatten()  # (ky, kx, C)
 
 

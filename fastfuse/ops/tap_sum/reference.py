@@ -50,10 +50,10 @@ def reference(
     align_corners: bool = False,
 ) -> Tensor:
     """The sum in the taps' dtype, accumulated in float32 for narrower ones."""
-    wide = accumulation_dtype(taps.dtype)
+    accumulation = accumulation_dtype(taps.dtype)
     output = sum_of_shifted(
-        taps.to(wide),
-        None if offsets is None else offsets.to(wide),
+        taps.to(accumulation),
+        None if offsets is None else offsets.to(accumulation),
         kernel_size,
         padding,
         lambda x: interpolate(x, size, align_corners=align_corners),

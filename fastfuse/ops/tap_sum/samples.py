@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate_exactly
+from fastfuse.ops.define import Sample
 from fastfuse.ops.layout import is_channels_last, memory_format
-from fastfuse.ops.sample import Sample
 from fastfuse.ops.tap_sum.reference import sum_of_shifted
 
 __all__ = ["exact", "samples"]

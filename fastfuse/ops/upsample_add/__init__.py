@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastfuse.backends import select
 from fastfuse.ops.autocast import cast_for_autocast
-from fastfuse.ops.checks import check_image, check_same_kind, check_tensor
+from fastfuse.ops.checks import check_feature_map, check_same_kind, check_tensor
 from fastfuse.ops.define import Operation
 from fastfuse.ops.layout import is_channels_last
 from fastfuse.ops.upsample_add.autograd import forward
@@ -52,8 +52,8 @@ def upsample_add(x: Tensor, skip: Tensor, *, align_corners: bool = False) -> Ten
     check_tensor(NAME, "x", x)
     check_tensor(NAME, "skip", skip)
     x, skip = cast_for_autocast([x, skip])
-    check_image(NAME, "x", x)
-    check_image(NAME, "skip", skip)
+    check_feature_map(NAME, "x", x)
+    check_feature_map(NAME, "skip", skip)
     check_same_kind(NAME, "skip", skip, x)
     if skip.shape[:2] != x.shape[:2]:
         raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastfuse.backends import select
 from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.checks import check_image, check_size
+from fastfuse.ops.checks import check_feature_map, check_size
 from fastfuse.ops.define import Operation
 from fastfuse.ops.upsample_argmax.autograd import labels, labels_and_confidence
 from fastfuse.ops.upsample_argmax.reference import reference
@@ -57,7 +57,7 @@ def upsample_argmax(
     >>> fastfuse.upsample_argmax(logits, (64, 128)).shape
     torch.Size([1, 64, 128])
     """
-    check_image(NAME, "logits", logits)
+    check_feature_map(NAME, "logits", logits)
     if logits.shape[1] < 1:
         raise ValueError(
             f"{NAME}: logits must have at least 1 class; got shape {tuple(logits.shape)}"

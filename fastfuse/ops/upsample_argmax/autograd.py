@@ -25,8 +25,8 @@ def _labels_fake(logits: Tensor, height: int, width: int, align_corners: bool) -
 def _both_fake(
     logits: Tensor, height: int, width: int, align_corners: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(logits.dtype)
-    return tuple(_pixels(logits, height, width, d) for d in (torch.int64, wide))  # type: ignore[return-value]
+    confidence = _pixels(logits, height, width, accumulation_dtype(logits.dtype))
+    return _pixels(logits, height, width, torch.int64), confidence
 
 
 def _flops(shape: torch.Size, height: int, width: int, *args: Any, **kwargs: Any) -> int:

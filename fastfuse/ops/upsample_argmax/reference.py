@@ -15,8 +15,8 @@ def reference(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``argmax_c UP(logits)[c]`` and, on demand, its softmax probability; narrow logits are
     upsampled in float32."""
-    wide = logits.to(accumulation_dtype(logits.dtype))
-    upsampled = interpolate(wide, size, align_corners=align_corners)
+    logits = logits.to(accumulation_dtype(logits.dtype))
+    upsampled = interpolate(logits, size, align_corners=align_corners)
     labels = upsampled.argmax(1)
     if not confidence:
         return labels

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype, is_transformed, select
 from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.checks import check_image, check_tensor, check_vector
+from fastfuse.ops.checks import check_feature_map, check_ints, check_tensor, check_vector
 from fastfuse.ops.define import Operation
 from fastfuse.ops.upsample_cross_entropy.autograd import forward
 from fastfuse.ops.upsample_cross_entropy.reference import reference
@@ -70,11 +70,10 @@ def upsample_cross_entropy(
     >>> logits.grad.shape
     torch.Size([2, 19, 16, 32])
     """
-    check_image(NAME, "logits", logits)
+    check_feature_map(NAME, "logits", logits)
     _check_target(logits, target)
     weight = _checked_weight(logits, weight)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, torch.SymInt)):
-        raise TypeError(f"{NAME}: ignore_index must be an int; got {type(ignore_index).__name__}")
+    check_ints(NAME, ignore_index=ignore_index)
     if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{NAME}: ignore_index must be an int of 64 bits; got {ignore_index}")
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, numbers.Real):
@@ -169,10 +168,10 @@ def _checked_weight(logits: Tensor, weight: Tensor | None) -> Tensor | None:
         raise ValueError(
             f"{NAME}: weight must be constant; got a tensor that requires grad (use .detach())"
         )
-    wide = logits.new_empty(0, dtype=accumulation_dtype(logits.dtype))
+    like = logits.new_empty(0, dtype=accumulation_dtype(logits.dtype))
     if weight.device == logits.device:
-        weight = weight.to(wide.dtype)
-    check_vector(NAME, "weight", weight, logits.shape[1], "one value per class", wide)
+        weight = weight.to(like.dtype)
+    check_vector(NAME, "weight", weight, logits.shape[1], "one value per class", like)
     return weight
 
 

@@ -24,8 +24,8 @@ _EXPONENTIALS = 2  # per value of the upsampled logits: a subtraction and the ex
 
 
 def _forward_fake(logits: Tensor, target: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = accumulation_dtype(logits.dtype)
-    loss, logsumexp = (logits.new_empty(target.shape, dtype=wide) for _ in range(2))
+    accumulation = accumulation_dtype(logits.dtype)
+    loss, logsumexp = (logits.new_empty(target.shape, dtype=accumulation) for _ in range(2))
     return loss, logsumexp
 
 

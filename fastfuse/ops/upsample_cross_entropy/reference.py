@@ -21,10 +21,10 @@ def reference(
     reduction: str = "none",
 ) -> Tensor:
     """``cross_entropy(UP(logits), target, ...)``; narrow logits in float32."""
-    wide = logits.to(accumulation_dtype(logits.dtype))
+    logits = logits.to(accumulation_dtype(logits.dtype))
     size = (target.shape[1], target.shape[2])
     return F.cross_entropy(
-        interpolate(wide, size, align_corners=align_corners),
+        interpolate(logits, size, align_corners=align_corners),
         target,
         weight,
         ignore_index=ignore_index,

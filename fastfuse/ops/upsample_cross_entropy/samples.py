@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate_exactly
+from fastfuse.ops.define import Sample
 from fastfuse.ops.layout import memory_format
-from fastfuse.ops.sample import Sample
 
 __all__ = ["samples"]
 

@@ -14,8 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend
-from fastfuse.ops.layout import in_layout
-from fastfuse.ops.layout import rows as rows_of
+from fastfuse.ops.layout import as_matrix, to_memory_format
 from fastfuse.ops.pointwise import mlp
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
@@ -24,7 +23,7 @@ both_ways = pytest.mark.parametrize("recompute", [True, False], ids=["recomputed
 
 
 def matrix_of(image: Tensor) -> Tensor:
-    return rows_of(in_layout(image, True))
+    return as_matrix(to_memory_format(image, True))
 
 
 def close(results: Sequence[Tensor], expected: Sequence[Tensor], tol: float) -> None:
@@ -41,7 +40,7 @@ KEEP = [0.0, 0.25, 1.5, 0.0, 2.0]
 @pytest.mark.walks_memory
 @both_blocks
 @both_ways
-@pytest.mark.parametrize("rows", [1, 5, 12, 29, 100])
+@pytest.mark.parametrize("as_matrix", [1, 5, 12, 29, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block
@@ -49,7 +48,7 @@ def test_chunks_of_rows(
     """Chunks that are parts of an image, an image, or several; each image with its own factor."""
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
     policy = policy_of("cpu")
-    chunk = rows * 32 * policy.multiplies(dtype).itemsize
+    chunk = rows * 32 * policy.product_dtype(dtype).itemsize
     (x, *parameters), (cotangent,) = block.inputs((5, 8, 3, 4)), images((5, 8, 3, 4))
     inputs = [t.to(dtype) for t in (x, *parameters)]
     cotangent, keep = cotangent.to(dtype), torch.tensor(KEEP)

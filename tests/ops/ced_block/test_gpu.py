@@ -38,7 +38,7 @@ def test_chunks_of_rows(
     """Chunks that are parts of an image, an image, or several; each image with its own factor."""
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
     policy = policy_of("cuda")
-    chunk = rows * 32 * policy.multiplies(dtype).itemsize
+    chunk = rows * 32 * policy.product_dtype(dtype).itemsize
     inputs = on_gpu(block, (5, 8, 3, 4), 32, dtype=dtype)
     cotangent, keep = torch.randn_like(inputs[0]), torch.tensor(KEEP, device="cuda")
     with backend("triton"), use_policy(policy, hidden_bytes=chunk, hidden_rows=1):

@@ -117,12 +117,12 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "padding a pair": (
         lambda: _call(padding=(1, 1)),
         TypeError,
-        r"padding must be an int or None; got tuple",
+        r"padding must be an int; got tuple",
     ),
     "padding a bool": (
         lambda: _call(padding=True),
         TypeError,
-        r"padding must be an int or None; got bool",
+        r"padding must be an int; got bool",
     ),
     "no pixel left": (
         lambda: _call(size=(2, 9), padding=0),

@@ -81,7 +81,7 @@ BAD_INPUT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "padding a word": (
         lambda: _call(padding="same"),
         TypeError,
-        r"padding must be an int or None; got str",
+        r"padding must be an int; got str",
     ),
     "size None": (
         lambda: _call(size=None),

@@ -1,8 +1,8 @@
-"""Ops that are whole blocks: one definition of checks, schema, shapes, derivatives and FLOPs.
+"""The one way to define an op that is a block of a network (depthwise convolutions and an MLP).
 
-A block takes an image, its parameters and ``keep``, and gives an image of the same shape. For
-backward it keeps its image alone, or, hungrier and faster, some tensors besides; the rest is
-recomputed. A block's module of kernels sees dense channels_last images and has
+A block takes a feature map, its parameters and ``keep``, and gives a map of the same shape. For
+backward it keeps its input alone, or, hungrier and faster, some tensors besides; the rest is
+recomputed. A block's module of kernels sees dense channels_last maps and has
 
     forward(x, parameters, keep, options, keeping) -> (out, the tensors kept, if keeping)
     backward(grad, x, parameters, keep, options, kept, wants_x, wants_parameters)
@@ -25,22 +25,28 @@ from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
     check_eps,
-    check_image,
+    check_feature_map,
     check_keep,
     check_matrix,
     check_tensor,
     check_vector,
 )
-from fastfuse.ops.define import Derivative, Op, Operation, below_autograd, no_second_derivative
-from fastfuse.ops.layout import in_layout, is_channels_last, memory_format
+from fastfuse.ops.define import (
+    Derivative,
+    Op,
+    Operation,
+    Sample,
+    below_autograd,
+    no_second_derivative,
+)
+from fastfuse.ops.layout import is_channels_last, memory_format, to_memory_format
 from fastfuse.ops.pointwise.mlp import mlp_route
-from fastfuse.ops.sample import Sample
 
-__all__ = ["MLP", "Block", "Parameter", "convolution_and_norm"]
+__all__ = ["MLP_PARAMETERS", "BlockOp", "BlockParameter", "convolution_and_norm_parameters"]
 
 
 @dataclass(frozen=True)
-class Parameter:
+class BlockParameter:
     """A block's parameter.
 
     Attributes:
@@ -55,29 +61,29 @@ class Parameter:
 
     @property
     def is_cast(self) -> bool:
-        """Whether autocast casts it: what is multiplied with images, and its convolution's bias."""
+        """Whether autocast casts it: what is multiplied with pixels, and its convolution's bias."""
         return self.kind in ("depthwise", "fc1", "fc2") or self.name.startswith("dw")
 
 
-def convolution_and_norm(suffix: str = "") -> tuple[Parameter, ...]:
+def convolution_and_norm_parameters(suffix: str = "") -> tuple[BlockParameter, ...]:
     return (
-        Parameter(f"dw{suffix}_weight", "depthwise"),
-        Parameter(f"dw{suffix}_bias", "channels"),
-        Parameter(f"norm{suffix}_weight", "channels"),
-        Parameter(f"norm{suffix}_bias", "channels"),
+        BlockParameter(f"dw{suffix}_weight", "depthwise"),
+        BlockParameter(f"dw{suffix}_bias", "channels"),
+        BlockParameter(f"norm{suffix}_weight", "channels"),
+        BlockParameter(f"norm{suffix}_bias", "channels"),
     )
 
 
-MLP = (
-    Parameter("fc1_weight", "fc1"),
-    Parameter("fc1_bias", "hidden"),
-    Parameter("fc2_weight", "fc2"),
-    Parameter("fc2_bias", "channels"),
-    Parameter("layer_scale", "channels", optional=True),
+MLP_PARAMETERS = (
+    BlockParameter("fc1_weight", "fc1"),
+    BlockParameter("fc1_bias", "hidden"),
+    BlockParameter("fc2_weight", "fc2"),
+    BlockParameter("fc2_bias", "channels"),
+    BlockParameter("layer_scale", "channels", optional=True),
 )
 
 
-class Block:
+class BlockOp:
     """Defines ``fastfuse::name``, ``name_keeping`` and ``name_backward``; called as the op.
 
     Args:
@@ -91,7 +97,7 @@ class Block:
     def __init__(
         self,
         name: str,
-        parameters: Sequence[Parameter],
+        parameters: Sequence[BlockParameter],
         options: Sequence[str],
         *,
         kernel: ModuleType,
@@ -173,7 +179,7 @@ class Block:
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
         """Cast for autocast, but for norms, biases and scale, which are read in x's dtype."""
         op = self.name
-        check_image(op, "x", x)
+        check_feature_map(op, "x", x)
         if x.shape[1] < 1:
             raise ValueError(f"{op}: x must have at least 1 channel; got shape {tuple(x.shape)}")
         found = list(given)
@@ -223,16 +229,17 @@ class Block:
     def _forward(self, x: Tensor, arguments: Sequence[Any], *, keeping: bool) -> list[Tensor]:
         weights, (keep, *options, channels_last) = self._split(arguments)
         with without_autocast(x.device.type), below_autograd():
-            out, kept = self.kernel.forward(in_layout(x, True), weights, keep, options, keeping)
-            return [in_layout(out, channels_last), *kept]
+            x = to_memory_format(x, True)
+            out, kept = self.kernel.forward(x, weights, keep, options, keeping)
+            return [to_memory_format(out, channels_last), *kept]
 
     def _backward(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
         weights, rest = self._split(arguments)
         kept, keep, *options, wants_x, wants_parameters, channels_last = rest
         with without_autocast(x.device.type), below_autograd():
             grad_x, gradients = self.kernel.backward(
-                in_layout(grad_output, True),
-                in_layout(x, True),
+                to_memory_format(grad_output, True),
+                to_memory_format(x, True),
                 weights,
                 keep,
                 options,
@@ -240,7 +247,7 @@ class Block:
                 wants_x,
                 wants_parameters,
             )
-            results = [in_layout(grad_x, channels_last)] if wants_x else []
+            results = [to_memory_format(grad_x, channels_last)] if wants_x else []
             for gradient, weight in zip(gradients, weights, strict=True):
                 if wants_parameters and weight is not None:
                     results.append(gradient.to(weight.dtype).reshape(weight.shape).contiguous())
@@ -269,9 +276,9 @@ class Block:
 
     def _backward_fake(self, grad_output: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
         weights, (*_, wants_x, wants_parameters, channels_last) = self._split(arguments)
-        images = [self._empty(x, channels_last)] if wants_x else []
+        grad_x = [self._empty(x, channels_last)] if wants_x else []
         wanted = [w for w in weights if w is not None] if wants_parameters else []
-        return images + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wanted]
+        return grad_x + [torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in wanted]
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, *arguments = inputs

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastfuse.calibration import BranchStatistics, write
-from fastfuse.calibration.observe import equalizers, unwrap
+from fastfuse.calibration import BranchStatistics, write_statistics
+from fastfuse.calibration.equalizers import find_equalizers, unwrap
 
-__all__ = ["check_suffix", "load_calibration", "save_calibration"]
+__all__ = ["check_statistics_path", "load_calibration", "save_calibration"]
 
 _FORMAT = "fastfuse scale equalizers"
 _VERSION = 1
@@ -38,7 +38,7 @@ def save_calibration(statistics: dict[str, BranchStatistics], path: str | PathLi
     >>> fastfuse.save_calibration(statistics, path)
     """
     path = Path(path)
-    if check_suffix("save_calibration", path) == ".json":
+    if check_statistics_path("save_calibration", path) == ".json":
         entries = {n: {f: list(getattr(s, f)) for f in _FIELDS} for n, s in statistics.items()}
         document = {"format": _FORMAT, "version": _VERSION, "equalizers": entries}
         path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -77,9 +77,10 @@ def load_calibration(model: nn.Module, path: str | PathLike[str]) -> dict[str, B
     """
     path = Path(path)
     where = f"load_calibration: {path}"
-    read = _read_json if check_suffix("load_calibration", path) == ".json" else _read_safetensors
+    suffix = check_statistics_path("load_calibration", path)
+    read = _read_json if suffix == ".json" else _read_safetensors
     statistics = read(path, where)
-    modules = equalizers(unwrap(model))
+    modules = find_equalizers(unwrap(model))
     problems = [
         f"the model has equalizers that the file lacks: {sorted(modules.keys() - statistics)}",
         f"the file has equalizers that the model lacks: {sorted(statistics.keys() - modules)}",
@@ -94,13 +95,13 @@ def load_calibration(model: nn.Module, path: str | PathLike[str]) -> dict[str, B
     if problems:
         raise ValueError(f"{where} does not fit the model: " + "; ".join(problems))
     try:
-        write(modules, statistics)
+        write_statistics(modules, statistics)
     except ValueError as error:
         raise ValueError(f"{where} does not fit the model: {error}") from error
     return statistics
 
 
-def check_suffix(caller: str, path: Path) -> str:
+def check_statistics_path(caller: str, path: Path) -> str:
     if path.suffix not in (".json", ".safetensors"):
         raise ValueError(f"{caller}: path must end in .json or .safetensors; got {str(path)!r}")
     return path.suffix

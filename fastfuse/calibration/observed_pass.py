@@ -1,6 +1,6 @@
-"""One pass of a model over images as calibration needs it, after which nothing of it is left.
+"""One pass of a model over images, observed, after which nothing of it is left.
 
-What :mod:`fastfuse.calibration` and :mod:`fastfuse.calibration.report` share.
+Calibration makes one, a report two.
 """
 
 from __future__ import annotations
@@ -18,24 +18,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastfuse.backends import DTYPES
+from fastfuse.calibration.equalizers import find_fusions
 from fastfuse.nn import ScaleEqualizer
 from fastfuse.nn.level_fusion import LevelFusion
-from fastfuse.ops.checks import check_size
+from fastfuse.ops.checks import check_ints, check_size
 
-__all__ = [
-    "Use",
-    "equalizers",
-    "fusions",
-    "identity_equalizers",
-    "kept_statistics",
-    "run",
-    "unwrap",
-]
+__all__ = ["FusionInput", "run_observed"]
 
 
 @dataclass(frozen=True)
-class Use:
-    """One use of a fusion or of a bare equalizer in a forward pass: the levels that it received."""
+class FusionInput:
+    """What a fusion, or an equalizer that stands alone, received in one call of its forward."""
 
     name: str
     module: nn.Module
@@ -44,29 +37,7 @@ class Use:
     align_corners: bool
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DataParallel's wrappers, whose names users know."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, parallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def fusions(model: nn.Module) -> dict[str, LevelFusion]:
-    """Every fusion by its name in the model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LevelFusion)}
-
-
-def equalizers(model: nn.Module) -> dict[str, ScaleEqualizer]:
-    """Every scale equalizer by its name in the model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, ScaleEqualizer)}
-
-
-def encoder_of(caller: str, model: nn.Module, encoder: str | nn.Module | None) -> nn.Module | None:
+def _encoder(caller: str, model: nn.Module, encoder: str | nn.Module | None) -> nn.Module | None:
     if encoder is None:
         return None
     if isinstance(encoder, nn.Module):
@@ -123,34 +94,9 @@ def _distributed() -> bool:
 
 
 @contextlib.contextmanager
-def kept_statistics(modules: Iterable[ScaleEqualizer], *, always: bool = False) -> Iterator[None]:
-    """Equalizers get their statistics back if the body fails, or always."""
-    before = [(m, m.mean.clone(), m.std.clone()) for m in modules]
-    done = False
-    try:
-        yield
-        done = not always
-    finally:
-        for module, mean, std in [] if done else before:
-            module.mean.copy_(mean)
-            module.std.copy_(std)
-
-
-@contextlib.contextmanager
-def identity_equalizers(modules: Iterable[ScaleEqualizer]) -> Iterator[None]:
-    """Every equalizer the identity; if the body fails, they get their statistics back."""
-    modules = list(modules)
-    with kept_statistics(modules):
-        for module in modules:
-            module.mean.zero_()
-            module.std.fill_(1)
-        yield
-
-
-@contextlib.contextmanager
-def _observed(model: nn.Module, observe: Callable[[Use], None]) -> Iterator[None]:
+def _observed(model: nn.Module, observe: Callable[[FusionInput], None]) -> Iterator[None]:
     """Calls ``observe`` before each forward of a fusion or of an equalizer that stands alone."""
-    inside = {id(fusion.equalizer) for fusion in fusions(model).values()}
+    inside = {id(fusion.equalizer) for fusion in find_fusions(model).values()}
     handles = []
 
     def watch(name: str, module: nn.Module) -> None:
@@ -158,12 +104,12 @@ def _observed(model: nn.Module, observe: Callable[[Use], None]) -> Iterator[None
             arguments = dict(zip(("features", "size"), args, strict=False)) | kwargs
             features = fusion._check_levels(arguments.get("features"))
             size = check_size(type(fusion).__name__, arguments.get("size"), features)
-            observe(Use(name, fusion, features, size, fusion.align_corners))
+            observe(FusionInput(name, fusion, features, size, fusion.align_corners))
 
         def before_equalizer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             features = args[0] if args else kwargs["features"]
             if len(features) == module.num_levels:  # else its forward says what is wrong
-                observe(Use(name, module, list(features), None, False))
+                observe(FusionInput(name, module, list(features), None, False))
 
         hook = before_fusion if isinstance(module, LevelFusion) else before_equalizer
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -180,20 +126,21 @@ def _observed(model: nn.Module, observe: Callable[[Use], None]) -> Iterator[None
             handle.remove()
 
 
-def run(
+def run_observed(
     caller: str,
     model: nn.Module,
     batches: Iterable[Any],
-    observe: Callable[[Use], None],
+    observe: Callable[[FusionInput], None],
     *,
     encoder: str | nn.Module | None,
     max_batches: int | None,
     progress: bool,
 ) -> int:
-    """Runs the model over the batches without gradients; returns the number of images."""
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"{caller}: max_batches must be None or at least 1; got {max_batches}")
-    encoder = encoder_of(caller, model, encoder)
+    """Runs the model over the batches without gradients, ``observe`` called with every input of a
+    fusion; returns the number of images."""
+    if max_batches is not None:
+        check_ints(caller, 1, max_batches=max_batches)
+    encoder = _encoder(caller, model, encoder)
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(sorted(devices)))

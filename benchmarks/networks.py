@@ -1,40 +1,28 @@
-"""What the benchmarks of whole heads and models share: calls, tolerances, and their measurement."""
+"""What the benchmarks of heads and models share: calls, tolerances, and their measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
-from measure import CHANNELS_LAST, CONTIGUOUS, Allowance, Variant, compare, count_work
+from cell import FORWARD, OURS, Build, Cell, Ways, every, measurement_of
+from counts import count_work
+from measure import Allowance, compare
 from torch import Tensor, nn
+from variants import CHANNELS_LAST, CONTIGUOUS, Variant
 
 from fastfuse.ops.layout import memory_format
 from fastfuse.tolerances import tolerance
 
-FORWARD, BOTH = "forward", "training step"
-LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
-DTYPES = ("float32", "bfloat16")
-OURS, PLAIN, COMPILED = "fastfuse", "eager", "compiled"
+TRAINING = "training step"
+PLAIN, COMPILED = "eager", "compiled"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One shape, dtype and mode; ``rivals`` are (name, layout)."""
-
-    shape: str
-    dtype: str
-    mode: str
-    rivals: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        return f"{self.shape}, {self.dtype}, {self.mode}"
-
-
-@dataclass(frozen=True)
-class Call:
+class NetworkCall:
     """Gives the output, or after a training step (output, *gradients of the inputs)."""
 
     function: Callable[[Any], Tensor]
@@ -58,7 +46,7 @@ class Call:
         return self.function(inputs if self.sequence else inputs[0])
 
 
-def call(
+def network_call(
     model: nn.Module,
     name: str,
     shapes: Sequence[tuple[int, ...]],
@@ -68,7 +56,7 @@ def call(
     device: str,
     *,
     sequence: bool,
-) -> Call:
+) -> NetworkCall:
     """A call of a model whose weights are overwritten, by name, with those of a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for _, parameter in sorted(model.named_parameters(), key=lambda named: named[0]):
@@ -79,7 +67,7 @@ def call(
     model = model.to(device, getattr(torch, dtype))
     if name != OURS:  # ours takes weights as they come
         model = model.to(memory_format=format_)
-    model.train(mode == BOTH)
+    model.train(mode == TRAINING)
     inputs = [
         torch.randn(shape, generator=generator)
         .to(device, getattr(torch, dtype))
@@ -87,13 +75,12 @@ def call(
         for shape in shapes
     ]
     function = torch.compile(model, dynamic=False, fullgraph=True) if name == COMPILED else model
-    return Call(function, inputs, list(model.parameters()), mode == BOTH, sequence)
+    return NetworkCall(function, inputs, list(model.parameters()), mode == TRAINING, sequence)
 
 
-def rivals(*names: str, compiled: bool) -> tuple[tuple[str, str], ...]:
+def rivals(*names: str, compiled: bool) -> Ways:
     """In both layouts; compiled ones, which take longest to compile, in channels_last."""
-    every = tuple((name, layout) for name in names for layout in LAYOUTS)
-    return (*every, (COMPILED, CHANNELS_LAST)) if compiled else every
+    return (*every(*names), (COMPILED, CHANNELS_LAST)) if compiled else every(*names)
 
 
 def tolerances(cell: Cell) -> dict[str, float]:
@@ -109,54 +96,38 @@ def tolerances(cell: Cell) -> dict[str, float]:
     return {"output": tolerance(dtype, roundings=roundings)}
 
 
-def work(build: Callable[..., Call], name: str, cell: Cell, device: str) -> tuple[int, int]:
+def work(build: Build, name: str, cell: Cell, device: str) -> tuple[int, int]:
     """FLOPs and bytes of a variant; every plain one's are the same."""
     return _work(build, OURS if name == OURS else PLAIN, cell.shape, cell.mode, cell.dtype, device)
 
 
 @cache
 def _work(
-    build: Callable[..., Call], name: str, shape: str, mode: str, dtype: str, device: str
+    build: Build, name: str, shape: str, mode: str, dtype: str, device: str
 ) -> tuple[int, int]:
     call = build(name, CONTIGUOUS, shape, dtype, mode, device)
     return count_work(lambda: call)
 
 
-def measure(
+def measure_cell(
     op: str,
-    build: Callable[..., Call],
     cell: Cell,
+    build: Build,
+    *,
     benchmark: Any,
     device: str,
     allowance: Allowance,
     memory: Callable[[Sequence[Variant]], list[int | None]] | None = None,
-) -> dict[str, Any]:
-    """Measures a cell: ours in both layouts, and its rivals."""
-    make = partial(build, shape=cell.shape, dtype=cell.dtype, mode=cell.mode, device=device)
-    ways = [*((OURS, layout) for layout in LAYOUTS), *cell.rivals]
-    variants = [
-        Variant(n, make(n, layout), layout, rival=n != OURS, optional=n == COMPILED)
-        for n, layout in ways
-    ]
+) -> None:
+    """Measures a cell of a suite, whose ``build`` is given."""
+    measured = measurement_of(
+        op, cell, build, device, tolerances=tolerances(cell), budget_s=20, max_rounds=10
+    )
     allowance.say("counts FLOPs")
-    calls = {v.name: v.call for v in variants if v.layout == CHANNELS_LAST and not v.optional}
+    calls = {
+        v.name: v.call for v in measured.variants if v.layout == CHANNELS_LAST and not v.optional
+    }
     flops = {name: count_work(lambda call=call: call)[0] for name, call in calls.items()}
     flops[COMPILED] = next(work for name, work in flops.items() if name != OURS)
-    return compare(
-        benchmark,
-        variants,
-        info={
-            "op": op,
-            "shape": cell.shape,
-            "dtype": cell.dtype,
-            "mode": cell.mode,
-            "series": "main",
-        },
-        tolerances=tolerances(cell),
-        budget_s=20,
-        max_rounds=10,
-        device=device,
-        flops=flops,
-        memory=memory,
-        allowance=allowance,
-    )
+    measured = replace(measured, exact=None, flops=flops, memory=memory)
+    assert compare(benchmark, measured, allowance)["variants"]

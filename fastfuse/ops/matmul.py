@@ -10,7 +10,7 @@ from torch import Tensor
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Choice", "RowBuffer", "Weight", "multiply_into"]
+__all__ = ["MatmulRoute", "MatmulWeight", "RowBuffer", "matmul_into"]
 
 MIN_CONVERTED_ROWS = 256  # fewer make slow products
 
@@ -20,18 +20,18 @@ _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How products with a weight are computed: their dtype, and by which library."""
+class MatmulRoute:
+    """How products with a weight are computed: in which dtype, and by which library."""
 
     dtype: torch.dtype
     library: str  # torch.mm or oneDNN
     packed: bool = False  # whether the weight is laid out anew for it, once
 
     @classmethod
-    def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> Choice:
+    def of(cls, device_type: str, dtype: torch.dtype, rows: int) -> MatmulRoute:
         """By the policy; ``rows``: of all products with one weight."""
         policy = policy_of(device_type)
-        dtype = policy.multiplies(dtype)
+        dtype = policy.product_dtype(dtype)
         if _LINEAR is None or _PACK is None or dtype not in policy.onednn:
             return cls(dtype, "torch.mm")
         return cls(dtype, "oneDNN", rows >= policy.packing_rows)
@@ -41,7 +41,7 @@ class Choice:
         return f"products in {str(self.dtype).removeprefix('torch.')} by {self.library}{packed}"
 
 
-class Weight:
+class MatmulWeight:
     """A weight (C_out, C_in) for products of rows with it, in the dtype that the policy multiplies.
 
     By oneDNN, with the weight packed once if there are rows enough, or by torch.mm, as the policy
@@ -53,10 +53,10 @@ class Weight:
     """
 
     def __init__(self, weight: Tensor, rows: int) -> None:
-        choice = Choice.of(weight.device.type, weight.dtype, rows)
-        weight = weight.to(choice.dtype)
+        route = MatmulRoute.of(weight.device.type, weight.dtype, rows)
+        weight = weight.to(route.dtype)
         self.dtype, self.outputs = weight.dtype, weight.shape[0]
-        self.takes_out = choice.library == "torch.mm" or not weight.numel()
+        self.takes_out = route.library == "torch.mm" or not weight.numel()
         if self.takes_out:
             self.weight = weight.t()
             return
@@ -64,9 +64,9 @@ class Weight:
         if weight.stride() != (1, weight.shape[0]):
             weight = weight.contiguous()
         assert _PACK is not None
-        self.weight = _PACK(weight, rows) if choice.packed else weight
+        self.weight = _PACK(weight, rows) if route.packed else weight
 
-    def product(self, a: Tensor, out: Tensor | None = None) -> Tensor:
+    def matmul(self, a: Tensor, out: Tensor | None = None) -> Tensor:
         """a weight^T, (rows, C_out); what is returned counts, for oneDNN brings memory of its own.
 
         Args:
@@ -106,7 +106,7 @@ class RowBuffer:
             rows.copy_(values)
 
 
-def multiply_into(
+def matmul_into(
     out: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None, center: Tensor | None = None
 ) -> None:
     """out = (a - center) weight^T + bias by torch.mm, for rows of any dtype; they are converted and
