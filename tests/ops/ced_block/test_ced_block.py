@@ -40,7 +40,7 @@ KEEP = [0.0, 0.25, 1.5, 0.0, 2.0]
 @pytest.mark.walks_memory
 @both_blocks
 @both_ways
-@pytest.mark.parametrize("as_matrix", [1, 5, 12, 29, 100])
+@pytest.mark.parametrize("rows", [1, 5, 12, 29, 100])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block
