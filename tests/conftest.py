@@ -34,6 +34,16 @@ def _same_start() -> Iterator[None]:
 
 
 @pytest.fixture
+def plans_anew() -> Iterator[None]:
+    """Launches of Triton kernels are planned in this test, and for it alone."""
+    from fastfuse.ops.launch_triton import forget_plans
+
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN; torch.use_deterministic_algorithms would import for seconds."""
     torch.set_deterministic_debug_mode("error")

@@ -13,16 +13,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastfuse.ops.launch_triton import cdiv, power_of_two
+
 __all__ = [
     "check_plane",
     "dense_offset",
     "load_interpolated",
-    "power_of_two",
     "sample_axis",
     "target_range",
     "tile",
-    "tile_grid",
     "tile_shape",
+    "tiles_of",
     "weight_of",
 ]
 
@@ -177,11 +178,6 @@ def load_interpolated(
     return value
 
 
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n``."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def tile_shape(
     pixels: int, channels: int, itemsize: int, channels_last: bool, taps: int = 1
 ) -> tuple[int, int]:
@@ -202,9 +198,9 @@ def tile_shape(
     return block_pixels, min(elements // block_pixels, power_of_two(channels))
 
 
-def tile_grid(batch: int, pixels: int, channels: int, blocks: tuple[int, int]) -> tuple[int]:
-    """One program per tile."""
-    return (batch * triton.cdiv(pixels, blocks[0]) * triton.cdiv(channels, blocks[1]),)
+def tiles_of(batch: int, pixels: int, channels: int, blocks: tuple[int, int]) -> int:
+    """How many tiles there are, each for a program."""
+    return batch * cdiv(pixels, blocks[0]) * cdiv(channels, blocks[1])
 
 
 def check_plane(op: str, height: int, width: int) -> None:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.ops.bilinear_triton import NUM_WARPS, THREADS, power_of_two, sample_axis
+from fastfuse.ops.bilinear_triton import NUM_WARPS, THREADS, sample_axis
+from fastfuse.ops.launch_triton import cdiv, power_of_two
 
 __all__ = [
     "add_exponential",
@@ -27,8 +28,8 @@ __all__ = [
     "sample_strip",
     "strip",
     "strip_filled",
-    "strip_grid",
     "strip_shape",
+    "strips_of",
 ]
 
 # Target rows of a strip at most, and values that a thread has of each: 24 loads at once, and 16
@@ -192,18 +193,18 @@ def column_run(width: int) -> int:
 
 
 def strip_shape(
-    logits: Tensor, size: tuple[int, int], align_corners: bool, channels_last: bool
-) -> dict[str, int]:
+    itemsize: int, classes: int, in_size: tuple[int, int], size: tuple[int, int],
+    align_corners: bool, channels_last: bool,
+) -> dict[str, int]:  # fmt: skip
     """``ROWS``, ``BLOCK_X`` and ``BLOCK_C`` of a strip of ``size``, and the options of its launch.
 
     (ROWS - 1) / ratio < 1: ``lower`` of the rows of a strip differs by one at most.
     """
-    classes, in_height, in_width = logits.shape[1:]
-    values = 1 if logits.element_size() == 8 else VALUES_PER_ROW
+    values = 1 if itemsize == 8 else VALUES_PER_ROW
     corner = int(align_corners)
-    ratio = (size[0] - corner) // max(in_height - corner, 1)
+    ratio = (size[0] - corner) // max(in_size[0] - corner, 1)
     rows = 1 << (min(max(ratio, 1), MAX_ROWS).bit_length() - 1)
-    if (in_height, in_width) == size:
+    if in_size == size:
         rows = 1
     if channels_last:
         # The largest power of two that divides the classes, so that few blocks run over the end.
@@ -223,9 +224,6 @@ def strip_shape(
     }
 
 
-def strip_grid(batch: int, size: tuple[int, int], shape: dict[str, int]) -> tuple[int]:
-    """One program per strip."""
-    rows, columns = (
-        triton.cdiv(n, shape[b]) for n, b in zip(size, ("ROWS", "BLOCK_X"), strict=True)
-    )
-    return (batch * rows * columns,)
+def strips_of(batch: int, size: tuple[int, int], shape: dict[str, int]) -> int:
+    """How many strips there are, each for a program."""
+    return batch * cdiv(size[0], shape["ROWS"]) * cdiv(size[1], shape["BLOCK_X"])

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 import fastfuse.ops.bilinear_triton as sampling
 import fastfuse.ops.strip_triton as strips
+from fastfuse.ops import launch_triton
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "triton_offline"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -43,28 +44,17 @@ ACCESS = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 Launch = tuple[Any, dict[str, Any]]  # a kernel and the arguments it is launched with
 
 
-class Recorder:
-    """Stands in for a kernel and keeps what it would be launched with."""
-
-    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
-        self.kernel = kernel
-        self.launches = launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            arguments = {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}
-            self.launches.append((self.kernel, arguments))
-
-        return launch
-
-
-def recorded(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
-    """What ``call`` launches of a module's kernels, in order."""
+def recorded(call: Callable[[], Any]) -> list[Launch]:
+    """What ``call`` launches, in order; nothing is run."""
     launches: list[Launch] = []
+
+    def record(self: launch_triton.Launch, *tensors: Any) -> None:
+        values = (*tensors, *self.integers)
+        arguments = {**dict(zip(self.kernel.arg_names, values, strict=False)), **self.constants}
+        launches.append((self.kernel, arguments))
+
     with pytest.MonkeyPatch.context() as patch:
-        for name, kernel in list(vars(module).items()):
-            if name.endswith("_kernel"):
-                patch.setattr(module, name, Recorder(kernel, launches))
+        patch.setattr(launch_triton.Launch, "__call__", record)
         call()
     return launches
 
@@ -133,6 +123,7 @@ def inspected(
     files = (
         sampling.__file__,
         strips.__file__,
+        launch_triton.__file__,
         module.__file__,
         __file__,
         launches.__code__.co_filename,

@@ -140,6 +140,7 @@ def test_backward_weight(case: str, dtype: torch.dtype, layout: str) -> None:
 
 
 @interpreted
+@pytest.mark.usefixtures("plans_anew")
 @fast_and_slow(
     "layout dtype",
     zip(LAYOUTS, DTYPES[:2], strict=False),
@@ -158,6 +159,7 @@ def test_long_runs(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 
 
 @interpreted
+@pytest.mark.usefixtures("plans_anew")
 @fast_and_slow(
     "programs layout", zip((1, 5), LAYOUTS, strict=False), product((1, 5), LAYOUTS[:2]), ids=_id
 )

@@ -134,7 +134,7 @@ def _concat_launches(
             out, [channels], [channels], source[:1], source[1:], std, align_corners, channels_last
         )
 
-    return recorded(concat_kernels, call)[1:]
+    return recorded(call)[1:]
 
 
 @every_build_and_case(RATIOS, nearest=[(80, F32, False, 512, 4), (100, F32, True, 512, 2)])
@@ -178,7 +178,7 @@ def _add_launches(
             x = _image(channels, source, dtype, channels_last)
             add_kernels.forward(x, skip, False, channels_last)
 
-    return recorded(add_kernels, call)
+    return recorded(call)
 
 
 @fast_and_slow(
@@ -223,7 +223,7 @@ def _argmax_launches(
         argmax_kernels.forward(logits, *target, False)
         argmax_kernels.forward_confidence(logits, *target, False)
 
-    return recorded(argmax_kernels, call)
+    return recorded(call)
 
 
 def _cross_entropy_launches(
@@ -247,7 +247,7 @@ def _cross_entropy_launches(
                 loss, logits, labels, weight, logsumexp, 255, smoothing, False, channels_last
             )
 
-    return recorded(cross_entropy_kernels, call)
+    return recorded(call)
 
 
 def _strip_results(
@@ -338,7 +338,7 @@ def _tap_sum_launches(
         for level in taps[:1]:
             tap_sum_kernels.backward_into(level, out, scales[:1], *geometry)
 
-    return recorded(tap_sum_kernels, call)
+    return recorded(call)
 
 
 @every_build_and_case(TAP_SUM_CASES, nearest=[(80, BF16, True, 512, "2,4,8 3")])
@@ -397,7 +397,7 @@ def _depthwise_launches(
         depthwise_kernels.forward(x, weight, None, x, 1, True, channels_last)
         depthwise_kernels.backward_weight(x, x, kernel_size, 1)
 
-    return recorded(depthwise_kernels, call)
+    return recorded(call)
 
 
 @fast_and_slow(
@@ -449,7 +449,7 @@ def _pointwise_launches(dtype: torch.dtype, rows: int, channels: int) -> list[La
         pointwise_kernels.residual_into(x, x, x, v, v, keep, 1, 0)
         pointwise_kernels.residual_backward_into(x, v, x, keep, 1, 0)
 
-    return recorded(pointwise_kernels, call)
+    return recorded(call)
 
 
 @fast_and_slow(

@@ -217,6 +217,7 @@ def test_images_of_one_pixel_far_on() -> None:
 
 
 @interpreted
+@pytest.mark.usefixtures("plans_anew")
 @few_programs
 def test_many_tiles_of_one_program(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large images have more tiles than programs."""

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+
 __all__ = ["backward_weight", "forward"]
 
 NUM_WARPS = 4
@@ -39,6 +41,7 @@ MAX_BLOCK_COLUMNS = 32
 # Registers of a run's sums. Beside them are the weights of at most MAX_TAPS taps (larger kernels
 # are cut) and the rows in flight: with more sums the assembler spills.
 MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 44, 32, 7
+RUNS = (1, 2, 4, 8, 11, 16, 32)
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64
@@ -80,7 +83,9 @@ def _is_inside(y, height):
     return tl.full([1, 1, 1], y, tl.int32).to(tl.uint32) < height  # a negative one is large
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["height", "width", "run_blocks", "residues", "dilation", "weight_start"]
+)
 def _forward_kernel(
     out, x,
     weight,  # its first tap; it may be walked backwards
@@ -155,7 +160,11 @@ def _forward_kernel(
         offset += out_step
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "run_blocks", "residues", "dilation", "tiles", "tiles_per_chunk",
+    ]
+)  # fmt: skip
 def _backward_weight_kernel(
     partials,  # (chunks, k * k + 1, channels): of the weights' gradient and, last, the bias's
     grad_out, x,
@@ -240,7 +249,7 @@ def _backward_weight_kernel(
     tl.store(partials + (TAPS + tap_x) * channels, total, mask=(tap_x == 0) & in_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _reduce_kernel(
     partials, grad_weight, grad_bias, chunks, channels,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -274,12 +283,12 @@ def _with_unit_stride(image: Tensor, channels_last: bool) -> Tensor:
 def _tile(columns: int, channels: int, values: int, channels_last: bool) -> tuple[int, int]:
     """``(BLOCK_X, BLOCK_C)`` of ``values`` values."""
     if not channels_last:
-        block_x = min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(columns))
-        return block_x, min(max(values // block_x, 1), triton.next_power_of_2(channels))
+        block_x = min(MAX_BLOCK_COLUMNS, power_of_two(columns))
+        return block_x, min(max(values // block_x, 1), power_of_two(channels))
     # The largest power of two that divides the channels, so that few blocks run over the end.
     block_c = min(max(channels & -channels, MIN_BLOCK_CHANNELS), BLOCK_CHANNELS)
-    block_x = min(max(values // block_c, 1), triton.next_power_of_2(columns))
-    return block_x, min(values // block_x, triton.next_power_of_2(channels))
+    block_x = min(max(values // block_c, 1), power_of_two(columns))
+    return block_x, min(values // block_x, power_of_two(channels))
 
 
 def _vector(channels: int, itemsize: int, channels_last: bool) -> int:
@@ -289,9 +298,57 @@ def _vector(channels: int, itemsize: int, channels_last: bool) -> int:
     return min(VECTOR, VECTOR_BYTES // itemsize)
 
 
+def _run(rows: int, limit: int, kernel_size: int) -> int:
+    """Rows of a run, ``limit`` at most: of a few lengths, for each is a compilation, the one whose
+    runs load the fewest rows, halos and what is beyond the image included."""
+    lengths = [length for length in RUNS if length <= limit] or [limit]
+    return min(
+        lengths, key=lambda length: (cdiv(rows, length) * (length + kernel_size - 1), -length)
+    )
+
+
 def _even(rows: int, limit: int) -> int:
     """Rows cut into runs of about one length, ``limit`` at most."""
-    return triton.cdiv(rows, triton.cdiv(rows, max(limit, 1)))
+    return cdiv(rows, cdiv(rows, max(limit, 1)))
+
+
+@planned
+def _forward_launch(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
+    out_stride: tuple[int, ...], weight_stride: tuple[int, ...], kernel_size: int, dilation: int,
+    flip: bool, channels_last: bool,
+) -> Launch:  # fmt: skip
+    batch, channels, height, width = shape
+    weight_c, weight_h, weight_w = weight_stride
+    start = (kernel_size - 1) * (weight_h + weight_w) if flip else 0
+    if flip:
+        weight_h, weight_w = -weight_h, -weight_w
+    dilation = min(dilation, max(height, width))  # what is beyond is outside
+    residues = min(dilation, height)
+    vector = _vector(channels, dtype.itemsize, channels_last)
+    block_x, block_c = _tile(width, channels, THREADS * vector, channels_last)
+    tiles = batch * residues * cdiv(width, block_x) * cdiv(channels, block_c)
+    rows = cdiv(height, dilation)
+    limit = min(MAX_SUM_REGISTERS // (vector * max(dtype.itemsize // 4, 1)), MAX_RUN)
+    while limit > 4 and tiles * cdiv(rows, limit) < MIN_PROGRAMS:
+        limit //= 2
+    run = _run(rows, limit, kernel_size)
+    run_blocks = cdiv(rows, run)
+    integers = (
+        channels, height, width, run_blocks, residues, dilation, dilation * stride[2],
+        dilation * out_stride[2], *stride, start, weight_c, weight_h, weight_w, *out_stride,
+    )  # fmt: skip
+    constants = {
+        "KERNEL_SIZE": kernel_size,
+        "TAPS": _even(kernel_size, MAX_TAPS),
+        "CHANNELS_LAST": channels_last,
+        "RUN": run,
+        "BLOCK_X": block_x,
+        "BLOCK_C": block_c,
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+    }
+    return Launch(_forward_kernel, tiles * run_blocks, device, integers, constants)
 
 
 def forward(
@@ -302,99 +359,102 @@ def forward(
 
     With ``flip`` the kernel is turned by 180 degrees: the gradient of the input.
     """
-    batch, channels, height, width = x.shape
-    kernel_size, itemsize = weight.shape[2], x.element_size()
-    out = torch.empty(
-        x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(channels_last)
-    )
+    memory_format = _memory_format(channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
     if out.numel() == 0:
         return out
     x = _with_unit_stride(x, channels_last)
     if addend is not None:
-        addend = addend.contiguous(memory_format=_memory_format(channels_last))
-    weight = weight[:, 0]
+        addend = addend.contiguous(memory_format=memory_format)
+    kernel_size = weight.shape[2]
+    channel, _, row, column = weight.stride()
     if channels_last:  # a copy, so that what a thread loads of it is contiguous too
         accumulation = torch.promote_types(x.dtype, torch.float32)
-        weight = weight.permute(1, 2, 0).to(accumulation, memory_format=torch.contiguous_format)
-        weight = weight.contiguous().permute(2, 0, 1)
-    weight_c, weight_h, weight_w = weight.stride()
-    start = (kernel_size - 1) * (weight_h + weight_w) if flip else 0
-    if flip:
-        weight_h, weight_w = -weight_h, -weight_w
-
-    dilation = min(dilation, max(height, width))  # what is beyond is outside
-    residues = min(dilation, height)
-    vector = _vector(channels, itemsize, channels_last)
-    block_x, block_c = _tile(width, channels, THREADS * vector, channels_last)
-    tiles = batch * residues * triton.cdiv(width, block_x) * triton.cdiv(channels, block_c)
-    rows = triton.cdiv(height, dilation)
-    limit = min(MAX_SUM_REGISTERS // (vector * max(itemsize // 4, 1)), MAX_RUN)
-    while limit > 4 and tiles * triton.cdiv(rows, limit) < MIN_PROGRAMS:
-        limit //= 2
-    run = _even(rows, limit)
-    run_blocks = triton.cdiv(rows, run)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(tiles * run_blocks,)](
-            out, x, weight, None if bias is None else bias.contiguous(), addend,
-            channels, height, width, run_blocks, residues, dilation,
-            dilation * x.stride(2), dilation * out.stride(2), *x.stride(),
-            start, weight_c, weight_h, weight_w, *out.stride(),
-            KERNEL_SIZE=kernel_size, TAPS=_even(kernel_size, MAX_TAPS),
-            CHANNELS_LAST=channels_last, RUN=run, BLOCK_X=block_x, BLOCK_C=block_c,
-            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
-        )  # fmt: skip
+        shape = (kernel_size, kernel_size, weight.shape[0])
+        taps = weight.as_strided(shape, (row, column, channel))
+        weight = torch.empty(shape, dtype=accumulation, device=x.device).copy_(taps)
+        row, column, channel = weight.stride()
+    launch = _forward_launch(
+        x.device, x.dtype, x.shape, x.stride(), out.stride(), (channel, row, column), kernel_size,
+        dilation, flip, channels_last,
+    )  # fmt: skip
+    launch(out, x, weight, None if bias is None else bias.contiguous(), addend)
     return out
+
+
+@planned
+def _backward_weight_launches(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], grad_stride: tuple[int, ...],
+    stride: tuple[int, ...], kernel_size: int, dilation: int, channels_last: bool,
+) -> tuple[int, Launch, Launch]:  # fmt: skip
+    """How many partial sums there are, what writes and what adds them."""
+    batch, channels, height, width = shape
+    dilation = min(dilation, max(height, width))
+    residues = min(dilation, height)
+    registers = max(dtype.itemsize // 4, 1)  # of one sum
+    vector = _vector(channels, dtype.itemsize, channels_last)
+    while vector > 1 and kernel_size * vector * registers > MAX_COLUMN_REGISTERS:
+        vector //= 2
+    sums = max(MAX_WEIGHT_SUMS // kernel_size, 1)
+    block_k = 1  # by warps: threads of one share their pixels' coordinates
+    while block_k < NUM_WARPS and cdiv(kernel_size, block_k) > sums:
+        block_k *= 2
+    columns = min(cdiv(kernel_size, block_k), sums)
+    block_x, block_c = _tile(width, channels, THREADS * vector // block_k, channels_last)
+    rows = cdiv(height, dilation)
+    run = _run(rows, MAX_ROWS if vector == 1 else MAX_VECTOR_ROWS, kernel_size)
+    run_blocks = cdiv(rows, run)
+    tiles = batch * residues * run_blocks * cdiv(width, block_x)
+    programs = cdiv(channels, block_c) * cdiv(kernel_size, columns * block_k)
+    tiles_per_chunk = cdiv(tiles, min(cdiv(PARTIAL_PROGRAMS, programs), tiles))
+    chunks = cdiv(tiles, tiles_per_chunk)
+    integers = (
+        channels, height, width, run_blocks, residues, dilation, dilation * stride[2],
+        dilation * grad_stride[2], tiles, tiles_per_chunk, *grad_stride, *stride,
+    )  # fmt: skip
+    constants = {
+        "KERNEL_SIZE": kernel_size,
+        "CHANNELS_LAST": channels_last,
+        "RUN": run,
+        "COLUMNS": columns,
+        "BLOCK_K": block_k,
+        "BLOCK_X": block_x,
+        "BLOCK_C": block_c,
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+    }
+    partial = Launch(_backward_weight_kernel, chunks * programs, device, integers, constants)
+    block_c = min(REDUCED_CHANNELS, power_of_two(channels))
+    constants = {
+        "TAPS": kernel_size**2,
+        "BLOCK": REDUCED_ROWS,
+        "BLOCK_C": block_c,
+        "num_warps": NUM_WARPS,
+    }
+    programs = (kernel_size**2 + 1) * cdiv(channels, block_c)
+    return chunks, partial, Launch(_reduce_kernel, programs, device, (chunks, channels), constants)
 
 
 def backward_weight(
     grad_output: Tensor, x: Tensor, kernel_size: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight (C, 1, k, k) and bias (C,), in x's dtype."""
-    batch, channels, height, width = x.shape
-    grad_weight = x.new_zeros((channels, 1, kernel_size, kernel_size))
-    grad_bias = x.new_zeros((channels,))
+    channels, dtype, device = x.shape[1], x.dtype, x.device
+    grad_weight = torch.empty((channels, 1, kernel_size, kernel_size), dtype=dtype, device=device)
+    grad_bias = torch.empty((channels,), dtype=dtype, device=device)
     if x.numel() == 0:
-        return grad_weight, grad_bias
+        return grad_weight.zero_(), grad_bias.zero_()
     channels_last = x.stride(1) == 1 != x.stride(3)
     x, grad_output = (_with_unit_stride(image, channels_last) for image in (x, grad_output))
-
-    dilation = min(dilation, max(height, width))
-    residues = min(dilation, height)
-    registers = max(x.element_size() // 4, 1)  # of one sum
-    vector = _vector(channels, x.element_size(), channels_last)
-    while vector > 1 and kernel_size * vector * registers > MAX_COLUMN_REGISTERS:
-        vector //= 2
-    sums = max(MAX_WEIGHT_SUMS // kernel_size, 1)
-    block_k = 1  # by warps: threads of one share their pixels' coordinates
-    while block_k < NUM_WARPS and triton.cdiv(kernel_size, block_k) > sums:
-        block_k *= 2
-    columns = min(triton.cdiv(kernel_size, block_k), sums)
-    block_x, block_c = _tile(width, channels, THREADS * vector // block_k, channels_last)
-    rows = triton.cdiv(height, dilation)
-    run = _even(rows, MAX_ROWS if vector == 1 else MAX_VECTOR_ROWS)
-    run_blocks = triton.cdiv(rows, run)
-    tiles = batch * residues * run_blocks * triton.cdiv(width, block_x)
-    programs = triton.cdiv(channels, block_c) * triton.cdiv(kernel_size, columns * block_k)
-    tiles_per_chunk = triton.cdiv(tiles, min(triton.cdiv(PARTIAL_PROGRAMS, programs), tiles))
-    chunks = triton.cdiv(tiles, tiles_per_chunk)
+    chunks, partial, reduce = _backward_weight_launches(
+        device, dtype, x.shape, grad_output.stride(), x.stride(), kernel_size, dilation,
+        channels_last,
+    )  # fmt: skip
     partials = torch.empty(
         (chunks, kernel_size**2 + 1, channels),
-        dtype=torch.promote_types(x.dtype, torch.float32),
-        device=x.device,
+        dtype=torch.promote_types(dtype, torch.float32),
+        device=device,
     )
-    with torch.cuda.device_of(x):
-        _backward_weight_kernel[(chunks * programs,)](
-            partials, grad_output, x, channels, height, width, run_blocks, residues, dilation,
-            dilation * x.stride(2), dilation * grad_output.stride(2),
-            tiles, tiles_per_chunk, *grad_output.stride(), *x.stride(),
-            KERNEL_SIZE=kernel_size, CHANNELS_LAST=channels_last, RUN=run,
-            COLUMNS=columns, BLOCK_K=block_k, BLOCK_X=block_x, BLOCK_C=block_c,
-            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
-        )  # fmt: skip
-        block_c = min(REDUCED_CHANNELS, triton.next_power_of_2(channels))
-        _reduce_kernel[((kernel_size**2 + 1) * triton.cdiv(channels, block_c),)](
-            partials, grad_weight, grad_bias, chunks, channels,
-            TAPS=kernel_size**2, BLOCK=REDUCED_ROWS, BLOCK_C=block_c,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    partial(partials, grad_output, x)
+    reduce(partials, grad_weight, grad_bias)
     return grad_weight, grad_bias

@@ -10,11 +10,14 @@ run to run. Every element is read and written by one program, the read first: ou
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
 
 __all__ = [
     "bias_gelu_backward_into", "bias_gelu_into", "layer_norm_backward_into", "layer_norm_into",
@@ -100,7 +103,7 @@ def _normalize(x, inside, channels, EPS: tl.constexpr):
     return x * inverse, inverse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _layer_norm_kernel(
     out, x, weight, bias,
     skip,  # added, or None
@@ -121,10 +124,10 @@ def _layer_norm_kernel(
     _store(out, row, channel, out_stride, inside, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_block"])
 def _layer_norm_backward_kernel(
     grad_x,
-    weight_partials, bias_partials,  # (blocks, channels)
+    partials,  # (2, blocks, channels): of the weight's gradient and the bias's
     grad_out, x, weight, bias,
     rows, channels, rows_per_block, grad_x_stride, grad_out_stride, x_stride,
     EPS: tl.constexpr, GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -152,11 +155,11 @@ def _layer_norm_backward_kernel(
         mean_product = tl.sum(grad * value, axis=1)[:, None] / channels
         grad = (grad - mean - value * mean_product) * inverse
         _store(grad_x, row, channel, grad_x_stride, inside, grad)
-    _store_sums(weight_partials, block, channel, channels, weight_sum)
-    _store_sums(bias_partials, block, channel, channels, bias_sum)
+    _store_sums(partials, block, channel, channels, weight_sum)
+    _store_sums(partials, tl.num_programs(0) + block, channel, channels, bias_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _bias_gelu_kernel(
     out, hidden, bias, rows, channels, out_stride, hidden_stride,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -170,7 +173,7 @@ def _bias_gelu_kernel(
     _store(out, row, channel, out_stride, inside, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "rows_per_block"])
 def _bias_gelu_backward_kernel(
     grad, out,
     partials,  # (blocks, channels)
@@ -193,7 +196,7 @@ def _bias_gelu_backward_kernel(
     _store_sums(partials, block, channel, channels, total)
 
 
-@triton.jit(do_not_specialize=["first", "pixels"])
+@triton.jit(do_not_specialize=["rows", "first", "pixels"])
 def _residual_kernel(
     out, x, product, bias,
     scale,  # one value per channel, or None
@@ -216,7 +219,7 @@ def _residual_kernel(
     _store(out, row, channel, out_stride, inside, value)
 
 
-@triton.jit(do_not_specialize=["first", "pixels"])
+@triton.jit(do_not_specialize=["rows", "rows_per_block", "first", "pixels"])
 def _residual_backward_kernel(
     out,
     partials,  # (blocks, channels)
@@ -240,7 +243,7 @@ def _residual_backward_kernel(
     _store_sums(partials, block, channel, channels, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _add_sums_kernel(
     sums,  # vectors
     partials,  # (vectors, blocks, channels)
@@ -261,7 +264,7 @@ def _add_sums_kernel(
 
 def _row_blocks(channels: int) -> tuple[int, int, int]:
     """``(BLOCK_R, BLOCK_C, warps)`` of tiles of whole rows."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_two(channels)
     warps = min(max(block_c // (32 * VALUES), NUM_WARPS), MAX_WARPS)
     return max(THREADS * VALUES // block_c, 1), block_c, warps
 
@@ -274,18 +277,63 @@ def _blocks(channels: int) -> tuple[int, int]:
 
 def _rows_per_block(rows: int, channel_blocks: int, block_r: int) -> tuple[int, int]:
     """``(rows of a program, blocks of so many)`` for ``SUM_PROGRAMS`` programs; whole tiles."""
-    tiles = triton.cdiv(rows, block_r)
-    rows_per_block = triton.cdiv(tiles, triton.cdiv(SUM_PROGRAMS, channel_blocks)) * block_r
-    return rows_per_block, triton.cdiv(rows, rows_per_block)
+    tiles = cdiv(rows, block_r)
+    rows_per_block = cdiv(tiles, cdiv(SUM_PROGRAMS, channel_blocks)) * block_r
+    return rows_per_block, cdiv(rows, rows_per_block)
 
 
-def _add_sums(sums: tuple[Tensor, ...], partials: Tensor) -> None:
-    _, blocks, channels = partials.shape
-    grid = (len(sums) * triton.cdiv(channels, ADDED_CHANNELS),)
-    _add_sums_kernel[grid](
-        sums, partials, blocks, channels, BLOCK_R=ADDED_ROWS, BLOCK_C=ADDED_CHANNELS,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+@planned
+def _rows_launch(
+    kernel: Any, device: torch.device, rows: int, channels: int, strides: tuple[int | None, ...],
+    eps: float, gelu: bool,
+) -> Launch:  # fmt: skip
+    """Of a kernel of whole rows, a program for each tile."""
+    block_r, block_c, warps = _row_blocks(channels)
+    constants = {
+        "EPS": eps, "GELU": gelu, "BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps,
+    }  # fmt: skip
+    return Launch(kernel, cdiv(rows, block_r), device, (rows, channels, *strides), constants)
+
+
+@planned
+def _tiles_launch(
+    kernel: Any, device: torch.device, rows: int, channels: int, others: tuple[int, ...]
+) -> Launch:
+    """Of a kernel of pieces of rows, a program for each tile."""
+    block_r, block_c = _blocks(channels)
+    constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
+    programs = cdiv(rows, block_r) * cdiv(channels, block_c)
+    return Launch(kernel, programs, device, (rows, channels, *others), constants)
+
+
+@planned
+def _summing_launches(
+    kernel: Any, device: torch.device, vectors: int, rows: int, channels: int,
+    others: tuple[int, ...], whole_rows: tuple[float, bool] | None = None,
+) -> tuple[int, Launch, Launch]:  # fmt: skip
+    """How many rows of partial sums there are, what writes and what adds them.
+
+    ``whole_rows``: EPS and GELU of a kernel whose tiles are of whole rows.
+    """
+    constants: dict[str, Any] = {}
+    if whole_rows is None:
+        block_r, block_c = _blocks(channels)
+        warps = NUM_WARPS
+    else:
+        block_r, block_c, warps = _row_blocks(channels)
+        constants = {"EPS": whole_rows[0], "GELU": whole_rows[1]}
+    constants |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    channel_blocks = cdiv(channels, block_c)
+    rows_per_block, blocks = _rows_per_block(rows, channel_blocks, block_r)
+    integers = (rows, channels, rows_per_block, *others)
+    partial = Launch(kernel, blocks * channel_blocks, device, integers, constants)
+    constants = {"BLOCK_R": ADDED_ROWS, "BLOCK_C": ADDED_CHANNELS, "num_warps": NUM_WARPS}
+    programs = vectors * cdiv(channels, ADDED_CHANNELS)
+    return (
+        blocks,
+        partial,
+        Launch(_add_sums_kernel, programs, device, (blocks, channels), constants),
+    )
 
 
 def layer_norm_into(
@@ -295,15 +343,9 @@ def layer_norm_into(
     """``out = [skip +] [gelu](layer_norm(x) * norm_weight + norm_bias)``."""
     if out.numel() == 0:
         return
-    rows, channels = x.shape
-    block_r, block_c, warps = _row_blocks(channels)
-    with torch.cuda.device_of(x):
-        _layer_norm_kernel[(triton.cdiv(rows, block_r),)](
-            out, x, norm_weight, norm_bias, skip, rows, channels,
-            out.stride(0), x.stride(0), None if skip is None else skip.stride(0),
-            EPS=eps, GELU=gelu, BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
+    strides = (out.stride(0), x.stride(0), None if skip is None else skip.stride(0))
+    launch = _rows_launch(_layer_norm_kernel, x.device, *x.shape, strides, eps, gelu)
+    launch(out, x, norm_weight, norm_bias, skip)
 
 
 def layer_norm_backward_into(
@@ -313,31 +355,22 @@ def layer_norm_backward_into(
     """The gradients of ``[gelu](layer_norm(x))``: ``grad_x = ``, the others ``+=``."""
     if x.numel() == 0:
         return
-    rows, channels = x.shape
-    block_r, block_c, warps = _row_blocks(channels)
-    rows_per_block, blocks = _rows_per_block(rows, 1, block_r)
-    partials = grad_weight.new_empty((2, blocks, channels))
-    with torch.cuda.device_of(x):
-        _layer_norm_backward_kernel[(blocks,)](
-            grad_x, partials[0], partials[1], grad_output, x, norm_weight, norm_bias,
-            rows, channels, rows_per_block, grad_x.stride(0), grad_output.stride(0), x.stride(0),
-            EPS=eps, GELU=gelu, BLOCK_R=block_r, BLOCK_C=block_c,
-            num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
-        _add_sums((grad_weight, grad_bias), partials)
+    strides = (grad_x.stride(0), grad_output.stride(0), x.stride(0))
+    blocks, partial, add = _summing_launches(
+        _layer_norm_backward_kernel, x.device, 2, *x.shape, strides, (eps, gelu)
+    )
+    partials = grad_weight.new_empty((2, blocks, x.shape[1]))
+    partial(grad_x, partials, grad_output, x, norm_weight, norm_bias)
+    add((grad_weight, grad_bias), partials)
 
 
 def bias_gelu_into(out: Tensor, hidden: Tensor, bias: Tensor) -> None:
     """``out = gelu(hidden + bias)``; ``out`` may be ``hidden``."""
     if out.numel() == 0:
         return
-    rows, channels = hidden.shape
-    block_r, block_c = _blocks(channels)
-    with torch.cuda.device_of(hidden):
-        _bias_gelu_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(channels, block_c),)](
-            out, hidden, bias, rows, channels, out.stride(0), hidden.stride(0),
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    strides = (out.stride(0), hidden.stride(0))
+    launch = _tiles_launch(_bias_gelu_kernel, hidden.device, *hidden.shape, strides)
+    launch(out, hidden, bias)
 
 
 def bias_gelu_backward_into(
@@ -349,18 +382,13 @@ def bias_gelu_backward_into(
     """
     if grad.numel() == 0:
         return
-    rows, channels = hidden.shape
-    block_r, block_c = _blocks(channels)
-    channel_blocks = triton.cdiv(channels, block_c)
-    rows_per_block, blocks = _rows_per_block(rows, channel_blocks, block_r)
-    partials = grad_bias.new_empty((1, blocks, channels))
-    with torch.cuda.device_of(grad):
-        _bias_gelu_backward_kernel[(blocks * channel_blocks,)](
-            grad, out, partials, hidden, bias, rows, channels, rows_per_block,
-            grad.stride(0), out.stride(0), hidden.stride(0),
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        _add_sums((grad_bias,), partials)
+    strides = (grad.stride(0), out.stride(0), hidden.stride(0))
+    blocks, partial, add = _summing_launches(
+        _bias_gelu_backward_kernel, grad.device, 1, *hidden.shape, strides
+    )
+    partials = grad_bias.new_empty((1, blocks, hidden.shape[1]))
+    partial(grad, out, partials, hidden, bias)
+    add((grad_bias,), partials)
 
 
 def residual_into(
@@ -370,14 +398,9 @@ def residual_into(
     """``out = x + keep[image] * scale * (product + bias)``, image = ``(first + row) // pixels``."""
     if out.numel() == 0:
         return
-    rows, channels = x.shape
-    block_r, block_c = _blocks(channels)
-    with torch.cuda.device_of(x):
-        _residual_kernel[(triton.cdiv(rows, block_r) * triton.cdiv(channels, block_c),)](
-            out, x, product, bias, scale, keep, rows, channels, pixels, first,
-            out.stride(0), x.stride(0), product.stride(0),
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    others = (pixels, first, out.stride(0), x.stride(0), product.stride(0))
+    launch = _tiles_launch(_residual_kernel, x.device, *x.shape, others)
+    launch(out, x, product, bias, scale, keep)
 
 
 def residual_backward_into(
@@ -386,15 +409,10 @@ def residual_backward_into(
     """``out = keep[image] * grad`` if there is ``keep``, ``sums +=`` the sum of its rows."""
     if grad.numel() == 0:
         return
-    rows, channels = grad.shape
-    block_r, block_c = _blocks(channels)
-    channel_blocks = triton.cdiv(channels, block_c)
-    rows_per_block, blocks = _rows_per_block(rows, channel_blocks, block_r)
-    partials = sums.new_empty((1, blocks, channels))
-    with torch.cuda.device_of(grad):
-        _residual_backward_kernel[(blocks * channel_blocks,)](
-            out, partials, grad, keep, rows, channels, rows_per_block, pixels, first,
-            out.stride(0), grad.stride(0),
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        _add_sums((sums,), partials)
+    others = (pixels, first, out.stride(0), grad.stride(0))
+    blocks, partial, add = _summing_launches(
+        _residual_backward_kernel, grad.device, 1, *grad.shape, others
+    )
+    partials = sums.new_empty((1, blocks, grad.shape[1]))
+    partial(out, partials, grad, keep)
+    add((sums,), partials)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.ops.bilinear_triton import sample_axis, target_range, weight_of
+from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
 
 __all__ = ["backward", "backward_into", "forward", "forward_into"]
 
@@ -100,7 +101,7 @@ def _add_offsets(totals, offsets, x, y, channel, channels, height, width, kernel
 
 @triton.jit
 def _add_level(
-    totals, level, scale, image, x, y, channel, channels, height, width, kernel_size, padding,
+    totals, level, size, scale, image, x, y, channel, channels, height, width, kernel_size, padding,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
 ):  # fmt: skip
     """Adds ``scale`` times the upsampled taps to the output rows y, y + 1, ... where inside.
@@ -109,7 +110,8 @@ def _add_level(
     where sizes are equal.
     """
     DTYPE: tl.constexpr = totals[0].dtype
-    taps, in_height, in_width, stride_n, stride_c, stride_h, stride_w = level
+    taps, stride_n, stride_c, stride_h, stride_w = level
+    in_height, in_width = size
     taps += image.to(tl.int64) * stride_n
     for ky in range(kernel_size):
         first, _, _, _ = _sample_inside(y + (ky - padding), in_height, height, ALIGN_CORNERS, DTYPE)
@@ -144,13 +146,18 @@ def _add_level(
     return totals
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "out_height", "out_width", "height", "width", "kernel_size", "padding",
+    ]
+)  # fmt: skip
 def _forward_kernel(
     out,
-    levels,  # of every level: taps, height, width and the four strides
+    levels,  # of every level: taps and the four strides
     scales,  # of what is there and of every level, or None
     offsets,  # one value per channel of taps, or None
     bias,  # one value per channel, or None
+    sizes,  # height and width of every level
     channels, out_height, out_width, height, width,
     kernel_size,  # not a constant: unrolled, the loops over taps would take all registers
     padding, stride_n, stride_c, stride_h, stride_w,
@@ -192,8 +199,8 @@ def _forward_kernel(
     for level in tl.static_range(len(ROWS)):
         scale = None if scales is None else tl.load(scales + 1 + level).to(DTYPE)
         totals = _add_level(
-            totals, levels[level], scale, image, x, y, channel, channels, height, width,
-            kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
+            totals, levels[level], sizes[level], scale, image, x, y, channel, channels, height,
+            width, kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
         )  # fmt: skip
 
     # Store.
@@ -203,7 +210,11 @@ def _forward_kernel(
             tl.store(start + out_offset, totals[run].to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "out_height", "out_width", "in_height", "in_width", "height", "width", "padding",
+    ]
+)  # fmt: skip
 def _backward_kernel(
     grad_out,
     grad_taps,
@@ -275,16 +286,16 @@ def _blocks(
     columns: int, channels: int, itemsize: int, channels_last: bool, sums: int
 ) -> tuple[int, int]:
     """``(BLOCK_X, BLOCK_C)`` for threads that hold ``sums`` sums of each of their values."""
-    per_thread = max(MAX_SUM_BYTES // max(itemsize, 4) // triton.next_power_of_2(sums), 1)
+    per_thread = max(MAX_SUM_BYTES // max(itemsize, 4) // power_of_two(sums), 1)
     if channels_last:
         if channels % SPECIALIZED_MULTIPLE == 0:  # else every value needs its address
             per_thread = VECTOR_BYTES // itemsize
         # The largest power of two that divides the channels, so that few blocks run over the end.
         block_c = max(channels & -channels, MIN_CHANNELS_BYTES // itemsize)
-        block_c = min(block_c, MAX_CHANNELS_BYTES // itemsize, triton.next_power_of_2(channels))
-        return min(THREADS * per_thread // block_c, triton.next_power_of_2(columns)), block_c
-    block_x = min(MAX_BLOCK_COLUMNS, triton.next_power_of_2(columns))
-    return block_x, min(THREADS * per_thread // block_x, triton.next_power_of_2(channels))
+        block_c = min(block_c, MAX_CHANNELS_BYTES // itemsize, power_of_two(channels))
+        return min(THREADS * per_thread // block_c, power_of_two(columns)), block_c
+    block_x = min(MAX_BLOCK_COLUMNS, power_of_two(columns))
+    return block_x, min(THREADS * per_thread // block_x, power_of_two(channels))
 
 
 def _source_rows(in_height: int, height: int, run: int) -> int:
@@ -297,17 +308,16 @@ def _source_rows(in_height: int, height: int, run: int) -> int:
 
 def _reader_rows(in_height: int, height: int, align_corners: bool) -> int:
     """How many target rows may read a source row, but ``MAX_READERS`` at most."""
-    readers = triton.cdiv(2 * height, in_height)
+    readers = cdiv(2 * height, in_height)
     if align_corners or height % (2 * in_height):  # the range is not exact
         readers += 1
     return min(readers, MAX_READERS)
 
 
-def _grid(
+def _programs(
     images: int, rows: int, run: int, columns: int, channels: int, blocks: tuple[int, int]
-) -> tuple[int]:
-    tiles = triton.cdiv(columns, blocks[0]) * triton.cdiv(channels, blocks[1])
-    return (images * triton.cdiv(rows, run) * tiles,)
+) -> int:
+    return images * cdiv(rows, run) * cdiv(columns, blocks[0]) * cdiv(channels, blocks[1])
 
 
 def forward(
@@ -327,6 +337,34 @@ def forward(
     return out
 
 
+@planned
+def _forward_launch(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
+    sizes: tuple[tuple[int, int], ...], accumulate: bool, height: int, width: int,
+    kernel_size: int, padding: int, align_corners: bool, channels_last: bool,
+) -> Launch:  # fmt: skip
+    """``sizes``: height and width of every level."""
+    batch, channels, out_height, out_width = shape
+    run = RUN if all(2 * in_height <= height for in_height, _ in sizes) else 1
+    blocks = _blocks(out_width, channels, dtype.itemsize, channels_last, run)
+    constants = {
+        "ROWS": tuple(_source_rows(in_height, height, run) for in_height, _ in sizes),
+        "COLUMNS": tuple(1 if in_width == width else 2 for _, in_width in sizes),
+        "ACCUMULATE": accumulate,
+        "ALIGN_CORNERS": align_corners,
+        "RUN": run,
+        "BLOCK_X": blocks[0],
+        "BLOCK_C": blocks[1],
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+    }
+    integers = (
+        sizes, channels, out_height, out_width, height, width, kernel_size, padding, *stride,
+    )  # fmt: skip
+    programs = _programs(batch, out_height, run, out_width, channels, blocks)
+    return Launch(_forward_kernel, programs, device, integers, constants)
+
+
 def forward_into(
     out: Tensor, taps: Sequence[Tensor], scales: Tensor | None, offsets: Tensor | None,
     bias: Tensor | None, accumulate: bool, height: int, width: int,
@@ -339,22 +377,40 @@ def forward_into(
     """
     if out.numel() == 0:
         return
-    batch, channels, out_height, out_width = out.shape
-    run = RUN if all(2 * level.shape[2] <= height for level in taps) else 1
-    blocks = _blocks(out_width, channels, out.element_size(), channels_last, run)
-    vectors = (None if v is None else v.contiguous() for v in (scales, offsets, bias))
-    with torch.cuda.device_of(out):
-        _forward_kernel[_grid(batch, out_height, run, out_width, channels, blocks)](
-            out,
-            tuple((level, *level.shape[2:], *level.stride()) for level in taps),
-            *vectors,
-            channels, out_height, out_width, height, width, kernel_size, padding, *out.stride(),
-            ROWS=tuple(_source_rows(level.shape[2], height, run) for level in taps),
-            COLUMNS=tuple(1 if level.shape[3] == width else 2 for level in taps),
-            ACCUMULATE=accumulate, ALIGN_CORNERS=align_corners,
-            RUN=run, BLOCK_X=blocks[0], BLOCK_C=blocks[1],
-            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch = _forward_launch(
+        out.device, out.dtype, out.shape, out.stride(),
+        tuple([(level.shape[2], level.shape[3]) for level in taps]),
+        accumulate, height, width, kernel_size, padding, align_corners, channels_last,
+    )  # fmt: skip
+    levels = tuple([(level, *level.stride()) for level in taps])
+    launch(out, levels, *[None if v is None else v.contiguous() for v in (scales, offsets, bias)])
+
+
+@planned
+def _backward_launch(
+    device: torch.device, dtype: torch.dtype, out_shape: tuple[int, ...],
+    out_stride: tuple[int, ...], in_height: int, in_width: int, stride: tuple[int, ...],
+    height: int, width: int, kernel_size: int, padding: int, align_corners: bool,
+    channels_last: bool,
+) -> Launch:  # fmt: skip
+    batch, channels, out_height, out_width = out_shape
+    sums = kernel_size + 1  # of every tap and of the column
+    blocks = _blocks(in_width, channels, dtype.itemsize, channels_last, sums)
+    constants = {
+        "KERNEL_SIZE": kernel_size,
+        "ALIGN_CORNERS": align_corners,
+        "READERS": _reader_rows(in_height, height, align_corners),
+        "BLOCK_X": blocks[0],
+        "BLOCK_C": blocks[1],
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+    }
+    integers = (
+        channels, out_height, out_width, in_height, in_width, height, width, padding,
+        *out_stride, *stride,
+    )  # fmt: skip
+    programs = _programs(batch * kernel_size, in_height, 1, in_width, channels, blocks)
+    return Launch(_backward_kernel, programs, device, integers, constants)
 
 
 def backward(
@@ -381,17 +437,9 @@ def backward_into(
     """``grad_taps = scale * backward(grad_output)``; ``scale`` is read on the device."""
     if grad_taps.numel() == 0:
         return
-    batch, channels, out_height, out_width = grad_output.shape
-    in_height, in_width = grad_taps.shape[2:]
-    sums = kernel_size + 1  # of every tap and of the column
-    blocks = _blocks(in_width, channels, grad_taps.element_size(), channels_last, sums)
-    with torch.cuda.device_of(grad_output):
-        _backward_kernel[_grid(batch * kernel_size, in_height, 1, in_width, channels, blocks)](
-            grad_output, grad_taps, scale,
-            channels, out_height, out_width, in_height, in_width, height, width, padding,
-            *grad_output.stride(), *grad_taps.stride(),
-            KERNEL_SIZE=kernel_size, ALIGN_CORNERS=align_corners,
-            READERS=_reader_rows(in_height, height, align_corners),
-            BLOCK_X=blocks[0], BLOCK_C=blocks[1],
-            num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch = _backward_launch(
+        grad_taps.device, grad_taps.dtype, grad_output.shape, grad_output.stride(),
+        *grad_taps.shape[2:], grad_taps.stride(), height, width, kernel_size, padding,
+        align_corners, channels_last,
+    )  # fmt: skip
+    launch(grad_output, grad_taps, scale)

@@ -18,16 +18,17 @@ from fastfuse.ops.bilinear_triton import (
     dense_offset,
     load_interpolated,
     tile,
-    tile_grid,
     tile_shape,
+    tiles_of,
 )
+from fastfuse.ops.launch_triton import Launch, planned
 
 __all__ = ["forward"]
 
 NAME = "upsample_add"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["in_height", "in_width", "height", "width"])
 def _forward_kernel(
     source,
     skip,
@@ -80,37 +81,38 @@ def _forward_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-def forward(x: Tensor, skip: Tensor, align_corners: bool, channels_last: bool) -> Tensor:
-    """``skip + UP(x)``, of skip's shape (N, C, H, W)."""
-    batch, channels, height, width = skip.shape
-    in_height, in_width = x.shape[2:]
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(skip.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
-    if out.numel() == 0:
-        return out
+@planned
+def _forward_launch(
+    device: torch.device, dtype: torch.dtype, in_size: tuple[int, ...], stride: tuple[int, ...],
+    shape: tuple[int, ...], skip_stride: tuple[int, ...], dense_skip: bool, align_corners: bool,
+    channels_last: bool,
+) -> Launch:  # fmt: skip
+    batch, channels, height, width = shape
     check_plane(NAME, height, width)
     pixels = height * width
-    blocks = tile_shape(pixels, channels, x.element_size(), channels_last)
-    with torch.cuda.device_of(x):
-        _forward_kernel[tile_grid(batch, pixels, channels, blocks)](
-            x,
-            skip,
-            out,
-            channels,
-            in_height,
-            in_width,
-            height,
-            width,
-            pixels,
-            *x.stride(),
-            *skip.stride(),
-            ALIGN_CORNERS=align_corners,
-            CHANNELS_LAST=channels_last,
-            SAME_SIZE=(in_height, in_width) == (height, width),
-            DENSE_SKIP=skip.is_contiguous(memory_format=memory_format),
-            BLOCK_PIXELS=blocks[0],
-            BLOCK_C=blocks[1],
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
+    blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last)
+    constants = {
+        "ALIGN_CORNERS": align_corners,
+        "CHANNELS_LAST": channels_last,
+        "SAME_SIZE": in_size == (height, width),
+        "DENSE_SKIP": dense_skip,
+        "BLOCK_PIXELS": blocks[0],
+        "BLOCK_C": blocks[1],
+        "num_warps": NUM_WARPS,
+    }
+    integers = (channels, *in_size, height, width, pixels, *stride, *skip_stride)
+    programs = tiles_of(batch, pixels, channels, blocks)
+    return Launch(_forward_kernel, programs, device, integers, constants)
+
+
+def forward(x: Tensor, skip: Tensor, align_corners: bool, channels_last: bool) -> Tensor:
+    """``skip + UP(x)``, of skip's shape (N, C, H, W)."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(skip.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    if out.numel() > 0:
+        launch = _forward_launch(
+            x.device, x.dtype, x.shape[2:], x.stride(), skip.shape, skip.stride(),
+            skip.is_contiguous(memory_format=memory_format), align_corners, channels_last,
+        )  # fmt: skip
+        launch(x, skip, out)
     return out

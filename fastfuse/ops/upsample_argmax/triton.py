@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.ops.bilinear_triton import check_plane
+from fastfuse.ops.launch_triton import Launch, planned
 from fastfuse.ops.strip_triton import (
     add_exponential,
     are_classes_innermost,
@@ -22,8 +23,8 @@ from fastfuse.ops.strip_triton import (
     sample_strip,
     strip,
     strip_filled,
-    strip_grid,
     strip_shape,
+    strips_of,
 )
 
 __all__ = ["forward", "forward_confidence"]
@@ -31,7 +32,7 @@ __all__ = ["forward", "forward_confidence"]
 NAME = "upsample_argmax"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["in_height", "in_width", "height", "width"])
 def _forward_kernel(
     logits,
     out,
@@ -92,32 +93,37 @@ def _forward_kernel(
         tl.store(confidence + offset, tl.exp(largest - top) / total, mask=mask)
 
 
+@planned
+def _forward_launch(
+    device: torch.device, dtype: torch.dtype, logits_shape: tuple[int, ...],
+    stride: tuple[int, ...], height: int, width: int, align_corners: bool, channels_last: bool,
+) -> Launch:  # fmt: skip
+    check_plane(NAME, height, width)
+    batch, classes, in_height, in_width = logits_shape
+    in_size, size = (in_height, in_width), (height, width)
+    shape = strip_shape(dtype.itemsize, classes, in_size, size, align_corners, channels_last)
+    constants = {
+        "ALIGN_CORNERS": align_corners,
+        "CHANNELS_LAST": channels_last,
+        "SAME_SIZE": in_size == size,
+        **shape,
+    }
+    integers = (classes, *in_size, *size, *stride)
+    programs = strips_of(batch, size, shape)
+    return Launch(_forward_kernel, programs, device, integers, constants)
+
+
 def _launch(
     logits: Tensor, height: int, width: int, align_corners: bool, confidence: Tensor | None
 ) -> Tensor:
-    batch, classes, in_height, in_width = logits.shape
-    out = torch.empty((batch, height, width), dtype=torch.int64, device=logits.device)
-    if out.numel() == 0:
-        return out
-    check_plane(NAME, height, width)
-    channels_last = are_classes_innermost(logits)
-    in_size, size = (in_height, in_width), (height, width)
-    shape = strip_shape(logits, size, align_corners, channels_last)
-    with torch.cuda.device_of(logits):
-        _forward_kernel[strip_grid(batch, size, shape)](
-            logits,
-            out,
-            confidence,
-            classes,
-            *in_size,
-            *size,
-            *logits.stride(),
-            ALIGN_CORNERS=align_corners,
-            CHANNELS_LAST=channels_last,
-            SAME_SIZE=in_size == size,
-            **shape,
-            enable_fp_fusion=True,
-        )
+    shape = (logits.shape[0], height, width)
+    out = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    if out.numel() > 0:
+        launch = _forward_launch(
+            logits.device, logits.dtype, logits.shape, logits.stride(), height, width,
+            align_corners, are_classes_innermost(logits),
+        )  # fmt: skip
+        launch(logits, out, confidence)
     return out
 
 

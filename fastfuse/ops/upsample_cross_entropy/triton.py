@@ -18,11 +18,11 @@ from torch import Tensor
 from fastfuse.ops.bilinear_triton import (
     check_plane,
     load_interpolated,
-    power_of_two,
     sample_axis,
     target_range,
     weight_of,
 )
+from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
 from fastfuse.ops.strip_triton import (
     add_exponential,
     are_classes_innermost,
@@ -35,8 +35,8 @@ from fastfuse.ops.strip_triton import (
     sample_strip,
     strip,
     strip_filled,
-    strip_grid,
     strip_shape,
+    strips_of,
 )
 
 __all__ = ["backward", "forward"]
@@ -57,7 +57,7 @@ def _load_target(target, offset, mask, classes, ignore_index):
     return tl.where(is_class, label, 0).to(tl.int32), label == ignore_index, is_class
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index", "in_height", "in_width", "height", "width"])
 def _forward_kernel(
     logits,
     target,
@@ -138,7 +138,7 @@ def _load_between(above, below, column, weight, mask, DTYPE: tl.constexpr):
     return upper * (1 - weight) + lower * weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index", "in_height", "in_width", "height", "width"])
 def _backward_kernel(
     grad,
     logits,  # contiguous
@@ -270,6 +270,28 @@ def _sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
     return weight.sum() if weight is not None and label_smoothing > 0 else None
 
 
+@planned
+def _forward_launch(
+    device: torch.device, dtype: torch.dtype, logits_shape: tuple[int, ...],
+    stride: tuple[int, ...], height: int, width: int, ignore_index: int, label_smoothing: float,
+    align_corners: bool, channels_last: bool,
+) -> Launch:  # fmt: skip
+    check_plane(NAME, height, width)
+    batch, classes, in_height, in_width = logits_shape
+    in_size, size = (in_height, in_width), (height, width)
+    shape = strip_shape(dtype.itemsize, classes, in_size, size, align_corners, channels_last)
+    constants = {
+        "SMOOTHING": label_smoothing,
+        "ALIGN_CORNERS": align_corners,
+        "CHANNELS_LAST": channels_last,
+        "SAME_SIZE": in_size == size,
+        **shape,
+    }
+    integers = (ignore_index, classes, *in_size, *size, *stride)
+    programs = strips_of(batch, size, shape)
+    return Launch(_forward_kernel, programs, device, integers, constants)
+
+
 def forward(
     logits: Tensor,
     target: Tensor,
@@ -283,39 +305,48 @@ def forward(
     Both have the accumulation dtype. The loss of an ignored pixel is 0, that of one whose target is
     no class is NaN: nobody waits for the device to tell.
     """
-    batch, classes, in_height, in_width = logits.shape
-    height, width = target.shape[1:]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.empty(target.shape, dtype=dtype, device=logits.device)
     logsumexp = torch.empty_like(loss)
-    if loss.numel() == 0:
-        return loss, logsumexp
-    check_plane(NAME, height, width)
-    channels_last = are_classes_innermost(logits)
-    in_size, size = (in_height, in_width), (height, width)
-    shape = strip_shape(logits, size, align_corners, channels_last)
-    weight = None if weight is None else weight.contiguous()
-    with torch.cuda.device_of(logits):
-        _forward_kernel[strip_grid(batch, size, shape)](
-            logits,
-            target.contiguous(),
-            weight,
-            _sum_of(weight, label_smoothing),
-            loss,
-            logsumexp,
-            ignore_index,
-            classes,
-            *in_size,
-            *size,
-            *logits.stride(),
-            SMOOTHING=label_smoothing,
-            ALIGN_CORNERS=align_corners,
-            CHANNELS_LAST=channels_last,
-            SAME_SIZE=in_size == size,
-            **shape,
-            enable_fp_fusion=True,
-        )
+    if loss.numel() > 0:
+        weight = None if weight is None else weight.contiguous()
+        launch = _forward_launch(
+            logits.device, logits.dtype, logits.shape, logits.stride(), *target.shape[1:],
+            ignore_index, label_smoothing, align_corners, are_classes_innermost(logits),
+        )  # fmt: skip
+        weight_sum = _sum_of(weight, label_smoothing)
+        launch(logits, target.contiguous(), weight, weight_sum, loss, logsumexp)
     return loss, logsumexp
+
+
+@planned
+def _backward_launch(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
+    height: int, width: int, grad_stride: tuple[int, ...], ignore_index: int,
+    label_smoothing: float, align_corners: bool,
+) -> Launch:  # fmt: skip
+    batch, classes, in_height, in_width = shape
+    check_plane(NAME, height, width)
+    check_plane(NAME, in_height, in_width)
+    block_x = column_run(in_width)
+    block_c = min(CLASSES // (2 if dtype.itemsize == 8 else 1), power_of_two(classes))
+    blocks = (in_width, block_x), (classes, block_c), (in_height, SOURCE_ROWS)
+    x_blocks, class_blocks, row_blocks = (cdiv(n, block) for n, block in blocks)
+    constants = {
+        "SMOOTHING": label_smoothing,
+        "ALIGN_CORNERS": align_corners,
+        "SAME_SIZE": (in_height, in_width) == (height, width),
+        "SOURCE_ROWS": SOURCE_ROWS,
+        "BLOCK_X": block_x,
+        "BLOCK_C": block_c,
+        "num_warps": block_x // 32,
+        "maxnreg": MAX_REGISTERS,
+    }
+    integers = (
+        ignore_index, classes, in_height, in_width, height, width, *grad_stride, *stride,
+    )  # fmt: skip
+    programs = batch * x_blocks * class_blocks * row_blocks
+    return Launch(_backward_kernel, programs, device, integers, constants)
 
 
 def backward(
@@ -333,47 +364,20 @@ def backward(
 
     A pixel whose target is no class makes it NaN in all classes of the source pixels it reads.
     """
-    batch, classes, in_height, in_width = logits.shape
-    height, width = target.shape[1:]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad_logits = torch.empty(
         logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format
     )
     if grad_logits.numel() == 0:
         return grad_logits
-    check_plane(NAME, height, width)
-    check_plane(NAME, in_height, in_width)
-    block_x = column_run(in_width)
-    block_c = min(CLASSES // (2 if logits.element_size() == 8 else 1), power_of_two(classes))
-    blocks = (in_width, block_x), (classes, block_c), (in_height, SOURCE_ROWS)
-    x_blocks, class_blocks, row_blocks = (triton.cdiv(n, block) for n, block in blocks)
     weight = None if weight is None else weight.contiguous()
-    with torch.cuda.device_of(logits):
-        # A thread has a column's classes whatever the layout; a copy costs little beside the walk.
-        _backward_kernel[(batch * x_blocks * class_blocks * row_blocks,)](
-            grad,
-            logits.contiguous(),
-            target.contiguous(),
-            weight,
-            _sum_of(weight, label_smoothing),
-            logsumexp.contiguous(),
-            grad_logits,
-            ignore_index,
-            classes,
-            in_height,
-            in_width,
-            height,
-            width,
-            *grad.stride(),
-            *grad_logits.stride(),
-            SMOOTHING=label_smoothing,
-            ALIGN_CORNERS=align_corners,
-            SAME_SIZE=(in_height, in_width) == (height, width),
-            SOURCE_ROWS=SOURCE_ROWS,
-            BLOCK_X=block_x,
-            BLOCK_C=block_c,
-            num_warps=block_x // 32,
-            maxnreg=MAX_REGISTERS,
-            enable_fp_fusion=True,
-        )
+    launch = _backward_launch(
+        logits.device, logits.dtype, logits.shape, grad_logits.stride(), *target.shape[1:],
+        grad.stride(), ignore_index, label_smoothing, align_corners,
+    )  # fmt: skip
+    # A thread has a column's classes whatever the layout; a copy costs little beside the walk.
+    launch(
+        grad, logits.contiguous(), target.contiguous(), weight, _sum_of(weight, label_smoothing),
+        logsumexp.contiguous(), grad_logits,
+    )  # fmt: skip
     return grad_logits

@@ -10,6 +10,7 @@ side once from memory; neighbouring programs find shared rows in the L2 cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,13 +22,13 @@ from fastfuse.ops.bilinear_triton import (
     check_plane,
     dense_offset,
     load_interpolated,
-    power_of_two,
     target_range,
     tile,
-    tile_grid,
     tile_shape,
+    tiles_of,
     weight_of,
 )
+from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
 
 __all__ = ["backward", "forward"]
 
@@ -40,7 +41,7 @@ MAX_BLOCK_TAPS = 16
 MAX_REGISTERS = 128
 
 
-@triton.jit(do_not_specialize=["level"])
+@triton.jit(do_not_specialize=["level", "in_height", "in_width", "height", "width"])
 def _forward_kernel(
     feature,
     out,
@@ -90,7 +91,7 @@ def _forward_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["level"])
+@triton.jit(do_not_specialize=["level", "in_height", "in_width", "height", "width"])
 def _backward_kernel(
     grad_out,
     grad_feature,
@@ -163,6 +164,42 @@ def _backward_kernel(
     tl.store(grad_feature + offset, total.to(grad_feature.dtype.element_ty), mask=mask)
 
 
+@planned
+def _forward_plan(
+    device: torch.device, dtype: torch.dtype, shapes: tuple[Any, ...], strides: tuple[Any, ...],
+    height: int, width: int, align_corners: bool, channels_last: bool,
+) -> tuple[tuple[int, ...], list[Launch | None]]:  # fmt: skip
+    """The output's shape, and the launch of each level."""
+    check_plane(NAME, height, width)
+    batch, pixels = shapes[0][0], height * width
+    out_channels = sum(shape[1] for shape in shapes)
+    launches: list[Launch | None] = []
+    channel_offset = 0
+    for level, ((_, channels, in_height, in_width), stride) in enumerate(
+        zip(shapes, strides, strict=True)
+    ):
+        if batch * channels == 0:
+            launches.append(None)
+            continue
+        blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last)
+        integers = (
+            level, channel_offset, channels, out_channels, in_height, in_width, height, width,
+            pixels, *stride,
+        )  # fmt: skip
+        constants = {
+            "ALIGN_CORNERS": align_corners,
+            "CHANNELS_LAST": channels_last,
+            "SAME_SIZE": (in_height, in_width) == (height, width),
+            "BLOCK_PIXELS": blocks[0],
+            "BLOCK_C": blocks[1],
+            "num_warps": NUM_WARPS,
+        }
+        programs = tiles_of(batch, pixels, channels, blocks)
+        launches.append(Launch(_forward_kernel, programs, device, integers, constants))
+        channel_offset += channels
+    return (batch, out_channels, height, width), launches
+
+
 def forward(
     features: Sequence[Tensor],
     height: int,
@@ -177,50 +214,47 @@ def forward(
     ``mean`` and ``std`` hold one value per level on the features' device and are read there.
     """
     first = features[0]
-    batch = first.shape[0]
-    out_channels = sum(feature.shape[1] for feature in features)
-    out = torch.empty(
-        (batch, out_channels, height, width),
-        dtype=first.dtype,
-        device=first.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    shape, launches = _forward_plan(
+        first.device, first.dtype, tuple([f.shape for f in features]),
+        tuple([f.stride() for f in features]), height, width, align_corners, channels_last,
+    )  # fmt: skip
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
     mean = None if mean is None else mean.contiguous()
     std = None if std is None else std.contiguous()
-    check_plane(NAME, height, width)
-    pixels = height * width
-    itemsize = first.element_size()
-    channel_offset = 0
-    with torch.cuda.device_of(first):
-        for level, feature in enumerate(features):
-            _, channels, in_height, in_width = feature.shape
-            if feature.numel() > 0 and pixels > 0:
-                blocks = tile_shape(pixels, channels, itemsize, channels_last)
-                _forward_kernel[tile_grid(batch, pixels, channels, blocks)](
-                    feature,
-                    out,
-                    mean,
-                    std,
-                    level,
-                    channel_offset,
-                    channels,
-                    out_channels,
-                    in_height,
-                    in_width,
-                    height,
-                    width,
-                    pixels,
-                    *feature.stride(),
-                    ALIGN_CORNERS=align_corners,
-                    CHANNELS_LAST=channels_last,
-                    SAME_SIZE=(in_height, in_width) == (height, width),
-                    BLOCK_PIXELS=blocks[0],
-                    BLOCK_C=blocks[1],
-                    num_warps=NUM_WARPS,
-                    enable_fp_fusion=True,
-                )
-            channel_offset += channels
+    for feature, launch in zip(features, launches, strict=True):
+        if launch is not None:
+            launch(feature, out, mean, std)
     return out
+
+
+@planned
+def _backward_launch(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
+    level: int, offset: int, channels: int, in_height: int, in_width: int, align_corners: bool,
+    channels_last: bool,
+) -> Launch:  # fmt: skip
+    check_plane(NAME, in_height, in_width)
+    batch, _, height, width = shape
+    same_size = (in_height, in_width) == (height, width)
+    # A source position is read by two times the ratio of targets.
+    readers = 1 if same_size else cdiv(2 * width, in_width)
+    block_taps = min(power_of_two(readers), MAX_BLOCK_TAPS)
+    pixels = in_height * in_width
+    blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last, block_taps)
+    constants = {
+        "ALIGN_CORNERS": align_corners,
+        "CHANNELS_LAST": channels_last,
+        "SAME_SIZE": same_size,
+        "BLOCK_PIXELS": blocks[0],
+        "BLOCK_TAPS": block_taps,
+        "BLOCK_C": blocks[1],
+        "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
+    }
+    integers = (level, offset, channels, in_height, in_width, pixels, height, width, *stride)
+    programs = tiles_of(batch, pixels, channels, blocks)
+    return Launch(_backward_kernel, programs, device, integers, constants)
 
 
 def backward(
@@ -237,51 +271,18 @@ def backward(
 
     Each has shape (N, channels[i], heights[i], widths[i]); ``std`` holds one value per such level.
     """
-    batch, _, height, width = grad_output.shape
+    device, dtype, shape = grad_output.device, grad_output.dtype, grad_output.shape
     std = None if std is None else std.contiguous()
-    itemsize = grad_output.element_size()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     gradients = []
-    with torch.cuda.device_of(grad_output):
-        for level, (offset, level_channels, in_height, in_width) in enumerate(
-            zip(offsets, channels, heights, widths, strict=True)
-        ):
-            gradient = torch.empty(
-                (batch, level_channels, in_height, in_width),
-                dtype=grad_output.dtype,
-                device=grad_output.device,
-                memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-            )
-            gradients.append(gradient)
-            if gradient.numel() == 0:
-                continue
-            check_plane(NAME, in_height, in_width)
-            same_size = (in_height, in_width) == (height, width)
-            # A source position is read by two times the ratio of targets.
-            readers = 1 if same_size else triton.cdiv(2 * width, in_width)
-            block_taps = min(power_of_two(readers), MAX_BLOCK_TAPS)
-            pixels = in_height * in_width
-            blocks = tile_shape(pixels, level_channels, itemsize, channels_last, block_taps)
-            _backward_kernel[tile_grid(batch, pixels, level_channels, blocks)](
-                grad_output,
-                gradient,
-                std,
-                level,
-                offset,
-                level_channels,
-                in_height,
-                in_width,
-                pixels,
-                height,
-                width,
-                *grad_output.stride(),
-                ALIGN_CORNERS=align_corners,
-                CHANNELS_LAST=channels_last,
-                SAME_SIZE=same_size,
-                BLOCK_PIXELS=blocks[0],
-                BLOCK_TAPS=block_taps,
-                BLOCK_C=blocks[1],
-                num_warps=NUM_WARPS,
-                maxnreg=MAX_REGISTERS,
-                enable_fp_fusion=True,
-            )
+    for level, of_level in enumerate(zip(offsets, channels, heights, widths, strict=True)):
+        size = (shape[0], *of_level[1:])
+        gradient = torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+        gradients.append(gradient)
+        if gradient.numel() > 0:
+            launch = _backward_launch(
+                device, dtype, shape, grad_output.stride(), level, *of_level, align_corners,
+                channels_last,
+            )  # fmt: skip
+            launch(grad_output, gradient, std)
     return gradients

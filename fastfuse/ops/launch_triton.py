@@ -1,0 +1,102 @@
+"""Launches of Triton kernels, with little host time.
+
+Triton binds and inspects every argument of a launch, 12 to 24 us, to find what it compiled. But all
+that is no tensor follows from shapes: an op's launcher plans it once for each (``planned``), as
+:class:`Launch`, and what is left to ask is each tensor's dtype and alignment.
+
+Kernels take tensors first, then integers, then constants. Sizes that tell the compiler nothing are
+``do_not_specialize``: Triton compiles anew for an argument that is 1, or the first multiple of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+__all__ = ["Launch", "cdiv", "forget_plans", "planned", "power_of_two"]
+
+PLANS = 1024  # kept of each launcher, the latest used ones
+
+_Plan = TypeVar("_Plan")
+_forget: list[Callable[[], None]] = []
+
+
+def planned(plan: Callable[..., _Plan]) -> Callable[..., _Plan]:
+    """Keeps what a function of shapes, strides, dtypes, devices and numbers returned."""
+    kept = lru_cache(PLANS)(plan)
+    _forget.append(kept.cache_clear)
+    return kept
+
+
+def forget_plans() -> None:
+    """After a change of what plans are made from."""
+    for forget in _forget:
+        forget()
+
+
+def cdiv(n: int, divisor: int) -> int:
+    return -(-n // divisor)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Launch:
+    """A launch of a kernel but for its tensors, with which it is called.
+
+    Args:
+        kernel: of ``triton.jit``; the device's current stream runs it.
+        programs: how many.
+        integers: what follows the tensors.
+        constants: by name, the kernel's constants and the options of its compilation.
+    """
+
+    __slots__ = ("_compiled", "constants", "device", "integers", "kernel", "programs", "values")
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        device: torch.device,
+        integers: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        self.kernel, self.programs, self.device = kernel, programs, device
+        self.integers, self.constants = integers, {"enable_fp_fusion": True, **constants}
+        names = [name for name in kernel.arg_names if name in constants]
+        self.values = (*integers, *[constants[name] for name in names])
+        self._compiled: dict[Any, CompiledKernel] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self._launch(tensors)
+        else:
+            self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
+        kinds = tuple([_kind(tensor) for tensor in tensors])
+        compiled = self._compiled.get(kinds)
+        if compiled is not None:
+            compiled[(self.programs, 1, 1)](*tensors, *self.values)
+            return
+        compiled = self.kernel[(self.programs,)](*tensors, *self.integers, **self.constants)
+        if isinstance(compiled, CompiledKernel):  # the interpreter has none
+            self._compiled[kinds] = compiled
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for of a tensor, or of those of a tuple."""
+    if value is None or type(value) is int:
+        return None
+    if type(value) is tuple:
+        return tuple([_kind(part) for part in value])
+    tensor: Tensor = value
+    return tensor.dtype, tensor.data_ptr() % 16 == 0
