@@ -100,4 +100,4 @@ def test_blocks_on_detection_sizes() -> None:
         for channels, stride, steps in blocks:
             x = image(2, channels, height // stride, width // stride)
             found |= set(map(specialisation, recorded(lambda x=x, steps=steps: step(x, steps))))
-    assert len(found) <= 40, sorted({launch[0].__name__ for launch in found})
+    assert len(found) <= 45, sorted({launch[0].__name__ for launch in found})

@@ -41,11 +41,11 @@ MAX_BLOCK_COLUMNS = 32
 # Registers of a run's sums. Beside them are the weights of at most MAX_TAPS taps (larger kernels
 # are cut) and the rows in flight: with more sums the assembler spills.
 MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 44, 32, 7
-RUNS = (1, 2, 4, 8, 11, 16, 32)
+RUNS = (1, 2, 4, 7, 8, 11, 16, 32)
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64
-MAX_ROWS, MAX_VECTOR_ROWS = 16, 8
+MAX_ROWS, MAX_VECTOR_ROWS = 16, 7
 # Programs that fill today's devices about twice: below, runs are shortened for more of them. So
 # many write partial sums, if there are so many tiles: every order of summation is one of the shape.
 MIN_PROGRAMS = 256
@@ -83,9 +83,7 @@ def _is_inside(y, height):
     return tl.full([1, 1, 1], y, tl.int32).to(tl.uint32) < height  # a negative one is large
 
 
-@triton.jit(
-    do_not_specialize=["height", "width", "run_blocks", "residues", "dilation", "weight_start"]
-)
+@triton.jit(do_not_specialize=["height", "width", "run_blocks"])
 def _forward_kernel(
     out, x,
     weight,  # its first tap; it may be walked backwards
@@ -160,11 +158,7 @@ def _forward_kernel(
         offset += out_step
 
 
-@triton.jit(
-    do_not_specialize=[
-        "height", "width", "run_blocks", "residues", "dilation", "tiles", "tiles_per_chunk",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["height", "width", "run_blocks", "tiles", "tiles_per_chunk"])
 def _backward_weight_kernel(
     partials,  # (chunks, k * k + 1, channels): of the weights' gradient and, last, the bias's
     grad_out, x,

@@ -36,8 +36,7 @@ NAME = "upsample_equalize_concat"
 
 # Taps summed at once along x: all readers of a source pixel up to a ratio of 8.
 MAX_BLOCK_TAPS = 16
-# Of the backward: four programs per multiprocessor. Without a limit the assembler may spill to
-# reach one it likes.
+# Four programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
 MAX_REGISTERS = 128
 
 
@@ -91,7 +90,7 @@ def _forward_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["level", "in_height", "in_width", "height", "width"])
+@triton.jit(do_not_specialize=["level"])  # sizes: without what is known of them it spills
 def _backward_kernel(
     grad_out,
     grad_feature,
@@ -193,6 +192,7 @@ def _forward_plan(
             "BLOCK_PIXELS": blocks[0],
             "BLOCK_C": blocks[1],
             "num_warps": NUM_WARPS,
+            "maxnreg": MAX_REGISTERS,
         }
         programs = tiles_of(batch, pixels, channels, blocks)
         launches.append(Launch(_forward_kernel, programs, device, integers, constants))
