@@ -33,10 +33,10 @@ FASTFUSE_INLINE DepthwiseTile tile_of(const DepthwiseTiles& t, int64_t group, in
   tile.row1 = tile.rows * (row + 1) / t.row_tiles;
   const int64_t units = (t.width + t.column_unit - 1) / t.column_unit;
   tile.x0 = units * column / t.column_tiles * t.column_unit;
-  tile.x1 = smaller(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
+  tile.x1 = min_of(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
   const int64_t reach = t.kernel_size / 2 * t.dilation;
-  tile.in0 = larger(tile.x0 - reach, 0);
-  tile.in1 = smaller(tile.x1 + reach, t.width);
+  tile.in0 = max_of(tile.x0 - reach, 0);
+  tile.in1 = min_of(tile.x1 + reach, t.width);
   return tile;
 }
 
@@ -102,7 +102,7 @@ FASTFUSE_INLINE void read_row(const Source& values, const Image& image, int64_t 
     return;
   }
   for (int64_t v = 0; v * lanes < channels; ++v) {
-    const int64_t count = smaller(channels - v * lanes, lanes);
+    const int64_t count = min_of(channels - v * lanes, lanes);
     const S* from = at<const S>(image, n, c + v * lanes, y, x0);
     A* to = buffer + v * distance;
     if constexpr (ChannelsLast) {
@@ -115,7 +115,7 @@ FASTFUSE_INLINE void read_row(const Source& values, const Image& image, int64_t 
       }
     } else {
       for (int64_t x = x0; x < x1; x += lanes, from += lanes, to += lanes * lanes) {
-        const int64_t columns = smaller(x1 - x, lanes);
+        const int64_t columns = min_of(x1 - x, lanes);
         Vec<A> square[lanes];
         if (columns == lanes && count == lanes) {
           unrolled<0, lanes>([&](auto i) __attribute__((always_inline)) {
@@ -185,7 +185,7 @@ FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int6
              [count](S* p, Vec<A> v) { store_partial(p, v, count); });
   } else {
     for (int64_t x = x0; x < x1; x += lanes, buffer += lanes * lanes) {
-      const int64_t columns = smaller(x1 - x, lanes);
+      const int64_t columns = min_of(x1 - x, lanes);
       if (columns == lanes && count == lanes && !plus) {
         Vec<A> square[lanes];
         unrolled<0, lanes>([&](auto i) __attribute__((always_inline)) {
@@ -228,7 +228,7 @@ FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t 
   }
   for (int64_t v = 0; v * lanes < channels; ++v)
     write_vectors<S, ChannelsLast>(image, addend, n, c + v * lanes,
-                                   smaller(lanes, channels - v * lanes), y, x0, x1,
+                                   min_of(lanes, channels - v * lanes), y, x0, x1,
                                    buffer + v * distance);
 }
 
@@ -237,7 +237,7 @@ template <class S, class A>
 FASTFUSE_INLINE void read_taps(const S* from, int64_t taps, int64_t count, bool flip, A* to) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
+    const int64_t here = min_of(taps - t, lanes);
     Vec<A> square[lanes] = {};
     for (int64_t i = 0; i < count; ++i) {
       const S* p = from + i * taps + t;
@@ -253,7 +253,7 @@ template <class S, class A>
 FASTFUSE_INLINE void write_taps(const A* from, int64_t taps, int64_t count, S* to) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
+    const int64_t here = min_of(taps - t, lanes);
     Vec<A> square[lanes] = {};
     for (int64_t i = 0; i < here; ++i) square[i] = load(from + (t + i) * lanes);
     transpose<A>(square);

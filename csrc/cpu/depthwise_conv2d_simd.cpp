@@ -17,7 +17,7 @@ FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const DepthwiseTile& ti
   const int64_t width = tile.x1 - tile.x0;
   const int64_t whole = width / t.dilation, rest = width % t.dilation;
   int64_t done = tile.x0;
-  for (int64_t phase = 0; phase < smaller(t.dilation, width); ++phase) {
+  for (int64_t phase = 0; phase < min_of(t.dilation, width); ++phase) {
     const int64_t outputs = whole + (phase < rest);
     const int64_t blocks = (outputs + kMaxBlock<A> - 1) / kMaxBlock<A>;
     const int64_t size = outputs / blocks, longer = outputs % blocks;
@@ -38,7 +38,7 @@ template <class Do>
 FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const DepthwiseTile& tile, Do tap) {
   for (int64_t kx = 0; kx < t.kernel_size; ++kx) {
     const int64_t shift = (kx - t.kernel_size / 2) * t.dilation;
-    const int64_t begin = larger(tile.x0, -shift), end = smaller(tile.x1, t.width - shift);
+    const int64_t begin = max_of(tile.x0, -shift), end = min_of(tile.x1, t.width - shift);
     tap(kx, begin - tile.x0, end - tile.x0, tile.x0 + shift - tile.in0);
   }
 }
@@ -118,7 +118,7 @@ struct PhaseRows {
   FASTFUSE_INLINE void read(const DepthwiseTile& tile, int64_t y, [[maybe_unused]] int64_t end,
                             int64_t x0, int64_t x1, A* buffer, int64_t distance) const {
     const int64_t c0 = tile.group * t.group_channels;
-    const int64_t row = tile.phase + larger(y, 0) * t.dilation;
+    const int64_t row = tile.phase + max_of(y, 0) * t.dilation;
 #if defined(__AVX512BF16__)
     if constexpr (Paired) {
       const int64_t below = y < 0 ? 0 : t.dilation * image.stride_h;
@@ -153,11 +153,11 @@ class Ring {
         distance_((tile.in1 - tile.in0) * kLanes<A>),
         memory_(memory),
         top_(top),
-        next_(larger(tile.row0 - t.kernel_size / 2, top)) {}
+        next_(max_of(tile.row0 - t.kernel_size / 2, top)) {}
 
   // Reads what output row i needs.
   FASTFUSE_INLINE void advance(int64_t i) {
-    const int64_t end = smaller(i + t_.kernel_size / 2 + 1, tile_.rows);
+    const int64_t end = min_of(i + t_.kernel_size / 2 + 1, tile_.rows);
     for (; next_ < end; ++next_)
       rows_.template read<ChannelsLast>(tile_, next_, tile_.rows, tile_.in0, tile_.in1,
                                         place((next_ - top_) % t_.kernel_size, 0), distance_);
@@ -170,16 +170,16 @@ class Ring {
     const int64_t row = i + t_.kernel_size / 2 + 1 + Paired;
     if (row < tile_.rows && i + 1 < tile_.row1)
       rows_.template ask_for<ChannelsLast>(tile_, row, x0, x1);
-    const int64_t first = larger(next.row0 - t_.kernel_size / 2, 0);
+    const int64_t first = max_of(next.row0 - t_.kernel_size / 2, 0);
     const int64_t wanted = first + t_.kernel_size - (tile_.row1 - i);
-    if (wanted >= first && wanted < smaller(next.row0 + t_.kernel_size / 2 + 1, next.rows))
+    if (wanted >= first && wanted < min_of(next.row0 + t_.kernel_size / 2 + 1, next.rows))
       rows_.template ask_for<ChannelsLast>(next, wanted, next.x0 + (x0 - tile_.x0),
-                                           smaller(next.x0 + (x1 - tile_.x0), next.x1));
+                                           min_of(next.x0 + (x1 - tile_.x0), next.x1));
   }
 
   FASTFUSE_INLINE InputRows<A> rows(int64_t i, int64_t vector, const A** pointers) {
     const int64_t r = t_.kernel_size / 2;
-    const int64_t begin = larger(i - r, top_), end = smaller(i + r + 1, tile_.rows);
+    const int64_t begin = max_of(i - r, top_), end = min_of(i + r + 1, tile_.rows);
     int64_t slot = (begin - top_) % t_.kernel_size;
     for (int64_t y = begin; y < end; ++y) {
       pointers[y - begin] = place(slot, vector);
@@ -209,14 +209,14 @@ struct Buffers {
   const A** pointers;
 
   static int64_t columns(const DepthwiseTiles& t) {  // of a tile, at most
-    return smaller(t.width, t.width / t.column_tiles + 2 * t.column_unit);
+    return min_of(t.width, t.width / t.column_tiles + 2 * t.column_unit);
   }
   static int64_t group(const DepthwiseTiles& t) {
     return (t.group_channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   }
   static int64_t ring_size(const DepthwiseTiles& t) {
     const int64_t reach = t.kernel_size / 2 * t.dilation;
-    return t.kernel_size * smaller(columns(t) + 2 * reach, t.width) * group(t);
+    return t.kernel_size * min_of(columns(t) + 2 * reach, t.width) * group(t);
   }
   static int64_t bytes(const DepthwiseTiles& t) {
     const int64_t elements =
@@ -271,10 +271,10 @@ void forward_tiles(const DepthwiseForward& op, int64_t begin, int64_t end, void*
     if (tile.group != packed) {
       packed = tile.group;
       c0 = tile.group * t.group_channels;
-      channels = smaller(t.group_channels, t.channels - c0);
+      channels = min_of(t.group_channels, t.channels - c0);
       vectors = (channels + lanes - 1) / lanes;
       for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t c = c0 + v * lanes, count = smaller(lanes, channels - v * lanes);
+        const int64_t c = c0 + v * lanes, count = min_of(lanes, channels - v * lanes);
         A* taps = buffers.taps + v * k2 * lanes;
         read_taps(static_cast<const S*>(op.weight) + c * k2, k2, count, op.flip, taps);
 #if defined(__AVX512BF16__)
@@ -335,7 +335,7 @@ void sum_tiles(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, vo
   const Buffers<A> buffers(t, scratch);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t group = unit / op.parts, part = unit % op.parts;
-    const int64_t channels = smaller(t.group_channels, t.channels - group * t.group_channels);
+    const int64_t channels = min_of(t.group_channels, t.channels - group * t.group_channels);
     const int64_t vectors = (channels + lanes - 1) / lanes;
     const PhaseRows<S, Paired> grads{t, op.grad_output, channels};
     A* sums = static_cast<A*>(op.sums) + unit * (k2 + 1) * t.group_channels;
@@ -404,14 +404,14 @@ void reduce(const DepthwiseWeightGradient& op, int64_t begin, int64_t end) {
   const int64_t size = (k2 + 1) * t.group_channels;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t c0 = group * t.group_channels;
-    const int64_t channels = smaller(t.group_channels, t.channels - c0);
+    const int64_t channels = min_of(t.group_channels, t.channels - c0);
     A* total = static_cast<A*>(op.sums) + group * op.parts * size;
     const int64_t used = (k2 + 1) * ((channels + lanes - 1) / lanes) * lanes;
     for (int64_t part = 1; part < op.parts; ++part)
       for (int64_t i = 0; i < used; i += lanes)
         store(total + i, load(total + i) + load(total + part * size + i));
     for (int64_t c = 0; c < channels; c += lanes, total += (k2 + 1) * lanes) {
-      const int64_t count = smaller(lanes, channels - c);
+      const int64_t count = min_of(lanes, channels - c);
       write_taps(total, k2, count, static_cast<S*>(op.grad_weight) + (c0 + c) * k2);
       write_taps(total + k2 * lanes, 1, count, static_cast<S*>(op.grad_bias) + c0 + c);
     }

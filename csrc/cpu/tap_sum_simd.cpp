@@ -19,7 +19,7 @@ struct Range {
   int64_t begin, end;
 };
 FASTFUSE_INLINE Range inside(int64_t tap, int64_t padding, int64_t size, int64_t out_size) {
-  return {smaller(larger(padding - tap, 0), out_size), smaller(size + padding - tap, out_size)};
+  return {min_of(max_of(padding - tap, 0), out_size), min_of(size + padding - tap, out_size)};
 }
 
 // Of the targets that read source position `s`, those that a tap brings into the output: they are
@@ -27,7 +27,7 @@ FASTFUSE_INLINE Range inside(int64_t tap, int64_t padding, int64_t size, int64_t
 FASTFUSE_INLINE Range readers(const AdjointSampling& axis, int64_t s, int64_t tap, int64_t padding,
                               int64_t out_size) {
   const int64_t shift = tap - padding - axis.first[s];
-  return {larger(shift, 0), smaller(out_size + shift, axis.count[s])};
+  return {max_of(shift, 0), min_of(out_size + shift, axis.count[s])};
 }
 
 // ---- channels_last ---------------------------------------------------------------------------
@@ -76,7 +76,7 @@ constexpr int64_t kSlots = 4;
 
 template <class A>
 Tiling forward_tiling(const TapSum& op) {
-  const int64_t rows = kSlots * larger(op.num_levels, 1) * op.kernel_size;
+  const int64_t rows = kSlots * max_of(op.num_levels, 1) * op.kernel_size;
   return Tiling(op.ring_bytes, op.channels, op.out.width, rows * sizeof(A), kMinColumns, kPair);
 }
 
@@ -192,7 +192,7 @@ FASTFUSE_INLINE void sum_rows(const TapSum& op, const Tile& tile, int64_t y, boo
                               void* scratch) {
   using A = compute_t<S>;
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t rows = smaller(kPair, op.out.height - y);
+  const int64_t rows = min_of(kPair, op.out.height - y);
   const int64_t columns = (tile.x1 - tile.x0 + 1) / kPair * kPair;
   const int64_t k = op.kernel_size, length = columns * tile.stride;
   A* slots = static_cast<A*>(scratch);  // [level][ky][slot][x][stride]
@@ -239,7 +239,7 @@ FASTFUSE_INLINE void sum_rows(const TapSum& op, const Tile& tile, int64_t y, boo
            tile.x0 * op.out.stride_w + tile.c0;
   const RowConstants<A> start[kPair] = {
       {op, tile, y, constants},
-      {op, tile, smaller(y + 1, op.out.height - 1), constants + (k + 2) * tile.stride}};
+      {op, tile, min_of(y + 1, op.out.height - 1), constants + (k + 2) * tile.stride}};
   const A base_scale = static_cast<A>(op.base_scale);
   int64_t offset = 0;
   for (int64_t x = tile.x0; x < tile.x1; ++x, offset += tile.stride, out += op.out.stride_w) {
@@ -278,7 +278,7 @@ Tiling backward_tiling(const TapSum& op) {
   const TapLevel& level = op.levels[0];
   const int64_t min_columns = kMinColumns * level.taps.width / op.out.width;
   return Tiling(op.ring_bytes, op.channels, level.taps.width,
-                level.ring_rows * padded_taps(op) * sizeof(A), larger(min_columns, 1), 1);
+                level.ring_rows * padded_taps(op) * sizeof(A), max_of(min_columns, 1), 1);
 }
 
 template <class A>
@@ -314,11 +314,11 @@ FASTFUSE_INLINE void gather_row(const TapSum& op, const Tile& tile, int64_t s, b
   // The rows of the gradient that any tap of a source row reads.
   const auto rows_of = [&](int64_t source) {
     const int64_t first = along_y.first[source] + op.padding;
-    return Range{larger(first - (k - 1), 0), smaller(first + along_y.count[source], out.height)};
+    return Range{max_of(first - (k - 1), 0), min_of(first + along_y.count[source], out.height)};
   };
   const Range rows = rows_of(s);
   const int64_t made = continued ? rows_of(s - 1).end : 0;
-  for (int64_t y = larger(rows.begin, made); y < rows.end; ++y) {
+  for (int64_t y = max_of(rows.begin, made); y < rows.end; ++y) {
     const S* gradient = from + y * out.stride_h;
     A* column = ring + y % level.ring_rows * length;
     for (int64_t x = tile.x0; x < tile.x1; ++x) {
@@ -340,7 +340,7 @@ FASTFUSE_INLINE void gather_row(const TapSum& op, const Tile& tile, int64_t s, b
   const A* weights = static_cast<const A*>(along_y.weight) + along_y.offset[s];
   const A scale = static_cast<A>(level.scale);
   for (int64_t ky0 = 0; ky0 < k; ky0 += kTaps) {
-    const int64_t group = smaller(kTaps, k - ky0);
+    const int64_t group = min_of(kTaps, k - ky0);
     Term<A, kTaps>* end = terms;
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       Term<A, kTaps> term = {ring + y % level.ring_rows * length, {}};
@@ -392,7 +392,7 @@ int64_t forward_contiguous_units(const TapSum& op) {
 template <class A>
 int64_t forward_contiguous_scratch(const TapSum& op) {
   int64_t source = 0;
-  for (int64_t i = 0; i < op.num_levels; ++i) source = larger(source, op.levels[i].taps.width);
+  for (int64_t i = 0; i < op.num_levels; ++i) source = max_of(source, op.levels[i].taps.width);
   return (padded(op.out.width) + padded(op.width) + padded(source)) * sizeof(A);
 }
 
@@ -505,7 +505,7 @@ void backward_contiguous(const TapSum& op, int64_t begin, int64_t end, void* scr
 
   for (int64_t unit = begin; unit < end; unit += lanes) {
     Line lines[lanes];
-    const int64_t count = smaller(end - unit, lanes);
+    const int64_t count = min_of(end - unit, lanes);
     for (int64_t r = 0; r < lanes; ++r) lines[r] = find(unit + (r < count ? r : 0));
 
     for_each_vector<A>(out.width, [&](int64_t x, auto load, auto) {

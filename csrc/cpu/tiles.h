@@ -1,13 +1,11 @@
 // Tiles of channels_last images whose working rows fit the second-level cache, for vector bodies.
 #pragma once
 
+#include "cpu/integers.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
 namespace {
-
-FASTFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
 constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
@@ -20,16 +18,15 @@ struct Tiling {
   // wide, and of kMinChannels channels, which are whole cache lines.
   Tiling(int64_t ring_bytes, int64_t all_channels, int64_t all_columns, int64_t column_bytes,
          int64_t min_columns, int64_t multiple) {
-    channels = smaller(all_channels, kMaxChannels);
+    channels = min_of(all_channels, kMaxChannels);
     const auto fitting = [&] { return ring_bytes / (channels * column_bytes); };
-    while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
-      channels = larger(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
-    column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
-    columns = divided(divided(all_columns, column_blocks), multiple) * multiple;
-    column_blocks = divided(all_columns, columns);
-    channel_blocks = divided(all_channels, channels);
+    while (fitting() < min_of(min_columns, all_columns) && channels > kMinChannels)
+      channels = max_of(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
+    column_blocks = ceil_div(all_columns, max_of(min_of(fitting(), all_columns), 1));
+    columns = round_up(ceil_div(all_columns, column_blocks), multiple);
+    column_blocks = ceil_div(all_columns, columns);
+    channel_blocks = ceil_div(all_channels, channels);
   }
-  static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
   int64_t tiles() const { return channel_blocks * column_blocks; }
 };
 
@@ -44,15 +41,15 @@ FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_
                               int64_t height, int64_t begin, int64_t end, Do row) {
   while (begin < end) {
     const int64_t line = begin / height, first = begin % height;
-    const int64_t last = smaller(first + end - begin, height);
+    const int64_t last = min_of(first + end - begin, height);
     const int64_t index = line % tiling.tiles();
     Tile tile;
     tile.n = line / tiling.tiles();
     tile.c0 = index / tiling.column_blocks * tiling.channels;
-    tile.channels = smaller(tiling.channels, all_channels - tile.c0);
-    tile.stride = Tiling::divided(tile.channels, kLanes<A>) * kLanes<A>;
-    tile.x0 = smaller(index % tiling.column_blocks * tiling.columns, all_columns);
-    tile.x1 = smaller(tile.x0 + tiling.columns, all_columns);
+    tile.channels = min_of(tiling.channels, all_channels - tile.c0);
+    tile.stride = round_up(tile.channels, kLanes<A>);
+    tile.x0 = min_of(index % tiling.column_blocks * tiling.columns, all_columns);
+    tile.x1 = min_of(tile.x0 + tiling.columns, all_columns);
     for (int64_t y = first; y < last; ++y) row(tile, y, y > first);
     begin += last - first;
   }
