@@ -24,13 +24,10 @@ struct Geometry {
   int64_t out_width() const { return width + 2 * padding - (kernel_size - 1); }
 
   void check_them() const {
-    check_axis(kOp, "size", height);
-    check_axis(kOp, "size", width);
-    check(kernel_size >= 1 && kernel_size % 2 == 1 && kernel_size < (1 << 15), kOp,
-          "kernel_size must be odd; got ", kernel_size);
-    check(padding >= 0 && padding < (1 << 30), kOp, "padding must be at least 0; got ", padding);
-    check_axis(kOp, "output", out_height());
-    check_axis(kOp, "output", out_width());
+    check_axes(kOp, "size", height, width);
+    check_kernel_size(kOp, kernel_size);
+    check_at_least(kOp, "padding", 0, padding, 1 << 30);
+    check_axes(kOp, "output", out_height(), out_width());
   }
 };
 
@@ -137,8 +134,7 @@ void check_taps(const Tensor& taps, const Tensor& out, const Geometry& g) {
   check(taps.scalar_type() == out.scalar_type(), kOp, "taps and output must share a dtype");
   check(taps.size(0) == out.size(0) && taps.size(1) == g.kernel_size * g.kernel_size * out.size(1),
         kOp, "taps must have the output's N and k * k times its channels");
-  check_axis(kOp, "taps", taps.size(2));
-  check_axis(kOp, "taps", taps.size(3));
+  check_axes(kOp, "taps", taps.size(2), taps.size(3));
 }
 
 TapLevel level_of(const Tensor& taps, int64_t channels) {
