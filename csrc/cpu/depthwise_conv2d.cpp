@@ -64,7 +64,7 @@ void check_arguments(const Tensor& x, int64_t kernel_size, int64_t dilation) {
 
 // Of units that share so many multiply-adds.
 int64_t depthwise_grain(int64_t units, int64_t work) {
-  return grain_of(work / units, sizes().depthwise_grain);
+  return grain_of(units, work, sizes().depthwise_grain);
 }
 
 bool same_shape(const Tensor& a, const Tensor& b) {

@@ -100,8 +100,13 @@ inline bool worth_streaming(const Image& output, int64_t channels, int64_t outpu
 }
 
 // How many units, of `values` each, are worth waking a thread for.
-inline int64_t grain_of(int64_t values, int64_t worthwhile = sizes().grain) {
-  return std::max<int64_t>(1, worthwhile / std::max<int64_t>(1, values));
+inline int64_t grain_of(int64_t values) {
+  return std::max<int64_t>(1, sizes().grain / std::max<int64_t>(1, values));
+}
+
+// The same of units that share so much work: no thread has less than a whole `worthwhile` of it.
+inline int64_t grain_of(int64_t units, int64_t work, int64_t worthwhile) {
+  return std::max<int64_t>(1, units / std::max<int64_t>(1, work / worthwhile));
 }
 
 // Calls body(begin, end) for parts of the units [0, units), `grain` of them or more, on all

@@ -108,7 +108,7 @@ void run(const TapSumKernel<Op>& kernel, const Op& op, int64_t elements) {
   const int64_t units = kernel.units(op);
   if (units == 0 || elements == 0) return;
   for_units(
-      units, grain_of(elements / units), kernel.scratch(op),
+      units, grain_of(units, elements, sizes().grain), kernel.scratch(op),
       [&](int64_t begin, int64_t end, void* scratch) { kernel.body(op, begin, end, scratch); });
 }
 
