@@ -32,5 +32,19 @@ inline void check_axis(const char* op, const char* argument, int64_t size) {
   check(size >= 1 && size <= std::numeric_limits<int32_t>::max(), op, argument,
         " must be at least 1 and at most 2^31 - 1 high and wide; got ", size);
 }
+inline void check_axes(const char* op, const char* argument, int64_t height, int64_t width) {
+  check_axis(op, argument, height);
+  check_axis(op, argument, width);
+}
+
+inline void check_at_least(const char* op, const char* argument, int64_t least, int64_t value,
+                           int64_t limit = std::numeric_limits<int64_t>::max()) {
+  check(value >= least, op, argument, " must be at least ", least, "; got ", value);
+  check(value < limit, op, argument, " must be below ", limit, "; got ", value);
+}
+
+inline void check_kernel_size(const char* op, int64_t size) {
+  check(size >= 1 && size % 2 == 1 && size < (1 << 15), op, "kernel_size must be odd; got ", size);
+}
 
 }  // namespace fastfuse

@@ -17,8 +17,6 @@ constexpr const char* kOp = "depthwise_conv2d";
 
 const DepthwiseKernels& kernels(Dtype dtype) { return depthwise_kernels_of(isa_of(dtype)); }
 
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Depends on shapes alone, and never on the number of threads: so do the sums' orders.
 DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, int64_t lanes,
                         Dtype dtype, bool channels_last) {
@@ -37,7 +35,7 @@ DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, 
   const int64_t pair_bytes = 2 * lanes * (narrow ? 2 : compute_size(dtype));
   const bool pair = channels_last && pair_bytes <= kCacheLine && t.channels > lanes;
   t.group_channels = pair ? 2 * lanes : lanes;
-  t.groups = divided(t.channels, t.group_channels);
+  t.groups = ceil_div(t.channels, t.group_channels);
   t.phases = std::min(dilation, t.height);
 
   const int64_t reach = kernel_size / 2 * dilation;
@@ -45,36 +43,28 @@ DepthwiseTiles tiles_of(const Tensor& x, int64_t kernel_size, int64_t dilation, 
       sizes().depthwise_ring_bytes / (kernel_size * t.group_channels * compute_size(dtype)) -
       2 * reach;
   t.column_unit = lanes;  // whole cache lines of a contiguous image
-  const int64_t columns = divided(t.width, t.column_unit);
-  t.column_tiles = std::clamp<int64_t>(divided(t.width, std::max(fitting, lanes)), 1, columns);
+  const int64_t columns = ceil_div(t.width, t.column_unit);
+  t.column_tiles = std::clamp<int64_t>(ceil_div(t.width, std::max(fitting, lanes)), 1, columns);
   // The last tile may lack all but one column of its last unit.
   const auto narrowest = [&] { return (columns / t.column_tiles - 1) * t.column_unit + 1; };
   while (t.column_tiles > 1 && narrowest() < reach) --t.column_tiles;
   const int64_t units = t.batch * t.groups * t.phases * t.column_tiles;
-  const int64_t rows = divided(t.height, dilation);
-  t.row_tiles = std::clamp<int64_t>(divided(kUnits, std::max<int64_t>(units, 1)), 1,
+  const int64_t rows = ceil_div(t.height, dilation);
+  t.row_tiles = std::clamp<int64_t>(ceil_div(kUnits, std::max<int64_t>(units, 1)), 1,
                                     std::max<int64_t>(rows / kMinRows, 1));
   return t;
 }
 
 void check_arguments(const Tensor& x, int64_t kernel_size, int64_t dilation) {
   check_image(kOp, "x", x);
-  check(kernel_size >= 1 && kernel_size % 2 == 1 && kernel_size < (1 << 15), kOp,
-        "kernel_size must be odd; got ", kernel_size);
-  check(dilation >= 1 && dilation < (1 << 15), kOp, "dilation must be at least 1; got ", dilation);
-  if (x.numel() == 0) return;
-  check_axis(kOp, "x", x.size(2));
-  check_axis(kOp, "x", x.size(3));
+  check_kernel_size(kOp, kernel_size);
+  check_at_least(kOp, "dilation", 1, dilation, 1 << 15);
+  if (x.numel() > 0) check_axes(kOp, "x", x.size(2), x.size(3));
 }
 
-template <class Body>
-void run(int64_t units, int64_t work, int64_t scratch, Body body) {
-  const int64_t grain =
-      std::max<int64_t>(1, units / std::max<int64_t>(1, work / sizes().depthwise_grain));
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch memory(scratch);
-    body(begin, end, memory.get());
-  });
+// Of units that share so many multiply-adds.
+int64_t depthwise_grain(int64_t units, int64_t work) {
+  return grain_of(units, work, sizes().depthwise_grain);
 }
 
 bool same_shape(const Tensor& a, const Tensor& b) {
@@ -116,10 +106,11 @@ Tensor forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optiona
   op.weight = weight.const_data_ptr();
   op.bias = bias ? bias->const_data_ptr() : nullptr;
   op.flip = flip;
-  run(op.tiles.groups * op.tiles.tiles(), x.numel() * k * k, kernel.scratch(op.tiles),
-      [&](int64_t begin, int64_t end, void* scratch) {
-        kernel.forward[channels_last](op, begin, end, scratch);
-      });
+  const int64_t units = op.tiles.groups * op.tiles.tiles();
+  for_units(units, depthwise_grain(units, x.numel() * k * k), kernel.scratch(op.tiles),
+            [&](int64_t begin, int64_t end, void* scratch) {
+              kernel.forward[channels_last](op, begin, end, scratch);
+            });
   return out;
 }
 
@@ -145,19 +136,20 @@ std::tuple<Tensor, Tensor> backward_weight(Tensor grad_output, Tensor x, int64_t
   op.x = image(x);
   op.grad_output = image(grad_output);
   constexpr int64_t kUnits = 64;
-  op.parts = std::min(divided(kUnits, op.tiles.groups), op.tiles.tiles());
+  op.parts = std::min(ceil_div(kUnits, op.tiles.groups), op.tiles.tiles());
   const int64_t units = op.tiles.groups * op.parts;
   const Scratch sums(units * (kernel_size * kernel_size + 1) * op.tiles.group_channels *
                      compute_size(dtype));
   op.sums = sums.get();
   op.grad_weight = grad_weight.data_ptr();
   op.grad_bias = grad_bias.data_ptr();
-  const int64_t work = x.numel() * kernel_size * kernel_size;
-  run(units, work, kernel.scratch(op.tiles), [&](int64_t begin, int64_t end, void* scratch) {
-    kernel.sum[channels_last](op, begin, end, scratch);
-  });
-  run(op.tiles.groups, op.parts * channels * kernel_size * kernel_size, 1,
-      [&](int64_t begin, int64_t end, void*) { kernel.reduce(op, begin, end); });
+  const int64_t taps = kernel_size * kernel_size;
+  for_units(units, depthwise_grain(units, x.numel() * taps), kernel.scratch(op.tiles),
+            [&](int64_t begin, int64_t end, void* scratch) {
+              kernel.sum[channels_last](op, begin, end, scratch);
+            });
+  for_units(op.tiles.groups, depthwise_grain(op.tiles.groups, op.parts * channels * taps),
+            [&](int64_t begin, int64_t end) { kernel.reduce(op, begin, end); });
   return {grad_weight, grad_bias};
 }
 

@@ -2,6 +2,7 @@
 // channels.
 #pragma once
 
+#include "cpu/depthwise_conv2d_elements.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
@@ -22,40 +23,6 @@ struct Block {
   int64_t offset, step;
   bool left, right;
 };
-
-// Weights [tap][lane] from the row of the kernel on that the block's first row meets; `pairs` has
-// in each lane the bfloat16 weights of two rows, one below the other.
-template <class A>
-struct Taps {
-  const A* single;
-  const A* pairs;
-};
-
-// sum += in * weight, for values.
-template <class A>
-struct OfValues {
-  static constexpr bool kPairs = false;
-  static FASTFUSE_INLINE Vec<A> add_product(Vec<A> sum, Vec<A> in, Vec<A> weight) {
-    return sum + in * weight;
-  }
-};
-
-#if defined(__AVX512BF16__)
-// sum += in * weight over both halves of the lanes: two products for the price of one.
-struct OfPairs {
-  static constexpr bool kPairs = true;
-  static FASTFUSE_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> in, Vec<float> weight) {
-    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)in, (__m512bh)weight);
-  }
-};
-
-// The lower halves alone, with weights that are float32.
-struct OfLowerHalves {
-  static FASTFUSE_INLINE Vec<float> add_product(Vec<float> sum, Vec<float> in, Vec<float> weight) {
-    return sum + (Vec<float>)((Bits)in << 16) * weight;
-  }
-};
-#endif
 
 // sum[p] += in[p + kx - r] * w[kx] for the inputs [Begin, End), the first of them at `in`.
 template <class Product, int Begin, int End, int K, int P, class A>
@@ -83,22 +50,18 @@ FASTFUSE_INLINE void add_row(const Block<A>& b, const A* row, const A* weight, V
 template <class A>
 using ConvolveBlock = void (*)(const Block<A>&, const Taps<A>&, const A* bias, A* out);
 
-template <class Product, class A, int K, int P>
+template <class Elements, int K, int P, class A = typename Elements::Compute>
 void convolve_block(const Block<A>& b, const Taps<A>& taps, const A* bias, A* out) {
   constexpr int64_t row_of_taps = K * kLanes<A>;
   Vec<A> sum[P];
   const Vec<A> start = load(bias);
   FASTFUSE_UNROLL for (int p = 0; p < P; ++p) sum[p] = start;
-#if defined(__AVX512BF16__)
-  if constexpr (Product::kPairs) {
-    int64_t y = 0;
-    for (; y + 2 <= b.rows; y += 2)
-      add_row<Product, K, P>(b, b.row[y], taps.pairs + y * row_of_taps, sum);
-    if (y < b.rows) add_row<OfLowerHalves, K, P>(b, b.row[y], taps.single + y * row_of_taps, sum);
-  } else
-#endif
-    for (int64_t y = 0; y < b.rows; ++y)
-      add_row<Product, K, P>(b, b.row[y], taps.single + y * row_of_taps, sum);
+  int64_t y = 0;
+  for (; y + Elements::kRows <= b.rows; y += Elements::kRows)
+    add_row<Elements, K, P>(b, b.row[y], Elements::weights(taps) + y * row_of_taps, sum);
+  if constexpr (Elements::kRows > 1)
+    if (y < b.rows)
+      add_row<typename Elements::FirstRow, K, P>(b, b.row[y], taps.single + y * row_of_taps, sum);
   FASTFUSE_UNROLL for (int p = 0; p < P; ++p, out += b.step) store(out, sum[p]);
 }
 
@@ -118,7 +81,7 @@ template <class A>
 using SumBlock = void (*)(const Block<A>&, const A* grad, A* sums);
 
 // sums[ky][kx] += sum_p grad[p] * row[ky][p + kx - r]
-template <class Product, class A, int K, int P>
+template <class Elements, int K, int P, class A = typename Elements::Compute>
 void sum_block(const Block<A>& b, const A* grad, A* sums) {
   constexpr int64_t lanes = kLanes<A>;
   constexpr int r = K / 2;
@@ -128,9 +91,9 @@ void sum_block(const Block<A>& b, const A* grad, A* sums) {
     Vec<A> sum[K];
     FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) sum[kx] = load(sums + kx * lanes);
     const A* first = b.row[y] + b.offset;
-    if (!b.left) sum_inputs<Product, -r, 0>(first - r * b.step, b.step, g, sum);
-    sum_inputs<Product, 0, P>(first, b.step, g, sum);
-    if (!b.right) sum_inputs<Product, P, P + r>(first + P * b.step, b.step, g, sum);
+    if (!b.left) sum_inputs<Elements, -r, 0>(first - r * b.step, b.step, g, sum);
+    sum_inputs<Elements, 0, P>(first, b.step, g, sum);
+    if (!b.right) sum_inputs<Elements, P, P + r>(first + P * b.step, b.step, g, sum);
     FASTFUSE_UNROLL for (int kx = 0; kx < K; ++kx) store(sums + kx * lanes, sum[kx]);
   }
 }
@@ -142,35 +105,29 @@ struct Blocks {
   SumBlock<A> sum[kMaxBlock<A>];
 };
 
-template <class Product, class A, int K, int... P>
-struct MakeBlocks : MakeBlocks<Product, A, K, kMaxBlock<A> - static_cast<int>(sizeof...(P)), P...> {
-};
-template <class Product, class A, int K, int... P>
-struct MakeBlocks<Product, A, K, 1, P...> {
-  static constexpr Blocks<A> value = {
-      {convolve_block<Product, A, K, 1>, convolve_block<Product, A, K, P>...},
-      {sum_block<Product, A, K, 1>, sum_block<Product, A, K, P>...}};
+template <class Elements, int K, int Longest, int... P>
+struct MakeBlocks : MakeBlocks<Elements, K, Longest - 1, Longest, P...> {};
+template <class Elements, int K, int... P>
+struct MakeBlocks<Elements, K, 0, P...> {
+  static constexpr Blocks<typename Elements::Compute> value = {{convolve_block<Elements, K, P>...},
+                                                               {sum_block<Elements, K, P>...}};
 };
 
-// None for kernels of other sizes than 3, 5 and 7. Where there are pairs, those have them, and only
-// other sizes are left to values.
-template <class Product, class A>
+// None for kernels of other sizes than 3, 5 and 7, and for elements that blocks do not take.
+template <class Elements, class A = typename Elements::Compute>
 FASTFUSE_INLINE const Blocks<A>* blocks_of([[maybe_unused]] int64_t kernel_size) {
-#if defined(__AVX512BF16__)
-  if constexpr (!Product::kPairs)
-    return nullptr;
-  else
-#endif
+  if constexpr (Elements::kRows == BlockElements<typename Elements::Storage>::kRows) {
+    using Buffered = typename Elements::Buffered;
     switch (kernel_size) {
       case 3:
-        return &MakeBlocks<Product, A, 3>::value;
+        return &MakeBlocks<Buffered, 3, kMaxBlock<A>>::value;
       case 5:
-        return &MakeBlocks<Product, A, 5>::value;
+        return &MakeBlocks<Buffered, 5, kMaxBlock<A>>::value;
       case 7:
-        return &MakeBlocks<Product, A, 7>::value;
-      default:
-        return nullptr;
+        return &MakeBlocks<Buffered, 7, kMaxBlock<A>>::value;
     }
+  }
+  return nullptr;
 }
 
 }  // namespace

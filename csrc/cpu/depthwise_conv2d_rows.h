@@ -6,127 +6,103 @@
 #pragma once
 
 #include "cpu/depthwise_conv2d.h"
-#include "cpu/tiles.h"
+#include "cpu/depthwise_conv2d_elements.h"
+#include "cpu/integers.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
 namespace {
 
 struct DepthwiseTile {
-  int64_t group, n, phase;
+  int64_t n, phase;
+  int64_t group, c0, channels;
   int64_t row0, row1, rows;  // of a phase's rows
   int64_t x0, x1;            // columns of the output
   int64_t in0, in1;          // those it reads
+
+  int64_t width() const { return x1 - x0; }
 };
 
-FASTFUSE_INLINE DepthwiseTile tile_of(const DepthwiseTiles& t, int64_t group, int64_t index) {
+// Of all groups' tiles, in order of group, image, phase, row and column.
+FASTFUSE_INLINE DepthwiseTile tile_of(const DepthwiseTiles& t, int64_t index) {
   DepthwiseTile tile;
-  tile.group = group;
-  const int64_t column = index % t.column_tiles;
-  index /= t.column_tiles;
-  const int64_t row = index % t.row_tiles;
-  index /= t.row_tiles;
-  tile.phase = index % t.phases;
-  tile.n = index / t.phases;
-  tile.rows = (t.height - tile.phase + t.dilation - 1) / t.dilation;
+  const auto next = [&](int64_t count) {  // digit of the index
+    const int64_t digit = index % count;
+    index /= count;
+    return digit;
+  };
+  const int64_t column = next(t.column_tiles), row = next(t.row_tiles);
+  tile.phase = next(t.phases);
+  tile.n = next(t.batch);
+  tile.group = index;
+  tile.c0 = tile.group * t.group_channels;
+  tile.channels = min_of(t.group_channels, t.channels - tile.c0);
+  tile.rows = ceil_div(t.height - tile.phase, t.dilation);
   tile.row0 = tile.rows * row / t.row_tiles;
   tile.row1 = tile.rows * (row + 1) / t.row_tiles;
-  const int64_t units = (t.width + t.column_unit - 1) / t.column_unit;
+  const int64_t units = ceil_div(t.width, t.column_unit);
   tile.x0 = units * column / t.column_tiles * t.column_unit;
-  tile.x1 = smaller(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
+  tile.x1 = min_of(units * (column + 1) / t.column_tiles * t.column_unit, t.width);
   const int64_t reach = t.kernel_size / 2 * t.dilation;
-  tile.in0 = larger(tile.x0 - reach, 0);
-  tile.in1 = smaller(tile.x1 + reach, t.width);
+  tile.in0 = max_of(tile.x0 - reach, 0);
+  tile.in1 = min_of(tile.x1 + reach, t.width);
   return tile;
 }
 
+// `width` columns of an image's row from x on, and `channels` channels from c on.
+struct RowPart {
+  int64_t n, c, channels, y, x, width;
+};
+
+// Where it starts, or a further channel does.
 template <class S>
-FASTFUSE_INLINE S* at(const Image& image, int64_t n, int64_t c, int64_t y, int64_t x) {
-  return static_cast<S*>(image.data) + n * image.stride_n + c * image.stride_c +
-         y * image.stride_h + x * image.stride_w;
+FASTFUSE_INLINE S* at(const Image& image, const RowPart& part, int64_t channel = 0) {
+  return static_cast<S*>(image.data) + part.n * image.stride_n +
+         (part.c + channel) * image.stride_c + part.y * image.stride_h + part.x * image.stride_w;
 }
 
-// What a row gives for the values at an address of it: themselves, or in pairs.
-template <class S>
-struct Values {
-  using Storage = S;
-  FASTFUSE_INLINE Vec<compute_t<S>> operator()(const S* p) const { return load(p); }
-  FASTFUSE_INLINE Vec<compute_t<S>> operator()(const S* p, int64_t n) const {
-    return load_partial(p, n);
-  }
-};
-
-#if defined(__AVX512BF16__)
-// In the lower half of every lane the value of this row and in the upper one that of a row `below`;
-// 0 for a row that is outside.
-struct Pairs {
-  using Storage = bfloat16;
-  int64_t below;
-  Bits lower, upper;
-
-  Pairs(bool inside, bool inside_below, int64_t distance)
-      : below(inside_below ? distance : 0),
-        lower(Bits{} + (inside ? 0x0000FFFFu : 0)),
-        upper(Bits{} + (inside_below ? 0xFFFF0000u : 0)) {}
-  FASTFUSE_INLINE Vec<float> operator()(const bfloat16* p) const {
-    return join(load_bytes<HalfBits>(p), load_bytes<HalfBits>(p + below));
-  }
-  FASTFUSE_INLINE Vec<float> operator()(const bfloat16* p, int64_t n) const {
-    const auto mask = (__mmask16)((1u << n) - 1);
-    return join((HalfBits)_mm256_maskz_loadu_epi16(mask, p),
-                (HalfBits)_mm256_maskz_loadu_epi16(mask, p + below));
-  }
-
- private:
-  FASTFUSE_INLINE Vec<float> join(HalfBits here, HalfBits there) const {
-    const Bits low = __builtin_convertvector(here, Bits) & lower;
-    return (Vec<float>)(low | (__builtin_convertvector(there, Bits) << 16 & upper));
-  }
-};
-#endif
-
-// Columns [x0, x1) of a row and `channels` channels from c on, to `vectors` buffers
-// [column][lane] that are `distance` apart; lanes without a channel become 0.
-template <bool ChannelsLast, class Source, class A>
-FASTFUSE_INLINE void read_row(const Source& values, const Image& image, int64_t n, int64_t c,
-                              int64_t channels, int64_t y, int64_t x0, int64_t x1, A* buffer,
-                              int64_t distance) {
-  using S = typename Source::Storage;
+// The elements of part of a row, to a buffer [column][lane] for each vector of channels, which are
+// `distance` apart; lanes without a channel become 0.
+template <class Elements, bool ChannelsLast, class A = typename Elements::Compute>
+FASTFUSE_INLINE void read_row(const typename Elements::Reader& elements, const Image& image,
+                              const RowPart& part, A* buffer, int64_t distance) {
+  using S = typename Elements::Storage;
   constexpr int64_t lanes = kLanes<A>;
-  if (ChannelsLast && channels == 2 * lanes) {  // at once, for they share cache lines
-    const S* from = at<const S>(image, n, c, y, x0);
-    for (int64_t x = x0; x < x1; ++x, from += image.stride_w, buffer += lanes) {
-      store(buffer, values(from));
-      store(buffer + distance, values(from + lanes));
+  const int64_t width = part.width;
+  if (ChannelsLast && part.channels == 2 * lanes) {  // at once, for they share cache lines
+    const S* from = at<const S>(image, part);
+    for (int64_t x = 0; x < width; ++x, from += image.stride_w, buffer += lanes) {
+      store(buffer, elements(from));
+      store(buffer + distance, elements(from + lanes));
     }
     return;
   }
-  for (int64_t v = 0; v * lanes < channels; ++v) {
-    const int64_t count = smaller(channels - v * lanes, lanes);
-    const S* from = at<const S>(image, n, c + v * lanes, y, x0);
+  for (int64_t v = 0; v * lanes < part.channels; ++v) {
+    const int64_t count = min_of(part.channels - v * lanes, lanes);
+    const S* from = at<const S>(image, part, v * lanes);
     A* to = buffer + v * distance;
     if constexpr (ChannelsLast) {
       if (count == lanes) {
-        for (int64_t x = x0; x < x1; ++x, from += image.stride_w, to += lanes)
-          store(to, values(from));
+        for (int64_t x = 0; x < width; ++x, from += image.stride_w, to += lanes)
+          store(to, elements(from));
       } else {
-        for (int64_t x = x0; x < x1; ++x, from += image.stride_w, to += lanes)
-          store(to, values(from, count));
+        for (int64_t x = 0; x < width; ++x, from += image.stride_w, to += lanes)
+          store(to, elements(from, count));
       }
     } else {
-      for (int64_t x = x0; x < x1; x += lanes, from += lanes, to += lanes * lanes) {
-        const int64_t columns = smaller(x1 - x, lanes);
+      for (int64_t x = 0; x < width; x += lanes, from += lanes, to += lanes * lanes) {
+        const int64_t columns = min_of(width - x, lanes);
         Vec<A> square[lanes];
         if (columns == lanes && count == lanes) {
           unrolled<0, lanes>([&](auto i) __attribute__((always_inline)) {
-            square[i.value] = values(from + i.value * image.stride_c);
+            square[i.value] = elements(from + i.value * image.stride_c);
           });
         } else {
           for (int64_t i = 0; i < lanes; ++i) {
             const S* row = from + i * image.stride_c;
             square[i] = i >= count        ? Vec<A>{}
-                        : columns < lanes ? values(row, columns)
-                                          : values(row);
+                        : columns < lanes ? elements(row, columns)
+                                          : elements(row);
           }
         }
         transpose<A>(square);
@@ -142,39 +118,37 @@ FASTFUSE_INLINE void read_row(const Source& values, const Image& image, int64_t 
   }
 }
 
-// Columns [x0, x1) of a row for `channels` channels, into the second-level cache: hardware does not
-// foresee rows.
+// Into the second-level cache: hardware does not foresee rows.
 template <class S, bool ChannelsLast, int Write>
-FASTFUSE_INLINE void prefetch_row(const Image& image, int64_t n, int64_t c, int64_t channels,
-                                  int64_t y, int64_t x0, int64_t x1) {
+FASTFUSE_INLINE void prefetch_row(const Image& image, const RowPart& part) {
   constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
-  const S* p = at<const S>(image, n, c, y, x0);
+  const S* p = at<const S>(image, part);
   if constexpr (ChannelsLast) {
-    for (int64_t x = x0; x < x1; ++x, p += image.stride_w)
-      for (int64_t i = 0; i < channels; i += kLine) __builtin_prefetch(p + i, Write, 2);
+    for (int64_t x = 0; x < part.width; ++x, p += image.stride_w)
+      for (int64_t i = 0; i < part.channels; i += kLine) __builtin_prefetch(p + i, Write, 2);
   } else {
-    for (int64_t i = 0; i < channels; ++i, p += image.stride_c)
-      for (int64_t x = 0; x < x1 - x0; x += kLine) __builtin_prefetch(p + x, Write, 2);
+    for (int64_t i = 0; i < part.channels; ++i, p += image.stride_c)
+      for (int64_t x = 0; x < part.width; x += kLine) __builtin_prefetch(p + x, Write, 2);
   }
 }
 
-// The way back for one vector of channels, with an addend where there is one.
+// The way back for vector `v` of the channels, with an addend where there is one.
 template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int64_t n, int64_t c,
-                                   int64_t count, int64_t y, int64_t x0, int64_t x1,
-                                   const A* buffer) {
+FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, const RowPart& part,
+                                   int64_t v, const A* buffer) {
   constexpr int64_t lanes = kLanes<A>;
-  S* to = at<S>(image, n, c, y, x0);
-  const S* plus = addend.data ? at<const S>(addend, n, c, y, x0) : nullptr;
+  const int64_t width = part.width, count = min_of(lanes, part.channels - v * lanes);
+  S* to = at<S>(image, part, v * lanes);
+  const S* plus = addend.data ? at<const S>(addend, part, v * lanes) : nullptr;
   if constexpr (ChannelsLast) {
     const auto pixels = [&](auto load_some, auto store_some) {
       if (plus) {
-        for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w) {
+        for (int64_t x = 0; x < width; ++x, buffer += lanes, to += image.stride_w) {
           store_some(to, load(buffer) + load_some(plus));
           plus += addend.stride_w;
         }
       } else {
-        for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w)
+        for (int64_t x = 0; x < width; ++x, buffer += lanes, to += image.stride_w)
           store_some(to, load(buffer));
       }
     };
@@ -184,8 +158,8 @@ FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int6
       pixels([count](const S* p) { return load_partial(p, count); },
              [count](S* p, Vec<A> v) { store_partial(p, v, count); });
   } else {
-    for (int64_t x = x0; x < x1; x += lanes, buffer += lanes * lanes) {
-      const int64_t columns = smaller(x1 - x, lanes);
+    for (int64_t x = 0; x < width; x += lanes, buffer += lanes * lanes) {
+      const int64_t columns = min_of(width - x, lanes);
       if (columns == lanes && count == lanes && !plus) {
         Vec<A> square[lanes];
         unrolled<0, lanes>([&](auto i) __attribute__((always_inline)) {
@@ -193,7 +167,7 @@ FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int6
         });
         transpose<A>(square);
         unrolled<0, lanes>([&](auto i) __attribute__((always_inline)) {
-          store(to + i.value * image.stride_c + (x - x0), square[i.value]);
+          store(to + i.value * image.stride_c + x, square[i.value]);
         });
         continue;
       }
@@ -201,8 +175,8 @@ FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int6
       for (int64_t i = 0; i < columns; ++i) square[i] = load(buffer + i * lanes);
       transpose<A>(square);
       for (int64_t i = 0; i < count; ++i) {
-        S* row = to + i * image.stride_c + (x - x0);
-        const S* more = plus ? plus + i * addend.stride_c + (x - x0) : nullptr;
+        S* row = to + i * image.stride_c + x;
+        const S* more = plus ? plus + i * addend.stride_c + x : nullptr;
         if (columns == lanes)
           store(row, more ? square[i] + load(more) : square[i]);
         else
@@ -214,22 +188,19 @@ FASTFUSE_INLINE void write_vectors(const Image& image, const Image& addend, int6
 
 // The way back, with an addend where there is one.
 template <class S, bool ChannelsLast, class A>
-FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, int64_t n, int64_t c,
-                               int64_t channels, int64_t y, int64_t x0, int64_t x1, const A* buffer,
-                               int64_t distance) {
+FASTFUSE_INLINE void write_row(const Image& image, const Image& addend, const RowPart& part,
+                               const A* buffer, int64_t distance) {
   constexpr int64_t lanes = kLanes<A>;
-  if (ChannelsLast && channels == 2 * lanes && !addend.data) {
-    S* to = at<S>(image, n, c, y, x0);
-    for (int64_t x = x0; x < x1; ++x, buffer += lanes, to += image.stride_w) {
+  if (ChannelsLast && part.channels == 2 * lanes && !addend.data) {
+    S* to = at<S>(image, part);
+    for (int64_t x = 0; x < part.width; ++x, buffer += lanes, to += image.stride_w) {
       store(to, load(buffer));
       store(to + lanes, load(buffer + distance));
     }
     return;
   }
-  for (int64_t v = 0; v * lanes < channels; ++v)
-    write_vectors<S, ChannelsLast>(image, addend, n, c + v * lanes,
-                                   smaller(lanes, channels - v * lanes), y, x0, x1,
-                                   buffer + v * distance);
+  for (int64_t v = 0; v * lanes < part.channels; ++v)
+    write_vectors<S, ChannelsLast>(image, addend, part, v, buffer + v * distance);
 }
 
 // `count` dense rows (taps) for the channels of a vector, to or from [tap][lane].
@@ -237,7 +208,7 @@ template <class S, class A>
 FASTFUSE_INLINE void read_taps(const S* from, int64_t taps, int64_t count, bool flip, A* to) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
+    const int64_t here = min_of(taps - t, lanes);
     Vec<A> square[lanes] = {};
     for (int64_t i = 0; i < count; ++i) {
       const S* p = from + i * taps + t;
@@ -253,7 +224,7 @@ template <class S, class A>
 FASTFUSE_INLINE void write_taps(const A* from, int64_t taps, int64_t count, S* to) {
   constexpr int64_t lanes = kLanes<A>;
   for (int64_t t = 0; t < taps; t += lanes) {
-    const int64_t here = smaller(taps - t, lanes);
+    const int64_t here = min_of(taps - t, lanes);
     Vec<A> square[lanes] = {};
     for (int64_t i = 0; i < here; ++i) square[i] = load(from + (t + i) * lanes);
     transpose<A>(square);

@@ -14,10 +14,10 @@ namespace {
 template <class A, class Do, class Between>
 FASTFUSE_INLINE void for_blocks(const DepthwiseTiles& t, const DepthwiseTile& tile, Do block,
                                 Between between) {
-  const int64_t width = tile.x1 - tile.x0;
+  const int64_t width = tile.width();
   const int64_t whole = width / t.dilation, rest = width % t.dilation;
   int64_t done = tile.x0;
-  for (int64_t phase = 0; phase < smaller(t.dilation, width); ++phase) {
+  for (int64_t phase = 0; phase < min_of(t.dilation, width); ++phase) {
     const int64_t outputs = whole + (phase < rest);
     const int64_t blocks = (outputs + kMaxBlock<A> - 1) / kMaxBlock<A>;
     const int64_t size = outputs / blocks, longer = outputs % blocks;
@@ -38,7 +38,7 @@ template <class Do>
 FASTFUSE_INLINE void for_taps(const DepthwiseTiles& t, const DepthwiseTile& tile, Do tap) {
   for (int64_t kx = 0; kx < t.kernel_size; ++kx) {
     const int64_t shift = (kx - t.kernel_size / 2) * t.dilation;
-    const int64_t begin = larger(tile.x0, -shift), end = smaller(tile.x1, t.width - shift);
+    const int64_t begin = max_of(tile.x0, -shift), end = min_of(tile.x1, t.width - shift);
     tap(kx, begin - tile.x0, end - tile.x0, tile.x0 + shift - tile.in0);
   }
 }
@@ -50,14 +50,15 @@ struct InputRows {
   int64_t first, count;  // of the kernel's rows
 };
 
-template <class Product, class A, class Between>
+// One output row of a vector of channels.
+template <class Elements, class A, class Between>
 FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
                                   const InputRows<A>& rows, Taps<A> taps, const A* bias, A* out,
                                   Between between) {
   constexpr int64_t lanes = kLanes<A>;
   taps.single += rows.first * t.kernel_size * lanes;
-  if constexpr (Product::kPairs) taps.pairs += rows.first * t.kernel_size * lanes;
-  if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
+  taps.pairs += rows.first * t.kernel_size * lanes;
+  if (const Blocks<A>* blocks = blocks_of<Elements>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
     for_blocks<A>(
         t, tile,
@@ -68,7 +69,7 @@ FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const DepthwiseTile& 
         between);
     return;
   }
-  for (int64_t x = 0; x < tile.x1 - tile.x0; ++x) store(out + x * lanes, load(bias));
+  for (int64_t x = 0; x < tile.width(); ++x) store(out + x * lanes, load(bias));
   for (int64_t y = 0; y < rows.count; ++y)
     for_taps(t, tile, [&](int64_t kx, int64_t begin, int64_t end, int64_t shift) {
       const Vec<A> w = load(taps.single + (y * t.kernel_size + kx) * lanes);
@@ -78,12 +79,13 @@ FASTFUSE_INLINE void convolve_row(const DepthwiseTiles& t, const DepthwiseTile& 
     });
 }
 
-template <class Product, class A, class Between>
+// What one row of the gradient adds to a vector's sums.
+template <class Elements, class A, class Between>
 FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
                              const InputRows<A>& rows, const A* grad, A* sums, Between between) {
   constexpr int64_t lanes = kLanes<A>;
   sums += rows.first * t.kernel_size * lanes;
-  if (const Blocks<A>* blocks = blocks_of<Product, A>(t.kernel_size)) {
+  if (const Blocks<A>* blocks = blocks_of<Elements>(t.kernel_size)) {
     const int64_t step = t.dilation * lanes, start = tile.x0 - tile.in0;
     for_blocks<A>(
         t, tile,
@@ -103,63 +105,49 @@ FASTFUSE_INLINE void sum_row(const DepthwiseTiles& t, const DepthwiseTile& tile,
     });
 }
 
-// ---- bodies ------------------------------------------------------------------------------------
+// ---- rows and memory of a tile -----------------------------------------------------------------
 
-// The rows of an image's phase as kernels see them: values or pairs.
-template <class S, bool Paired>
-struct PhaseRows {
-  const DepthwiseTiles& t;
-  const Image& image;
-  int64_t channels;
+// Part of the rows of a tile's phase, from row y of them on.
+FASTFUSE_INLINE RowPart part_of(const DepthwiseTiles& t, const DepthwiseTile& tile, int64_t y,
+                                int64_t x0, int64_t x1) {
+  return {tile.n, tile.c0, tile.channels, tile.phase + y * t.dilation, x0, x1 - x0};
+}
 
-  // Columns [x0, x1) of row y. Paired with the row below it, if that is before `end`; y is -1 where
-  // only the row below is inside.
-  template <bool ChannelsLast, class A>
-  FASTFUSE_INLINE void read(const DepthwiseTile& tile, int64_t y, [[maybe_unused]] int64_t end,
-                            int64_t x0, int64_t x1, A* buffer, int64_t distance) const {
-    const int64_t c0 = tile.group * t.group_channels;
-    const int64_t row = tile.phase + larger(y, 0) * t.dilation;
-#if defined(__AVX512BF16__)
-    if constexpr (Paired) {
-      const int64_t below = y < 0 ? 0 : t.dilation * image.stride_h;
-      read_row<ChannelsLast>(Pairs(y >= 0, y + 1 < end, below), image, tile.n, c0, channels, row,
-                             x0, x1, buffer, distance);
-      return;
-    }
-#endif
-    read_row<ChannelsLast>(Values<S>{}, image, tile.n, c0, channels, row, x0, x1, buffer, distance);
-  }
-
-  // Columns of a row, and of the one below if they are read together.
-  template <bool ChannelsLast>
-  FASTFUSE_INLINE void ask_for(const DepthwiseTile& tile, int64_t y, int64_t x0, int64_t x1) const {
-    prefetch_row<S, ChannelsLast, 0>(image, tile.n, tile.group * t.group_channels, channels,
-                                     tile.phase + y * t.dilation, x0, x1);
-  }
-};
+// Reads row y of a tile's phase and, into the same elements, the one below it if they are pairs and
+// that is before `end`; y is -1 where only the row below is inside.
+template <class Elements, bool ChannelsLast, class A = typename Elements::Compute>
+FASTFUSE_INLINE void read_rows(const DepthwiseTiles& t, const DepthwiseTile& tile,
+                               const Image& image, int64_t y, int64_t end, int64_t x0, int64_t x1,
+                               A* buffer, int64_t distance) {
+  const typename Elements::Reader elements(y >= 0, y + 1 < end,
+                                           y < 0 ? 0 : t.dilation * image.stride_h);
+  read_row<Elements, ChannelsLast>(elements, image, part_of(t, tile, max_of(y, 0), x0, x1), buffer,
+                                   distance);
+}
 
 // The last rows that were read: as many as a result needs, each [vector][column][lane].
-template <class S, bool ChannelsLast, bool Paired, class A = compute_t<S>>
+template <class Elements, bool ChannelsLast, class A = typename Elements::Compute>
 class Ring {
+  using S = typename Elements::Storage;
+
  public:
-  // Results need their rows from `above` on: r rows above their own and, where two rows of results
-  // meet pairs of inputs, the pair of which only the lower row is inside.
-  Ring(const DepthwiseTiles& t, const Image& x, const DepthwiseTile& tile, int64_t channels,
-       A* memory, int64_t top = 0)
+  // Results need their rows from `top` on: 0 or, where two rows of results meet pairs of inputs,
+  // -1, the pair of which only the lower row is inside.
+  Ring(const DepthwiseTiles& t, const Image& x, const DepthwiseTile& tile, A* memory,
+       int64_t top = 0)
       : t_(t),
-        rows_{t, x, channels},
+        x_(x),
         tile_(tile),
-        channels_(channels),
         distance_((tile.in1 - tile.in0) * kLanes<A>),
         memory_(memory),
         top_(top),
-        next_(larger(tile.row0 - t.kernel_size / 2, top)) {}
+        next_(max_of(tile.row0 - t.kernel_size / 2, top)) {}
 
   // Reads what output row i needs.
   FASTFUSE_INLINE void advance(int64_t i) {
-    const int64_t end = smaller(i + t_.kernel_size / 2 + 1, tile_.rows);
+    const int64_t end = min_of(i + t_.kernel_size / 2 + 1, tile_.rows);
     for (; next_ < end; ++next_)
-      rows_.template read<ChannelsLast>(tile_, next_, tile_.rows, tile_.in0, tile_.in1,
+      read_rows<Elements, ChannelsLast>(t_, tile_, x_, next_, tile_.rows, tile_.in0, tile_.in1,
                                         place((next_ - top_) % t_.kernel_size, 0), distance_);
   }
 
@@ -167,19 +155,19 @@ class Ring {
   // tile, if it is the same group's.
   FASTFUSE_INLINE void prefetch(int64_t i, const DepthwiseTile& next, int64_t x0,
                                 int64_t x1) const {
-    const int64_t row = i + t_.kernel_size / 2 + 1 + Paired;
+    const int64_t row = i + t_.kernel_size / 2 + Elements::kRows;
     if (row < tile_.rows && i + 1 < tile_.row1)
-      rows_.template ask_for<ChannelsLast>(tile_, row, x0, x1);
-    const int64_t first = larger(next.row0 - t_.kernel_size / 2, 0);
+      prefetch_row<S, ChannelsLast, 0>(x_, part_of(t_, tile_, row, x0, x1));
+    const int64_t first = max_of(next.row0 - t_.kernel_size / 2, 0);
     const int64_t wanted = first + t_.kernel_size - (tile_.row1 - i);
-    if (wanted >= first && wanted < smaller(next.row0 + t_.kernel_size / 2 + 1, next.rows))
-      rows_.template ask_for<ChannelsLast>(next, wanted, next.x0 + (x0 - tile_.x0),
-                                           smaller(next.x0 + (x1 - tile_.x0), next.x1));
+    if (wanted >= first && wanted < min_of(next.row0 + t_.kernel_size / 2 + 1, next.rows))
+      prefetch_row<S, ChannelsLast, 0>(x_, part_of(t_, next, wanted, next.x0 + (x0 - tile_.x0),
+                                                   min_of(next.x0 + (x1 - tile_.x0), next.x1)));
   }
 
   FASTFUSE_INLINE InputRows<A> rows(int64_t i, int64_t vector, const A** pointers) {
     const int64_t r = t_.kernel_size / 2;
-    const int64_t begin = larger(i - r, top_), end = smaller(i + r + 1, tile_.rows);
+    const int64_t begin = max_of(i - r, top_), end = min_of(i + r + 1, tile_.rows);
     int64_t slot = (begin - top_) % t_.kernel_size;
     for (int64_t y = begin; y < end; ++y) {
       pointers[y - begin] = place(slot, vector);
@@ -190,14 +178,13 @@ class Ring {
 
  private:
   FASTFUSE_INLINE A* place(int64_t slot, int64_t vector) {
-    const int64_t vectors = (channels_ + kLanes<A> - 1) / kLanes<A>;
-    return memory_ + (slot * vectors + vector) * distance_;
+    return memory_ + (slot * ceil_div(tile_.channels, kLanes<A>) + vector) * distance_;
   }
 
   const DepthwiseTiles& t_;
-  PhaseRows<S, Paired> rows_;
+  const Image& x_;
   const DepthwiseTile& tile_;
-  int64_t channels_, distance_;
+  int64_t distance_;
   A* memory_;
   int64_t top_, next_;
 };
@@ -209,14 +196,12 @@ struct Buffers {
   const A** pointers;
 
   static int64_t columns(const DepthwiseTiles& t) {  // of a tile, at most
-    return smaller(t.width, t.width / t.column_tiles + 2 * t.column_unit);
+    return min_of(t.width, t.width / t.column_tiles + 2 * t.column_unit);
   }
-  static int64_t group(const DepthwiseTiles& t) {
-    return (t.group_channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-  }
+  static int64_t group(const DepthwiseTiles& t) { return round_up(t.group_channels, kLanes<A>); }
   static int64_t ring_size(const DepthwiseTiles& t) {
     const int64_t reach = t.kernel_size / 2 * t.dilation;
-    return t.kernel_size * smaller(columns(t) + 2 * reach, t.width) * group(t);
+    return t.kernel_size * min_of(columns(t) + 2 * reach, t.width) * group(t);
   }
   static int64_t bytes(const DepthwiseTiles& t) {
     const int64_t elements =
@@ -235,164 +220,145 @@ struct Buffers {
   }
 };
 
-// Whether rows are paired, and how products are formed.
-template <class S, bool Paired>
-struct Products {
-  using type = OfValues<compute_t<S>>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Products<bfloat16, true> {
-  using type = OfPairs;
-};
+// ---- bodies ------------------------------------------------------------------------------------
 
-// Each of the float32 taps that are bfloat16 values, with the one a row below.
-FASTFUSE_INLINE void pair_taps(const float* taps, int64_t kernel_size, float* pairs) {
-  constexpr int64_t lanes = kLanes<float>;
-  const int64_t row = kernel_size * lanes;
-  for (int64_t i = 0; i < (kernel_size - 1) * row; i += lanes) {
-    const Bits here = (Bits)load(taps + i), below = (Bits)load(taps + row + i);
-    store(pairs + i, (Vec<float>)(here >> 16 | below));
+// Taps and bias of a tile's group, as vectors.
+template <class Elements, class A = typename Elements::Compute>
+FASTFUSE_INLINE void read_weights(const DepthwiseForward& op, const DepthwiseTile& tile,
+                                  const Buffers<A>& buffers) {
+  using S = typename Elements::Storage;
+  constexpr int64_t lanes = kLanes<A>;
+  const int64_t k = op.tiles.kernel_size, k2 = k * k;
+  for (int64_t v = 0; v * lanes < tile.channels; ++v) {
+    const int64_t c = tile.c0 + v * lanes, count = min_of(lanes, tile.channels - v * lanes);
+    A* taps = buffers.taps + v * k2 * lanes;
+    read_taps(static_cast<const S*>(op.weight) + c * k2, k2, count, op.flip, taps);
+    Elements::pair_taps(taps, k, buffers.pairs + v * k2 * lanes);
+    const S* bias = static_cast<const S*>(op.bias) + c;
+    store(buffers.bias + v * lanes, !op.bias         ? Vec<A>{}
+                                    : count == lanes ? load(bias)
+                                                     : load_partial(bias, count));
   }
 }
-#endif
 
-template <class S, bool ChannelsLast, bool Paired>
-void forward_tiles(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
-  using A = compute_t<S>;
-  using Product = typename Products<S, Paired>::type;
+template <class Elements, bool ChannelsLast, class A = typename Elements::Compute>
+FASTFUSE_INLINE void convolve_tile(const DepthwiseForward& op, const DepthwiseTile& tile,
+                                   const DepthwiseTile& next, const Buffers<A>& buffers) {
+  using S = typename Elements::Storage;
   constexpr int64_t lanes = kLanes<A>;
   const DepthwiseTiles& t = op.tiles;
-  const int64_t k2 = t.kernel_size * t.kernel_size;
-  const Buffers<A> buffers(t, scratch);
-  int64_t packed = -1, channels = 0, vectors = 0, c0 = 0;
+  const int64_t taps_size = t.kernel_size * t.kernel_size * lanes;
+  const int64_t distance = tile.width() * lanes;
+  Ring<Elements, ChannelsLast> ring(t, op.x, tile, buffers.ring);
+  for (int64_t i = tile.row0; i < tile.row1; ++i) {
+    ring.advance(i);
+    for (int64_t v = 0; v * lanes < tile.channels; ++v) {
+      const Taps<A> taps{buffers.taps + v * taps_size, buffers.pairs + v * taps_size};
+      convolve_row<Elements>(
+          t, tile, ring.rows(i, v, buffers.pointers), taps, buffers.bias + v * lanes,
+          buffers.row + v * distance, [&](int64_t x0, int64_t x1) {
+            if (v > 0) return;
+            ring.prefetch(i, next, x0, x1);
+            if (i + 1 < tile.row1)
+              prefetch_row<S, ChannelsLast, 1>(op.out, part_of(t, tile, i + 1, x0, x1));
+          });
+    }
+    write_row<S, ChannelsLast>(op.out, op.addend, part_of(t, tile, i, tile.x0, tile.x1),
+                               buffers.row, distance);
+  }
+}
+
+template <class Elements, bool ChannelsLast>
+void forward_tiles(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
+  const Buffers<typename Elements::Compute> buffers(op.tiles, scratch);
+  int64_t group = -1;  // whose weights are in the buffers
   for (int64_t unit = begin; unit < end; ++unit) {
-    const DepthwiseTile tile = tile_of(t, unit / t.tiles(), unit % t.tiles());
-    if (tile.group != packed) {
-      packed = tile.group;
-      c0 = tile.group * t.group_channels;
-      channels = smaller(t.group_channels, t.channels - c0);
-      vectors = (channels + lanes - 1) / lanes;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t c = c0 + v * lanes, count = smaller(lanes, channels - v * lanes);
-        A* taps = buffers.taps + v * k2 * lanes;
-        read_taps(static_cast<const S*>(op.weight) + c * k2, k2, count, op.flip, taps);
-#if defined(__AVX512BF16__)
-        if constexpr (Paired) pair_taps(taps, t.kernel_size, buffers.pairs + v * k2 * lanes);
-#endif
-        const S* bias = static_cast<const S*>(op.bias) + c;
-        store(buffers.bias + v * lanes, !op.bias         ? Vec<A>{}
-                                        : count == lanes ? load(bias)
-                                                         : load_partial(bias, count));
-      }
-    }
-    const int64_t following = unit + 1 < end ? unit + 1 : unit;
-    const DepthwiseTile next = tile_of(t, following / t.tiles(), following % t.tiles());
-    const int64_t distance = (tile.x1 - tile.x0) * lanes;
-    Ring<S, ChannelsLast, Paired> ring(t, op.x, tile, channels, buffers.ring);
-    for (int64_t i = tile.row0; i < tile.row1; ++i) {
-      ring.advance(i);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Taps<A> taps{buffers.taps + v * k2 * lanes, buffers.pairs + v * k2 * lanes};
-        convolve_row<Product, A>(
-            t, tile, ring.rows(i, v, buffers.pointers), taps, buffers.bias + v * lanes,
-            buffers.row + v * distance, [&](int64_t x0, int64_t x1) {
-              if (v > 0) return;
-              ring.prefetch(i, next, x0, x1);
-              if (i + 1 < tile.row1)
-                prefetch_row<S, ChannelsLast, 1>(op.out, tile.n, c0, channels,
-                                                 tile.phase + (i + 1) * t.dilation, x0, x1);
-            });
-      }
-      write_row<S, ChannelsLast>(op.out, op.addend, tile.n, c0, channels,
-                                 tile.phase + i * t.dilation, tile.x0, tile.x1, buffers.row,
-                                 distance);
-    }
+    const DepthwiseTile tile = tile_of(op.tiles, unit);
+    if (tile.group != group) read_weights<Elements>(op, tile, buffers);
+    group = tile.group;
+    const DepthwiseTile next = tile_of(op.tiles, min_of(unit + 1, end - 1));
+    convolve_tile<Elements, ChannelsLast>(op, tile, next, buffers);
   }
 }
 
-// The sum of a gradient's rows, or of both rows of pairs.
-template <bool Paired, class A>
-FASTFUSE_INLINE Vec<A> sum_of_columns(const A* grad, int64_t width) {
-  Vec<A> total = {};
-  for (int64_t x = 0; x < width; ++x) {
-    const Vec<A> g = load(grad + x * kLanes<A>);
-    if constexpr (Paired)
-      total += (Vec<A>)((Bits)g << 16) + (Vec<A>)((Bits)g & 0xFFFF0000u);
-    else
-      total += g;
-  }
-  return total;
-}
-
-template <class S, bool ChannelsLast, bool Paired>
-void sum_tiles(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
-  using A = compute_t<S>;
-  using Product = typename Products<S, Paired>::type;
-  constexpr int64_t lanes = kLanes<A>, rows_at_once = Paired ? 2 : 1;
+// sums[vector] += those of a tile.
+template <class Elements, bool ChannelsLast, class A = typename Elements::Compute>
+FASTFUSE_INLINE void sum_tile(const DepthwiseWeightGradient& op, const DepthwiseTile& tile,
+                              const DepthwiseTile& next, const Buffers<A>& buffers, A* sums) {
+  using S = typename Elements::Storage;
+  constexpr int64_t lanes = kLanes<A>, rows = Elements::kRows;
   const DepthwiseTiles& t = op.tiles;
-  const int64_t k2 = t.kernel_size * t.kernel_size;
-  const Buffers<A> buffers(t, scratch);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t group = unit / op.parts, part = unit % op.parts;
-    const int64_t channels = smaller(t.group_channels, t.channels - group * t.group_channels);
-    const int64_t vectors = (channels + lanes - 1) / lanes;
-    const PhaseRows<S, Paired> grads{t, op.grad_output, channels};
-    A* sums = static_cast<A*>(op.sums) + unit * (k2 + 1) * t.group_channels;
-    for (int64_t i = 0; i < (k2 + 1) * vectors; ++i) store(sums + i * lanes, Vec<A>{});
-    for (int64_t index = t.tiles() * part / op.parts; index < t.tiles() * (part + 1) / op.parts;
-         ++index) {
-      const DepthwiseTile tile = tile_of(t, group, index);
-      const DepthwiseTile next = tile_of(t, group, index + 1 < t.tiles() ? index + 1 : index);
-      const int64_t width = tile.x1 - tile.x0;
-      Ring<S, ChannelsLast, Paired> ring(t, op.x, tile, channels, buffers.ring, Paired ? -1 : 0);
-      for (int64_t i = tile.row0; i < tile.row1; i += rows_at_once) {
-        ring.advance(i);
-        grads.template read<ChannelsLast>(tile, i, tile.row1, tile.x0, tile.x1, buffers.row,
-                                          width * lanes);
-        for (int64_t v = 0; v < vectors; ++v) {
-          A* mine = sums + v * (k2 + 1) * lanes;
-          const A* grad = buffers.row + v * width * lanes;
-          sum_row<Product, A>(
-              t, tile, ring.rows(i, v, buffers.pointers), grad, mine, [&](int64_t x0, int64_t x1) {
-                if (v > 0) return;
-                for (int64_t y = i; y < i + rows_at_once; ++y) {
-                  ring.prefetch(y, next, x0, x1);
-                  if (y + rows_at_once < tile.row1)
-                    grads.template ask_for<ChannelsLast>(tile, y + rows_at_once, x0, x1);
-                }
-              });
-          store(mine + k2 * lanes, load(mine + k2 * lanes) + sum_of_columns<Paired>(grad, width));
-        }
-      }
+  const int64_t bias = t.kernel_size * t.kernel_size * lanes;  // where its sum is, after the taps'
+  const int64_t distance = tile.width() * lanes;
+  Ring<Elements, ChannelsLast> ring(t, op.x, tile, buffers.ring, 1 - rows);
+  for (int64_t i = tile.row0; i < tile.row1; i += rows) {
+    ring.advance(i);
+    read_rows<Elements, ChannelsLast>(t, tile, op.grad_output, i, tile.row1, tile.x0, tile.x1,
+                                      buffers.row, distance);
+    for (int64_t v = 0; v * lanes < tile.channels; ++v) {
+      A* mine = sums + v * (bias + lanes);
+      const A* grad = buffers.row + v * distance;
+      sum_row<Elements>(t, tile, ring.rows(i, v, buffers.pointers), grad, mine,
+                        [&](int64_t x0, int64_t x1) {
+                          if (v > 0) return;
+                          for (int64_t y = i; y < i + rows; ++y) {
+                            ring.prefetch(y, next, x0, x1);
+                            if (y + rows < tile.row1)
+                              prefetch_row<S, ChannelsLast, 0>(op.grad_output,
+                                                               part_of(t, tile, y + rows, x0, x1));
+                          }
+                        });
+      Vec<A> total = {};
+      for (int64_t x = 0; x < distance; x += lanes) total += Elements::sum_of_rows(load(grad + x));
+      store(mine + bias, load(mine + bias) + total);
     }
   }
 }
 
-// bfloat16 rows are paired where there is an instruction for it, and blocks.
-template <class S>
-FASTFUSE_INLINE bool are_paired([[maybe_unused]] const DepthwiseTiles& t) {
-#if defined(__AVX512BF16__)
-  if constexpr (sizeof(Products<S, true>) && Products<S, true>::type::kPairs)
-    return blocks_of<typename Products<S, true>::type, compute_t<S>>(t.kernel_size) != nullptr;
-#endif
-  return false;
+// Part of a group's tiles, whose sums stand together.
+struct Part {
+  int64_t group, begin, end;
+
+  Part(const DepthwiseWeightGradient& op, int64_t unit) : group(unit / op.parts) {
+    const int64_t part = unit % op.parts, tiles = op.tiles.tiles();
+    begin = group * tiles + tiles * part / op.parts;
+    end = group * tiles + tiles * (part + 1) / op.parts;
+  }
+};
+
+template <class Elements, bool ChannelsLast>
+void sum_tiles(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
+  using A = typename Elements::Compute;
+  const DepthwiseTiles& t = op.tiles;
+  const Buffers<A> buffers(t, scratch);
+  const int64_t size = (t.kernel_size * t.kernel_size + 1) * t.group_channels;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Part part(op, unit);
+    A* sums = static_cast<A*>(op.sums) + unit * size;
+    for (int64_t i = 0; i < size; i += kLanes<A>) store(sums + i, Vec<A>{});
+    for (int64_t index = part.begin; index < part.end; ++index) {
+      const DepthwiseTile tile = tile_of(t, index);
+      const DepthwiseTile next = tile_of(t, min_of(index + 1, (part.group + 1) * t.tiles() - 1));
+      sum_tile<Elements, ChannelsLast>(op, tile, next, buffers, sums);
+    }
+  }
 }
 
+// Pairs have no general way: kernels of other sizes are left to values.
 template <class S, bool ChannelsLast>
 void forward(const DepthwiseForward& op, int64_t begin, int64_t end, void* scratch) {
-  if (are_paired<S>(op.tiles))
-    forward_tiles<S, ChannelsLast, Products<S, true>::type::kPairs>(op, begin, end, scratch);
+  if (blocks_of<BlockElements<S>>(op.tiles.kernel_size))
+    forward_tiles<BlockElements<S>, ChannelsLast>(op, begin, end, scratch);
   else
-    forward_tiles<S, ChannelsLast, false>(op, begin, end, scratch);
+    forward_tiles<Values<S>, ChannelsLast>(op, begin, end, scratch);
 }
 
 template <class S, bool ChannelsLast>
 void sum(const DepthwiseWeightGradient& op, int64_t begin, int64_t end, void* scratch) {
-  if (are_paired<S>(op.tiles))
-    sum_tiles<S, ChannelsLast, Products<S, true>::type::kPairs>(op, begin, end, scratch);
+  if (blocks_of<BlockElements<S>>(op.tiles.kernel_size))
+    sum_tiles<BlockElements<S>, ChannelsLast>(op, begin, end, scratch);
   else
-    sum_tiles<S, ChannelsLast, false>(op, begin, end, scratch);
+    sum_tiles<Values<S>, ChannelsLast>(op, begin, end, scratch);
 }
 
 template <class S>
@@ -404,14 +370,14 @@ void reduce(const DepthwiseWeightGradient& op, int64_t begin, int64_t end) {
   const int64_t size = (k2 + 1) * t.group_channels;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t c0 = group * t.group_channels;
-    const int64_t channels = smaller(t.group_channels, t.channels - c0);
+    const int64_t channels = min_of(t.group_channels, t.channels - c0);
     A* total = static_cast<A*>(op.sums) + group * op.parts * size;
-    const int64_t used = (k2 + 1) * ((channels + lanes - 1) / lanes) * lanes;
+    const int64_t used = (k2 + 1) * round_up(channels, lanes);
     for (int64_t part = 1; part < op.parts; ++part)
       for (int64_t i = 0; i < used; i += lanes)
         store(total + i, load(total + i) + load(total + part * size + i));
     for (int64_t c = 0; c < channels; c += lanes, total += (k2 + 1) * lanes) {
-      const int64_t count = smaller(lanes, channels - c);
+      const int64_t count = min_of(lanes, channels - c);
       write_taps(total, k2, count, static_cast<S*>(op.grad_weight) + (c0 + c) * k2);
       write_taps(total + k2 * lanes, 1, count, static_cast<S*>(op.grad_bias) + c0 + c);
     }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <deque>
 #include <optional>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "checks.h"
 #include "cpu/bilinear.h"
 #include "cpu/image.h"
+#include "cpu/integers.h"
 #include "cpu/memory.h"
 #include "cpu/sizes.h"
 
@@ -39,6 +41,14 @@ inline Dtype dtype_of(const char* op, const char* argument, const Tensor& tensor
 
 inline int64_t compute_size(Dtype dtype) {
   return dtype == kFloat64 ? sizeof(double) : sizeof(float);
+}
+
+// The accumulation dtype.
+inline ScalarType compute_type(Dtype dtype) {
+  return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType compute_type(const Tensor& tensor) {
+  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline Image image(const Tensor& tensor) {
@@ -87,6 +97,32 @@ inline bool worth_streaming(const Image& output, int64_t channels, int64_t outpu
          reinterpret_cast<uintptr_t>(output.data) % kCacheLine == 0 &&
          whole_lines(channels_last ? channels : output.width) &&
          whole_lines(channels_last ? output.stride_w : output.stride_h);
+}
+
+// How many units, of `values` each, are worth waking a thread for.
+inline int64_t grain_of(int64_t values) {
+  return std::max<int64_t>(1, sizes().grain / std::max<int64_t>(1, values));
+}
+
+// The same of units that share so much work: no thread has less than a whole `worthwhile` of it.
+inline int64_t grain_of(int64_t units, int64_t work, int64_t worthwhile) {
+  return std::max<int64_t>(1, units / std::max<int64_t>(1, work / worthwhile));
+}
+
+// Calls body(begin, end) for parts of the units [0, units), `grain` of them or more, on all
+// threads.
+template <class Body>
+void for_units(int64_t units, int64_t grain, Body body) {
+  torch::stable::parallel_for(0, units, grain, body);
+}
+
+// body(begin, end, scratch), with so many bytes of memory for each part.
+template <class Body>
+void for_units(int64_t units, int64_t grain, int64_t bytes, Body body) {
+  for_units(units, grain, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(bytes);
+    body(begin, end, scratch.get());
+  });
 }
 
 // Sampling tables in the compute type of a dtype; views into them stay valid as it grows.

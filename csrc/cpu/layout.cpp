@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "cpu/host.h"
 #include "cpu/isa.h"
 
@@ -42,10 +40,8 @@ Tensor copy(Tensor image, bool channels_last) {
   op.rows = channels_last ? channels : pixels;
   op.columns = channels_last ? pixels : channels;
   const LayoutBody body = kernels().copy[dtype == kFloat64 ? 2 : dtype == kFloat32 ? 1 : 0];
-  const int64_t units = op.images * ((op.columns + kLayoutColumns - 1) / kLayoutColumns);
-  const int64_t grain = std::max<int64_t>(1, sizes().grain / (op.rows * kLayoutColumns));
-  torch::stable::parallel_for(0, units, grain,
-                              [&](int64_t begin, int64_t end) { body(op, begin, end); });
+  for_units(op.images * ceil_div(op.columns, kLayoutColumns), grain_of(op.rows * kLayoutColumns),
+            [&](int64_t begin, int64_t end) { body(op, begin, end); });
   return output;
 }
 

@@ -1,6 +1,7 @@
 // Vector bodies of copy_layout: a matrix transposed in squares of one vector by one vector,
 // whatever the values mean. Rows of the result are filled within the second-level cache.
 
+#include "cpu/integers.h"
 #include "cpu/layout.h"
 #include "cpu/vec.h"
 
@@ -23,10 +24,10 @@ FASTFUSE_INLINE void store_bits(uint16_t* p, Vec<float> v) {
 template <class S, class A>
 void copy(const LayoutCopy& op, int64_t begin, int64_t end) {
   constexpr int64_t lanes = kLanes<A>;
-  const int64_t chunks = (op.columns + kLayoutColumns - 1) / kLayoutColumns;
+  const int64_t chunks = ceil_div(op.columns, kLayoutColumns);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t image = unit / chunks, c0 = unit % chunks * kLayoutColumns;
-    const int64_t c1 = op.columns < c0 + kLayoutColumns ? op.columns : c0 + kLayoutColumns;
+    const int64_t c1 = min_of(c0 + kLayoutColumns, op.columns);
     const S* from = static_cast<const S*>(op.from) + image * op.rows * op.columns;
     S* to = static_cast<S*>(op.to) + image * op.rows * op.columns;
     int64_t r = 0;

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/exp.h"
+#include "cpu/integers.h"
 #include "cpu/interpolate.h"
 #include "cpu/logits.h"
 #include "cpu/vec.h"
@@ -24,7 +25,7 @@ constexpr A kWild = A(1e30);
 
 template <class A>
 FASTFUSE_INLINE int64_t padded_classes(int64_t classes) {
-  return (classes + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  return round_up(classes, kLanes<A>);
 }
 
 // Of a source row.
@@ -52,7 +53,7 @@ FASTFUSE_INLINE V folded(V v, Op op) {
 }
 
 template <class A>
-FASTFUSE_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+FASTFUSE_INLINE Vec<A> max_of(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
 
@@ -67,8 +68,8 @@ void shift_row(const Logits& logits, A* row) {
     A top = row[0];
     if (whole > 0) {
       Vec<A> tops = load(row);
-      for (int64_t c = lanes; c < whole; c += lanes) tops = larger<A>(load(row + c), tops);
-      top = folded<A>(tops, larger<A>)[0];
+      for (int64_t c = lanes; c < whole; c += lanes) tops = max_of<A>(load(row + c), tops);
+      top = folded<A>(tops, max_of<A>)[0];
     }
     for (int64_t c = whole; c < classes; ++c) top = row[c] > top ? row[c] : top;
     if (!(top - top == 0)) continue;

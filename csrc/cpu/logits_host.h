@@ -1,24 +1,17 @@
 // What the host functions of ops on upsampled logits share.
 #pragma once
 
-#include <algorithm>
-
 #include "cpu/host.h"
 #include "cpu/logits.h"
 
 namespace fastfuse {
-
-inline ScalarType compute_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // Fresh (N, height, width) memory for a value of each target pixel.
 inline Tensor pixels(const char* op, const Tensor& logits, int64_t height, int64_t width,
                      ScalarType type) {
   check_image(op, "logits", logits);
   check(logits.size(1) >= 1, op, "logits must have at least 1 class");
-  check_axis(op, "size", height);
-  check_axis(op, "size", width);
+  check_axes(op, "size", height, width);
   return torch::stable::empty({logits.size(0), height, width}, type, std::nullopt, logits.device(),
                               std::nullopt, std::nullopt);
 }
@@ -27,7 +20,7 @@ inline Tensor pixels(const char* op, const Tensor& logits, int64_t height, int64
 struct LogitsOf {
   LogitsOf(const char* op, const Tensor& given, int64_t height, int64_t width, bool align_corners)
       : dtype(dtype_of(op, "logits", given)), tables(dtype) {
-    for (const int64_t dim : {2, 3}) check_axis(op, "logits", given.size(dim));
+    check_axes(op, "logits", given.size(2), given.size(3));
     view.channels_last = !has_unit_stride(given, false) && has_unit_stride(given, true);
     tensor = with_unit_stride(given, view.channels_last);
     view.batch = given.size(0);
@@ -39,12 +32,10 @@ struct LogitsOf {
       if (axis->identity()) axis->upper = axis->lower;
   }
 
-  // body(begin, end) over the target rows of all images, in pieces worth waking a thread for.
+  // body(begin, end, scratch) over the target rows of all images.
   template <class Body>
-  void for_target_rows(Body body) const {
-    const int64_t values = view.x.out * view.classes;
-    torch::stable::parallel_for(0, view.batch * view.y.out,
-                                std::max<int64_t>(1, sizes().grain / values), body);
+  void for_target_rows(int64_t bytes, Body body) const {
+    for_units(view.batch * view.y.out, grain_of(view.x.out * view.classes), bytes, body);
   }
 
   Dtype dtype;

@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "cpu/host.h"
 #include "cpu/isa.h"
 
@@ -42,9 +40,9 @@ class Matrix {
     return tensor ? matrix(argument, *tensor) : Rows{};
   }
   void* vector(const char* argument, const Tensor& tensor, int64_t length) const {
-    const ScalarType wanted = dtype_ == kFloat64 ? ScalarType::Double : ScalarType::Float;
     check(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == length &&
-              (tensor.stride(0) == 1 || length <= 1) && tensor.scalar_type() == wanted,
+              (tensor.stride(0) == 1 || length <= 1) &&
+              tensor.scalar_type() == compute_type(dtype_),
           op_, argument, " must be a contiguous vector of ", length,
           " values in the accumulation dtype");
     return tensor.data_ptr();
@@ -62,11 +60,10 @@ class Matrix {
     return 2 * (channels_ * compute_size(dtype_) + kVector);
   }
 
-  // body(begin, end) over the rows, in pieces worth waking a thread for.
-  template <class Body>
-  void for_rows(Body body) const {
-    if (rows_ == 0 || channels_ == 0) return;
-    torch::stable::parallel_for(0, rows_, std::max<int64_t>(1, sizes().grain / channels_), body);
+  // body(begin, end) over the rows, or body(begin, end, scratch) with so many bytes.
+  template <class... Arguments>
+  void for_rows(Arguments... bytes_and_body) const {
+    if (channels_ > 0) for_units(rows_, grain_of(channels_), bytes_and_body...);
   }
 
   // body(sums, begin, end) over blocks of rows, each with `count` vectors of sums; these are added
@@ -74,10 +71,9 @@ class Matrix {
   template <class Body>
   void for_blocks(int count, void* const* totals, Body body) const {
     if (rows_ == 0 || channels_ == 0) return;
-    const int64_t blocks = (rows_ + kRowBlock - 1) / kRowBlock;
+    const int64_t blocks = ceil_div(rows_, kRowBlock);
     const Scratch sums(blocks * count * channels_ * compute_size(dtype_));
-    torch::stable::parallel_for(0, blocks, 1,
-                                [&](int64_t begin, int64_t end) { body(sums.get(), begin, end); });
+    for_units(blocks, 1, [&](int64_t begin, int64_t end) { body(sums.get(), begin, end); });
     const auto add = [&](auto* partial, auto zero) {
       for (int64_t b = 0; b < blocks; ++b)
         for (int i = 0; i < count; ++i, partial += channels_) {
@@ -116,10 +112,10 @@ void layer_norm_into(Tensor out, Tensor x, Tensor weight, Tensor bias, double ep
   LayerNorm op = describe(m, x, weight, bias, eps, gelu);
   op.out = m.matrix("out", out);
   op.skip = m.matrix("skip", skip);
-  m.for_rows([&, body = kernel(m.dtype()).layer_norm](int64_t begin, int64_t end) {
-    const Scratch scratch(m.two_rows());
-    body(op, begin, end, scratch.get());
-  });
+  m.for_rows(m.two_rows(),
+             [&, body = kernel(m.dtype()).layer_norm](int64_t begin, int64_t end, void* scratch) {
+               body(op, begin, end, scratch);
+             });
 }
 
 void layer_norm_backward_into(Tensor grad_x, Tensor grad_weight, Tensor grad_bias,
@@ -173,8 +169,8 @@ void bias_gelu_backward_into(Tensor grad, Tensor out, Tensor grad_bias, Tensor h
 // The images of the rows: `first` and those after it, `pixels` rows each.
 void describe_images(const char* name, const Matrix& m, const std::optional<Tensor>& keep,
                      int64_t pixels, int64_t first, Residual& op) {
-  check(pixels >= 1 && first >= 0, name, "pixels must be at least 1 and first at least 0; got ",
-        pixels, " and ", first);
+  check_at_least(name, "pixels", 1, pixels);
+  check_at_least(name, "first", 0, first);
   op.rows = m.rows();
   op.channels = m.channels();
   op.pixels = pixels;

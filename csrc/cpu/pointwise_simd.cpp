@@ -2,6 +2,7 @@
 // caches, between two matrix products.
 
 #include "cpu/gelu.h"
+#include "cpu/integers.h"
 #include "cpu/pointwise.h"
 #include "cpu/tiles.h"
 #include "cpu/vec.h"
@@ -79,14 +80,14 @@ void layer_norm_backward(const LayerNormBackward& op, int64_t begin, int64_t end
   using A = compute_t<S>;
   const LayerNorm& f = op.forward;
   const A *weight = static_cast<const A*>(f.weight), *bias = static_cast<const A*>(f.bias);
-  const int64_t length = (f.channels + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  const int64_t length = round_up(f.channels, kLanes<A>);
   A* values = static_cast<A*>(scratch);
   A* scaled = values + length;  // the gradient of the normalized row
   for (int64_t block = begin; block < end; ++block) {
     A* sum_weight = static_cast<A*>(op.sums) + 2 * block * f.channels;
     A* sum_bias = sum_weight + f.channels;
     clear(sum_weight, 2 * f.channels);
-    for (int64_t i = block * kRowBlock; i < smaller((block + 1) * kRowBlock, f.rows); ++i) {
+    for (int64_t i = block * kRowBlock; i < min_of((block + 1) * kRowBlock, f.rows); ++i) {
       const S* grad = row_of<const S>(op.grad_output, i);
       S* grad_x = row_of<S>(op.grad_x, i);
       const Moments<A> m = moments(row_of<const S>(f.x, i), f.channels, f.eps, values);
@@ -144,7 +145,7 @@ void bias_gelu_backward(const BiasGelu& op, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     A* sums = static_cast<A*>(op.sums) + block * op.channels;
     clear(sums, op.channels);
-    for (int64_t i = block * kRowBlock; i < smaller((block + 1) * kRowBlock, op.rows); ++i) {
+    for (int64_t i = block * kRowBlock; i < min_of((block + 1) * kRowBlock, op.rows); ++i) {
       const S* hidden = row_of<const S>(op.hidden, i);
       S *out = row_of<S>(op.out, i), *grad = row_of<S>(op.grad, i);
       for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
@@ -167,7 +168,7 @@ FASTFUSE_INLINE void for_kept_rows(const Residual& op, int64_t begin, int64_t en
   const A* keep = static_cast<const A*>(op.keep);
   while (begin < end) {
     const int64_t image = (op.first + begin) / op.pixels;
-    const int64_t last = smaller((image + 1) * op.pixels - op.first, end);
+    const int64_t last = min_of((image + 1) * op.pixels - op.first, end);
     const A factor = keep ? keep[image] : A(1);
     for (; begin < last; ++begin) row(begin, factor);
   }
@@ -195,7 +196,7 @@ void residual_backward(const Residual& op, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) {
     A* sums = static_cast<A*>(op.sums) + block * op.channels;
     clear(sums, op.channels);
-    const int64_t last = smaller((block + 1) * kRowBlock, op.rows);
+    const int64_t last = min_of((block + 1) * kRowBlock, op.rows);
     for_kept_rows<A>(op, block * kRowBlock, last, [&](int64_t i, A keep) {
       const S* grad = row_of<const S>(op.x, i);
       for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {

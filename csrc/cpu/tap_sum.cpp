@@ -24,13 +24,10 @@ struct Geometry {
   int64_t out_width() const { return width + 2 * padding - (kernel_size - 1); }
 
   void check_them() const {
-    check_axis(kOp, "size", height);
-    check_axis(kOp, "size", width);
-    check(kernel_size >= 1 && kernel_size % 2 == 1 && kernel_size < (1 << 15), kOp,
-          "kernel_size must be odd; got ", kernel_size);
-    check(padding >= 0 && padding < (1 << 30), kOp, "padding must be at least 0; got ", padding);
-    check_axis(kOp, "output", out_height());
-    check_axis(kOp, "output", out_width());
+    check_axes(kOp, "size", height, width);
+    check_kernel_size(kOp, kernel_size);
+    check_at_least(kOp, "padding", 0, padding, 1 << 30);
+    check_axes(kOp, "output", out_height(), out_width());
   }
 };
 
@@ -106,20 +103,16 @@ struct EntryTables {
   }
 };
 
-void run(const TapSumKernel& kernel, const TapSum& op, int64_t elements) {
+template <class Op>
+void run(const TapSumKernel<Op>& kernel, const Op& op, int64_t elements) {
   const int64_t units = kernel.units(op);
   if (units == 0 || elements == 0) return;
-  const int64_t grain =
-      std::max<int64_t>(1, units / std::max<int64_t>(1, elements / sizes().grain));
-  const int64_t bytes = kernel.scratch(op);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
-    kernel.body(op, begin, end, memory.get());
-  });
+  for_units(
+      units, grain_of(units, elements, sizes().grain), kernel.scratch(op),
+      [&](int64_t begin, int64_t end, void* scratch) { kernel.body(op, begin, end, scratch); });
 }
 
-TapSum describe(const Tensor& out, const Geometry& g) {
-  TapSum op{};
+void describe(TapSum& op, const Tensor& out, const Geometry& g) {
   op.batch = out.size(0);
   op.channels = out.size(1);
   op.kernel_size = g.kernel_size;
@@ -127,9 +120,7 @@ TapSum describe(const Tensor& out, const Geometry& g) {
   op.height = g.height;
   op.width = g.width;
   op.out = image(out);
-  op.base_scale = 1;
   op.ring_bytes = sizes().ring_bytes;
-  return op;
 }
 
 void check_taps(const Tensor& taps, const Tensor& out, const Geometry& g) {
@@ -137,16 +128,11 @@ void check_taps(const Tensor& taps, const Tensor& out, const Geometry& g) {
   check(taps.scalar_type() == out.scalar_type(), kOp, "taps and output must share a dtype");
   check(taps.size(0) == out.size(0) && taps.size(1) == g.kernel_size * g.kernel_size * out.size(1),
         kOp, "taps must have the output's N and k * k times its channels");
-  check_axis(kOp, "taps", taps.size(2));
-  check_axis(kOp, "taps", taps.size(3));
+  check_axes(kOp, "taps", taps.size(2), taps.size(3));
 }
 
-TapLevel level_of(const Tensor& taps, int64_t channels) {
-  TapLevel level{};
-  level.taps = image(taps);
-  level.tap_stride = channels * taps.stride(1);
-  level.scale = 1;
-  return level;
+Taps taps_of(const Tensor& taps, int64_t channels, double scale) {
+  return {image(taps), channels * taps.stride(1), scale};
 }
 
 // The values of an optional vector in the accumulation dtype, contiguous.
@@ -155,8 +141,8 @@ std::optional<Tensor> constants(const std::optional<Tensor>& values, const char*
   if (!values) return values;
   check(values->is_cpu() && values->dim() == 1 && values->size(0) == length, kOp, argument,
         " must be a 1-D CPU tensor of ", length, " values");
-  check(values->scalar_type() == (dtype == kFloat64 ? ScalarType::Double : ScalarType::Float), kOp,
-        argument, " must be float64 for float64, else float32");
+  check(values->scalar_type() == compute_type(dtype), kOp, argument,
+        " must be float64 for float64, else float32");
   return torch::stable::contiguous(*values);
 }
 
@@ -186,25 +172,26 @@ void sum_into(Tensor& out, std::vector<Tensor> taps, std::optional<Tensor> scale
 
   Tables tables(dtype);
   EntryTables entries;
-  std::vector<TapLevel> levels;
+  std::vector<TapSumLevel> levels;
   int64_t elements = out.numel();
   for (size_t i = 0; i < taps.size(); ++i) {
     check_taps(taps[i], out, g);
     taps[i] = with_unit_stride(taps[i], channels_last);
-    TapLevel level = level_of(taps[i], channels);
-    level.scale = value_of(scales, 1 + static_cast<int64_t>(i));
-    const Sampling y = tables.axis(level.taps.height, g.height, g.align_corners);
-    const Sampling x = tables.axis(level.taps.width, g.width, g.align_corners);
-    const Image& image = level.taps;
-    level.axis = channels_last ? y : x;
-    level.terms = channels_last ? entries.add(dtype, kPair, x, g, g.out_width(), level.tap_stride,
-                                              image.stride_w, 1.0)
-                                : entries.add(dtype, 1, y, g, g.out_height(), k * level.tap_stride,
-                                              image.stride_h, level.scale);
+    TapSumLevel level{};
+    level.taps = taps_of(taps[i], channels, value_of(scales, 1 + static_cast<int64_t>(i)));
+    const auto& [image, stride, scale] = level.taps;
+    const Sampling y = tables.axis(image.height, g.height, g.align_corners);
+    const Sampling x = tables.axis(image.width, g.width, g.align_corners);
+    level.first =
+        channels_last
+            ? entries.add(dtype, kColumnsAtOnce, x, g, g.out_width(), stride, image.stride_w, 1.0)
+            : entries.add(dtype, 1, y, g, g.out_height(), k * stride, image.stride_h, scale);
+    level.second = channels_last ? y : x;
     levels.push_back(level);
     elements += taps[i].numel();
   }
-  TapSum op = describe(out, g);
+  TapSumForward op{};
+  describe(op, out, g);
   op.levels = levels.data();
   op.num_levels = static_cast<int64_t>(levels.size());
   op.accumulate = accumulate;
@@ -230,20 +217,17 @@ void gather_into(Tensor& grad_taps, Tensor grad_output, const std::optional<Tens
   grad_output = with_unit_stride(grad_output, channels_last);
 
   Tables tables(dtype);
-  TapLevel level = level_of(grad_taps, grad_output.size(1));
-  level.scale = value_of(factor, 0);
-  level.adjoint_y = tables.adjoint_axis(level.taps.height, g.height, g.align_corners);
-  level.adjoint_x = tables.adjoint_axis(level.taps.width, g.width, g.align_corners);
-  for (int64_t s = 0; s < level.taps.height; ++s)
-    level.ring_rows = std::max(level.ring_rows, level.adjoint_y.count[s] + g.kernel_size - 1);
   EntryTables entries;
+  TapSumBackward op{};
+  describe(op, grad_output, g);
+  op.taps = taps_of(grad_taps, op.channels, value_of(factor, 0));
+  const Image& taps = op.taps.image;
+  op.y = tables.adjoint_axis(taps.height, g.height, g.align_corners);
+  op.x = tables.adjoint_axis(taps.width, g.width, g.align_corners);
   if (channels_last)
-    level.terms =
-        entries.add(dtype, kTaps, level.adjoint_x, g, g.out_width(), grad_output.stride(3));
-  TapSum op = describe(grad_output, g);
-  op.levels = &level;
-  op.num_levels = 1;
-  op.stream = fresh && worth_streaming(level.taps, grad_output.size(1), bytes_of(grad_taps),
+    op.columns = entries.add(dtype, kTapsAtOnce, op.x, g, g.out_width(), grad_output.stride(3));
+  op.ring_rows = *std::max_element(op.y.count, op.y.count + taps.height) + g.kernel_size - 1;
+  op.stream = fresh && worth_streaming(taps, op.channels, bytes_of(grad_taps),
                                        grad_taps.element_size(), channels_last);
   run(kernels(dtype).backward[channels_last][dtype], op, grad_taps.numel() + grad_output.numel());
 }

@@ -1,58 +1,60 @@
 // Tiles of channels_last images whose working rows fit the second-level cache, for vector bodies.
 #pragma once
 
+#include "cpu/integers.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
 namespace {
 
-FASTFUSE_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTFUSE_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 constexpr int64_t kMaxChannels = 512, kMinChannels = 64;  // of a tile
 constexpr int64_t kMinColumns = 32;  // of the output, unless there are very many channels
-
-// `columns` to be cut into tiles whose every column takes `column_bytes` per channel.
-struct Tiling {
-  int64_t channels, columns, channel_blocks, column_blocks;
-
-  // Tiles take at most `ring_bytes` where that gives columns enough; they are a multiple of columns
-  // wide, and of kMinChannels channels, which are whole cache lines.
-  Tiling(int64_t ring_bytes, int64_t all_channels, int64_t all_columns, int64_t column_bytes,
-         int64_t min_columns, int64_t multiple) {
-    channels = smaller(all_channels, kMaxChannels);
-    const auto fitting = [&] { return ring_bytes / (channels * column_bytes); };
-    while (fitting() < smaller(min_columns, all_columns) && channels > kMinChannels)
-      channels = larger(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
-    column_blocks = divided(all_columns, larger(smaller(fitting(), all_columns), 1));
-    columns = divided(divided(all_columns, column_blocks), multiple) * multiple;
-    column_blocks = divided(all_columns, columns);
-    channel_blocks = divided(all_channels, channels);
-  }
-  static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-  int64_t tiles() const { return channel_blocks * column_blocks; }
-};
 
 struct Tile {
   int64_t n, c0, channels, x0, x1;
   int64_t stride;  // of the buffers: channels in whole vectors
 };
 
-// Calls row(tile, y, whether it did y - 1 of the tile just before) for the units [begin, end).
+// Images cut into tiles whose every column takes `column_bytes` per channel.
+struct Tiling {
+  int64_t all_channels, all_columns;
+  int64_t channels, columns, channel_blocks, column_blocks;
+
+  // Tiles take at most `ring_bytes` where that gives columns enough; they are a multiple of columns
+  // wide, and of kMinChannels channels, which are whole cache lines.
+  Tiling(int64_t ring_bytes, int64_t all_channels, int64_t all_columns, int64_t column_bytes,
+         int64_t min_columns, int64_t multiple)
+      : all_channels(all_channels), all_columns(all_columns) {
+    channels = min_of(all_channels, kMaxChannels);
+    const auto fitting = [&] { return ring_bytes / (channels * column_bytes); };
+    while (fitting() < min_of(min_columns, all_columns) && channels > kMinChannels)
+      channels = max_of(channels / 2 / kMinChannels * kMinChannels, kMinChannels);
+    column_blocks = ceil_div(all_columns, max_of(min_of(fitting(), all_columns), 1));
+    columns = round_up(ceil_div(all_columns, column_blocks), multiple);
+    column_blocks = ceil_div(all_columns, columns);
+    channel_blocks = ceil_div(all_channels, channels);
+  }
+
+  int64_t tiles() const { return channel_blocks * column_blocks; }  // of an image
+
+  template <class A>
+  FASTFUSE_INLINE Tile tile(int64_t n, int64_t index) const {
+    const int64_t c0 = index / column_blocks * channels;
+    const int64_t x0 = min_of(index % column_blocks * columns, all_columns);
+    const int64_t here = min_of(channels, all_channels - c0);
+    return {n, c0, here, x0, min_of(x0 + columns, all_columns), round_up(here, kLanes<A>)};
+  }
+};
+
+// Calls row(tile, y, whether it did y - 1 of the tile just before) for the units [begin, end):
+// `height` rows a tile, tile after tile.
 template <class A, class Do>
-FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t all_channels, int64_t all_columns,
-                              int64_t height, int64_t begin, int64_t end, Do row) {
+FASTFUSE_INLINE void for_rows(const Tiling& tiling, int64_t height, int64_t begin, int64_t end,
+                              Do row) {
   while (begin < end) {
     const int64_t line = begin / height, first = begin % height;
-    const int64_t last = smaller(first + end - begin, height);
-    const int64_t index = line % tiling.tiles();
-    Tile tile;
-    tile.n = line / tiling.tiles();
-    tile.c0 = index / tiling.column_blocks * tiling.channels;
-    tile.channels = smaller(tiling.channels, all_channels - tile.c0);
-    tile.stride = Tiling::divided(tile.channels, kLanes<A>) * kLanes<A>;
-    tile.x0 = smaller(index % tiling.column_blocks * tiling.columns, all_columns);
-    tile.x1 = smaller(tile.x0 + tiling.columns, all_columns);
+    const int64_t last = min_of(first + end - begin, height);
+    const Tile tile = tiling.tile<A>(line / tiling.tiles(), line % tiling.tiles());
     for (int64_t y = first; y < last; ++y) row(tile, y, y > first);
     begin += last - first;
   }

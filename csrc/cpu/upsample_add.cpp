@@ -4,8 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-
 #include "cpu/host.h"
 #include "cpu/isa.h"
 
@@ -21,10 +19,8 @@ Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
   check_image(kOp, "skip", skip);
   check(x.size(0) == skip.size(0) && x.size(1) == skip.size(1), kOp, "x and skip must share N, C");
   check(x.scalar_type() == skip.scalar_type(), kOp, "x and skip must share a dtype");
-  for (const int64_t dim : {2, 3}) {
-    check_axis(kOp, "x", x.size(dim));
-    check_axis(kOp, "skip", skip.size(dim));
-  }
+  check_axes(kOp, "x", x.size(2), x.size(3));
+  check_axes(kOp, "skip", skip.size(2), skip.size(3));
   const Dtype dtype = dtype_of(kOp, "x", x);
   x = with_unit_stride(x, channels_last);
   skip = with_unit_stride(skip, channels_last);
@@ -46,13 +42,9 @@ Tensor forward(Tensor x, Tensor skip, bool align_corners, bool channels_last) {
 
   const UnitsKernel<UpsampleAdd>& kernel = kernels(dtype).forward[channels_last][dtype];
   const int64_t units = kernel.units(work);
-  const int64_t values = output.numel() / units;  // of one unit
-  const int64_t bytes = kernel.scratch(work) * compute_size(dtype);
-  torch::stable::parallel_for(0, units, std::max<int64_t>(sizes().grain / values, 1),
-                              [&](int64_t begin, int64_t end) {
-                                const Scratch memory(bytes);
-                                kernel.body(work, begin, end, memory.get());
-                              });
+  for_units(
+      units, grain_of(output.numel() / units), kernel.scratch(work) * compute_size(dtype),
+      [&](int64_t begin, int64_t end, void* scratch) { kernel.body(work, begin, end, scratch); });
   return output;
 }
 

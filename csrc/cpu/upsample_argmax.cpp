@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -27,9 +26,8 @@ void run(const char* op, const Tensor& given, int64_t height, int64_t width, boo
   work.confidence = confidence ? confidence->data_ptr() : nullptr;
   const UpsampleArgmaxKernels::Kernel& chosen = kernel(logits.dtype);
   const int64_t bytes = chosen.scratch(work.logits) * compute_size(logits.dtype);
-  logits.for_target_rows([&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
-    chosen.body(work, begin, end, memory.get());
+  logits.for_target_rows(bytes, [&](int64_t begin, int64_t end, void* scratch) {
+    chosen.body(work, begin, end, scratch);
   });
 }
 

@@ -40,19 +40,19 @@ FASTFUSE_INLINE void argmax_of(const Logits& logits, const A* row, int64_t x, in
     const IndexVec<A> here = IndexVec<A>{} + static_cast<Index>(c);
     pixels.at(c, [&](int p, Vec<A> v) __attribute__((always_inline)) {
       where[p] = v > best[p] ? here : where[p];
-      best[p] = larger<A>(v, best[p]);
+      best[p] = max_of<A>(v, best[p]);
     });
   }
   IndexVec<A> lane;
   for (int i = 0; i < lanes; ++i) lane[i] = i;
-  const auto smaller = [](IndexVec<A> a, IndexVec<A> b)
-                           __attribute__((always_inline)) { return a < b ? a : b; };
+  const auto min_of = [](IndexVec<A> a, IndexVec<A> b)
+                          __attribute__((always_inline)) { return a < b ? a : b; };
   Vec<A> top[Pixels];
   FASTFUSE_UNROLL
   for (int p = 0; p < Pixels; ++p) {
-    top[p] = folded<A>(best[p], larger<A>);
+    top[p] = folded<A>(best[p], max_of<A>);
     const IndexVec<A> none = IndexVec<A>{} + static_cast<Index>(stride);
-    labels[p] = folded<A>(best[p] == top[p] ? where[p] + lane : none, smaller)[0];
+    labels[p] = folded<A>(best[p] == top[p] ? where[p] + lane : none, min_of)[0];
   }
   if (!confidence) return;
   Vec<A> sum[Pixels] = {};

@@ -75,9 +75,8 @@ std::tuple<Tensor, Tensor> forward(Tensor given, Tensor target, std::optional<Te
   const int64_t bytes = chosen.forward_scratch(work.logits) * compute_size(logits.dtype);
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   std::atomic<int64_t> first_wrong{kNone};
-  logits.for_target_rows([&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
-    const int64_t wrong = chosen.forward(work, begin, end, memory.get());
+  logits.for_target_rows(bytes, [&](int64_t begin, int64_t end, void* scratch) {
+    const int64_t wrong = chosen.forward(work, begin, end, scratch);
     if (wrong < 0) return;
     int64_t known = first_wrong.load();
     while (wrong < known && !first_wrong.compare_exchange_weak(known, wrong)) {
@@ -121,11 +120,9 @@ Tensor backward(Tensor grad, Tensor given, Tensor target, std::optional<Tensor> 
   const int64_t bytes = chosen.backward_scratch(work.logits) * compute_size(logits.dtype);
   const int64_t rows = work.logits.batch * work.logits.y.in;
   const int64_t values = std::max<int64_t>(1, target.numel() / rows) * work.logits.classes;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, sizes().grain / values),
-                              [&](int64_t begin, int64_t end) {
-                                const Scratch memory(bytes);
-                                chosen.backward(work, begin, end, memory.get());
-                              });
+  for_units(rows, grain_of(values), bytes, [&](int64_t begin, int64_t end, void* scratch) {
+    chosen.backward(work, begin, end, scratch);
+  });
   return gradient;
 }
 

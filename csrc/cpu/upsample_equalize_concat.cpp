@@ -52,27 +52,25 @@ void run(const UpsampleEqualizeConcatKernel& kernel, const std::vector<Equalized
     scratch = std::max(scratch, kernel.scratch(level));
   }
   const int64_t shares = std::clamp<int64_t>(elements / sizes().grain, 1, kMaxShares);
-  const int64_t bytes = scratch * compute_size(dtype);
-  torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    const Scratch memory(bytes);
+  const auto body = [&](int64_t begin, int64_t end, void* memory) {
     for (int64_t first = begin; first < end; first += kTurn) {
       const int64_t last = std::min(first + kTurn, end);
       for (const EqualizedLevel& level : levels) {
         const auto unit = [&, units = kernel.units(level)](int64_t share) {
           return units / shares * share + units % shares * share / shares;
         };
-        kernel.body(level, unit(first), unit(last), memory.get());
+        kernel.body(level, unit(first), unit(last), memory);
       }
     }
-  });
+  };
+  for_units(shares, 1, scratch * compute_size(dtype), body);
 }
 
 Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
                std::optional<Tensor> mean, std::optional<Tensor> std, bool align_corners,
                bool channels_last) {
   check(!features.empty(), kOp, "features must not be empty");
-  check_axis(kOp, "size", height);
-  check_axis(kOp, "size", width);
+  check_axes(kOp, "size", height, width);
   const Dtype dtype = dtype_of(kOp, "features", features[0]);
   const std::vector<double> means = per_level(mean, "mean", features.size(), 0.0);
   const std::vector<double> stds = per_level(std, "std", features.size(), 1.0);
@@ -84,8 +82,7 @@ Tensor forward(std::vector<Tensor> features, int64_t height, int64_t width,
     check_image(kOp, "features", feature);
     check(feature.size(0) == batch, kOp, "features must share N");
     check(feature.scalar_type() == features[0].scalar_type(), kOp, "features must share a dtype");
-    check_axis(kOp, "features", feature.size(2));
-    check_axis(kOp, "features", feature.size(3));
+    check_axes(kOp, "features", feature.size(2), feature.size(3));
     feature = with_unit_stride(feature, channels_last);
     channels += feature.size(1);
   }
@@ -128,8 +125,7 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
   const std::vector<double> stds = per_level(std, "std", num_levels, 1.0);
   const int64_t batch = grad_output.size(0);
   const int64_t height = grad_output.size(2), width = grad_output.size(3);
-  check_axis(kOp, "grad_output", height);
-  check_axis(kOp, "grad_output", width);
+  check_axes(kOp, "grad_output", height, width);
   grad_output = with_unit_stride(grad_output, channels_last);
 
   Tables tables(dtype);
@@ -138,8 +134,7 @@ std::vector<Tensor> backward(Tensor grad_output, std::vector<int64_t> offsets,
   for (size_t i = 0; i < num_levels; ++i) {
     check(offsets[i] >= 0 && channels[i] >= 0 && offsets[i] + channels[i] <= grad_output.size(1),
           kOp, "grad_output must have the levels' channels");
-    check_axis(kOp, "heights", heights[i]);
-    check_axis(kOp, "widths", widths[i]);
+    check_axes(kOp, "heights and widths", heights[i], widths[i]);
     gradients.push_back(
         empty_output({batch, channels[i], heights[i], widths[i]}, grad_output, channels_last));
     if (gradients[i].numel() == 0) continue;

@@ -4,6 +4,7 @@
 // equalizer runs on the small source, interpolation after it. docs/upsample_equalize_concat.md
 // explains the four bodies.
 
+#include "cpu/integers.h"
 #include "cpu/upsample_bodies.h"
 #include "cpu/upsample_equalize_concat.h"
 #include "cpu/vec.h"
@@ -132,7 +133,7 @@ constexpr int64_t kChannelBlock = 128;
 constexpr int64_t kPrefetchPixels = 2;
 
 int64_t channel_blocks(const EqualizedLevel& level) {
-  return (level.channels + kChannelBlock - 1) / kChannelBlock;
+  return ceil_div(level.channels, kChannelBlock);
 }
 
 int64_t source_row_blocks(const EqualizedLevel& level) {

@@ -25,11 +25,6 @@ const WinogradKernels::Kernel& kernel(const Tensor& image) {
   return kernels(dtype).kernels[dtype];
 }
 
-// Of tiles and bias.
-ScalarType compute_type(const Tensor& image) {
-  return image.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 struct Outputs {
   int64_t height, width;
 };
@@ -80,14 +75,14 @@ void run(WinogradBody body, const Tensor& image_tensor, const Elements& elements
   const Dtype dtype = dtype_of(kOp, "image", image_tensor);
   const int64_t channels = image_tensor.size(1);
   check(!bias || (bias->is_cpu() && bias->dim() == 1 && bias->size(0) == channels &&
-                  bias->scalar_type() == compute_type(image_tensor)),
+                  bias->scalar_type() == compute_type(dtype)),
         kOp, "bias must have one value per channel, in the accumulation dtype");
 
   Winograd w{};
   w.image = image(image_tensor);
   w.channels = channels;
-  w.tiles_y = (outputs.height + kWinogradOutputs - 1) / kWinogradOutputs;
-  w.tiles_x = (outputs.width + kWinogradOutputs - 1) / kWinogradOutputs;
+  w.tiles_y = ceil_div(outputs.height, kWinogradOutputs);
+  w.tiles_x = ceil_div(outputs.width, kWinogradOutputs);
   w.padding = padding;
   w.first = first;
   const int64_t count = elements.count;
@@ -104,14 +99,12 @@ void run(WinogradBody body, const Tensor& image_tensor, const Elements& elements
   const Scratch zeros(bytes);
   std::memset(zeros.get(), 0, bytes);
   w.zeros = zeros.get();
-  torch::stable::parallel_for(0, count,
-                              std::max<int64_t>(1, sizes().grain / (kWinogradElements * channels)),
-                              [&](int64_t begin, int64_t end) {
-                                const Scratch nowhere(bytes);
-                                Winograd mine = w;
-                                mine.nowhere = nowhere.get();
-                                body(mine, begin, end);
-                              });
+  for_units(count, grain_of(kWinogradElements * channels), bytes,
+            [&](int64_t begin, int64_t end, void* nowhere) {
+              Winograd mine = w;
+              mine.nowhere = nowhere;
+              body(mine, begin, end);
+            });
 }
 
 void input(Tensor tiles, Tensor image, int64_t first, int64_t height, int64_t width,
