@@ -124,7 +124,7 @@ def inspected(
         sampling.__file__,
         strips.__file__,
         launch_triton.__file__,
-        module.__file__,
+        *sorted(map(str, Path(str(module.__file__)).parent.glob("*triton.py"))),
         __file__,
         launches.__code__.co_filename,
     )

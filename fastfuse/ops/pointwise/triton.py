@@ -9,15 +9,21 @@ run to run. Every element is read and written by one program, the read first: ou
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+from fastfuse.ops.pointwise.kernels_triton import (
+    add_sums_kernel,
+    bias_gelu_backward_kernel,
+    bias_gelu_kernel,
+    layer_norm_backward_kernel,
+    layer_norm_kernel,
+    residual_backward_kernel,
+    residual_kernel,
+)
 
 __all__ = [
     "bias_gelu_backward_into", "bias_gelu_into", "layer_norm_backward_into", "layer_norm_into",
@@ -35,231 +41,6 @@ MIN_BLOCK_CHANNELS, MAX_BLOCK_CHANNELS = 32, 256
 SUM_PROGRAMS = 1024
 # Adding these up: rows of sums in flight, and channels of one program.
 ADDED_ROWS, ADDED_CHANNELS = 128, 32
-
-SQRT_HALF = tl.constexpr(math.sqrt(0.5))
-INVERSE_SQRT_TWO_PI = tl.constexpr(1 / math.sqrt(2 * math.pi))
-
-
-@triton.jit
-def _gelu(x):
-    """``(gelu(x), its derivative)``: x times the normal distribution's integral up to x."""
-    integral = 0.5 + 0.5 * tl.erf(x * SQRT_HALF)
-    return x * integral, integral + x * (tl.exp(-0.5 * x * x) * INVERSE_SQRT_TWO_PI)
-
-
-@triton.jit
-def _tile(channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``(block of rows, rows, channel, whether there is such a channel)``; [BLOCK_R], [BLOCK_C]."""
-    channel_blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    channel = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return program // channel_blocks, tl.arange(0, BLOCK_R), channel, channel < channels
-
-
-@triton.jit
-def _offset(row, channel, stride):
-    return row.to(tl.int64)[:, None] * stride + channel[None, :]
-
-
-@triton.jit
-def _load(matrix, row, channel, stride, mask, DTYPE: tl.constexpr):
-    return tl.load(matrix + _offset(row, channel, stride), mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _store(matrix, row, channel, stride, mask, value):
-    offset = _offset(row, channel, stride)
-    tl.store(matrix + offset, value.to(matrix.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _row_vector(vector, channel, mask):
-    """A vector's channels, for every row of a tile: each thread loads what it needs."""
-    return tl.load(vector + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_sums(partials, block, channel, channels, total):
-    """The sum of a tile's rows, as the block's row of ``partials``."""
-    partials += block.to(tl.int64) * channels + channel
-    tl.store(partials, tl.sum(total, axis=0), mask=channel < channels)
-
-
-@triton.jit
-def _keep_of(keep, start, tile_row, first, pixels, mask):
-    """The factor of every row's image, rows counted from ``start``. # [BLOCK_R, 1]"""
-    position = first.to(tl.int64) + start  # one division of int64 for all rows
-    left = (pixels - position % pixels).to(pixels.dtype)  # rows of the same image
-    image = position // pixels + tl.where(tile_row < left, 0, 1 + (tile_row - left) // pixels)
-    return tl.load(keep + image, mask=mask, other=0.0)[:, None]
-
-
-@triton.jit
-def _normalize(x, inside, channels, EPS: tl.constexpr):
-    """Rows less their mean, over their deviation, and 1 / deviation."""
-    mean = tl.sum(x, axis=1)[:, None] / channels
-    x = tl.where(inside, x - mean, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(x * x, axis=1)[:, None] / channels + EPS)
-    return x * inverse, inverse
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _layer_norm_kernel(
-    out, x, weight, bias,
-    skip,  # added, or None
-    rows, channels, out_stride, x_stride, skip_stride,
-    EPS: tl.constexpr, GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = weight.dtype.element_ty
-    block, row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    row += block * BLOCK_R
-    inside = (row < rows)[:, None] & in_channel[None, :]
-    value = _load(x, row, channel, x_stride, inside, DTYPE)
-    value, _ = _normalize(value, inside, channels, EPS)
-    value = value * _row_vector(weight, channel, inside) + _row_vector(bias, channel, inside)
-    if GELU:
-        value, _ = _gelu(value)
-    if skip is not None:
-        value += _load(skip, row, channel, skip_stride, inside, DTYPE)
-    _store(out, row, channel, out_stride, inside, value)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_per_block"])
-def _layer_norm_backward_kernel(
-    grad_x,
-    partials,  # (2, blocks, channels): of the weight's gradient and the bias's
-    grad_out, x, weight, bias,
-    rows, channels, rows_per_block, grad_x_stride, grad_out_stride, x_stride,
-    EPS: tl.constexpr, GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = weight.dtype.element_ty
-    block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    weight_sum = tl.zeros([BLOCK_R, BLOCK_C], dtype=DTYPE)
-    bias_sum = weight_sum
-    first = block * rows_per_block
-    for start in range(first, tl.minimum(first + rows_per_block, rows), BLOCK_R):
-        row = start + tile_row
-        inside = (row < rows)[:, None] & in_channel[None, :]
-        value = _load(x, row, channel, x_stride, inside, DTYPE)
-        value, inverse = _normalize(value, inside, channels, EPS)
-        grad = _load(grad_out, row, channel, grad_out_stride, inside, DTYPE)
-        scale = _row_vector(weight, channel, inside)
-        if GELU:
-            _, slope = _gelu(value * scale + _row_vector(bias, channel, inside))
-            grad *= slope
-        weight_sum += grad * value
-        bias_sum += grad
-        # Not a product, which could be fused: of one channel, grad - mean is exactly zero.
-        grad = tl.fma(grad, scale, 0.0)
-        mean = tl.sum(grad, axis=1)[:, None] / channels
-        mean_product = tl.sum(grad * value, axis=1)[:, None] / channels
-        grad = (grad - mean - value * mean_product) * inverse
-        _store(grad_x, row, channel, grad_x_stride, inside, grad)
-    _store_sums(partials, block, channel, channels, weight_sum)
-    _store_sums(partials, tl.num_programs(0) + block, channel, channels, bias_sum)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _bias_gelu_kernel(
-    out, hidden, bias, rows, channels, out_stride, hidden_stride,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = bias.dtype.element_ty
-    block, row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    row += block * BLOCK_R
-    inside = (row < rows)[:, None] & in_channel[None, :]
-    value = _load(hidden, row, channel, hidden_stride, inside, DTYPE)
-    value, _ = _gelu(value + _row_vector(bias, channel, inside))
-    _store(out, row, channel, out_stride, inside, value)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_per_block"])
-def _bias_gelu_backward_kernel(
-    grad, out,
-    partials,  # (blocks, channels)
-    hidden, bias, rows, channels, rows_per_block, grad_stride, out_stride, hidden_stride,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = bias.dtype.element_ty
-    block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=DTYPE)
-    first = block * rows_per_block
-    for start in range(first, tl.minimum(first + rows_per_block, rows), BLOCK_R):
-        row = start + tile_row
-        inside = (row < rows)[:, None] & in_channel[None, :]
-        value = _load(hidden, row, channel, hidden_stride, inside, DTYPE)
-        value, slope = _gelu(value + _row_vector(bias, channel, inside))
-        slope *= _load(grad, row, channel, grad_stride, inside, DTYPE)
-        total += slope
-        _store(grad, row, channel, grad_stride, inside, slope)
-        _store(out, row, channel, out_stride, inside, value)
-    _store_sums(partials, block, channel, channels, total)
-
-
-@triton.jit(do_not_specialize=["rows", "first", "pixels"])
-def _residual_kernel(
-    out, x, product, bias,
-    scale,  # one value per channel, or None
-    keep,  # one value per image, or None
-    rows, channels, pixels, first, out_stride, x_stride, product_stride,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = bias.dtype.element_ty
-    block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    start = block * BLOCK_R
-    row = start + tile_row
-    inside = (row < rows)[:, None] & in_channel[None, :]
-    value = _load(product, row, channel, product_stride, inside, DTYPE)
-    value += _row_vector(bias, channel, inside)
-    if scale is not None:
-        value *= _row_vector(scale, channel, inside)
-    if keep is not None:
-        value *= _keep_of(keep, start, tile_row, first, pixels, row < rows)
-    value += _load(x, row, channel, x_stride, inside, DTYPE)
-    _store(out, row, channel, out_stride, inside, value)
-
-
-@triton.jit(do_not_specialize=["rows", "rows_per_block", "first", "pixels"])
-def _residual_backward_kernel(
-    out,
-    partials,  # (blocks, channels)
-    grad,
-    keep,  # one value per image, or None
-    rows, channels, rows_per_block, pixels, first, out_stride, grad_stride,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = partials.dtype.element_ty
-    block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=DTYPE)
-    first_row = block * rows_per_block
-    for start in range(first_row, tl.minimum(first_row + rows_per_block, rows), BLOCK_R):
-        row = start + tile_row
-        inside = (row < rows)[:, None] & in_channel[None, :]
-        value = _load(grad, row, channel, grad_stride, inside, DTYPE)
-        if keep is not None:
-            value *= _keep_of(keep, start, tile_row, first, pixels, row < rows)
-            _store(out, row, channel, out_stride, inside, value)
-        total += value
-    _store_sums(partials, block, channel, channels, total)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def _add_sums_kernel(
-    sums,  # vectors
-    partials,  # (vectors, blocks, channels)
-    blocks, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    vector, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
-    partials += vector.to(tl.int64) * blocks * channels
-    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=partials.dtype.element_ty)
-    for start in range(0, blocks, BLOCK_R):
-        row = start + tile_row
-        inside = (row < blocks)[:, None] & in_channel[None, :]
-        total += tl.load(partials + _offset(row, channel, channels), mask=inside, other=0.0)
-    for index in tl.static_range(len(sums)):
-        if vector == index:
-            there = tl.load(sums[index] + channel, mask=in_channel, other=0.0)
-            tl.store(sums[index] + channel, there + tl.sum(total, axis=0), mask=in_channel)
 
 
 def _row_blocks(channels: int) -> tuple[int, int, int]:
@@ -332,7 +113,7 @@ def _summing_launches(
     return (
         blocks,
         partial,
-        Launch(_add_sums_kernel, programs, device, (blocks, channels), constants),
+        Launch(add_sums_kernel, programs, device, (blocks, channels), constants),
     )
 
 
@@ -344,7 +125,7 @@ def layer_norm_into(
     if out.numel() == 0:
         return
     strides = (out.stride(0), x.stride(0), None if skip is None else skip.stride(0))
-    launch = _rows_launch(_layer_norm_kernel, x.device, *x.shape, strides, eps, gelu)
+    launch = _rows_launch(layer_norm_kernel, x.device, *x.shape, strides, eps, gelu)
     launch(out, x, norm_weight, norm_bias, skip)
 
 
@@ -357,7 +138,7 @@ def layer_norm_backward_into(
         return
     strides = (grad_x.stride(0), grad_output.stride(0), x.stride(0))
     blocks, partial, add = _summing_launches(
-        _layer_norm_backward_kernel, x.device, 2, *x.shape, strides, (eps, gelu)
+        layer_norm_backward_kernel, x.device, 2, *x.shape, strides, (eps, gelu)
     )
     partials = grad_weight.new_empty((2, blocks, x.shape[1]))
     partial(grad_x, partials, grad_output, x, norm_weight, norm_bias)
@@ -369,7 +150,7 @@ def bias_gelu_into(out: Tensor, hidden: Tensor, bias: Tensor) -> None:
     if out.numel() == 0:
         return
     strides = (out.stride(0), hidden.stride(0))
-    launch = _tiles_launch(_bias_gelu_kernel, hidden.device, *hidden.shape, strides)
+    launch = _tiles_launch(bias_gelu_kernel, hidden.device, *hidden.shape, strides)
     launch(out, hidden, bias)
 
 
@@ -384,7 +165,7 @@ def bias_gelu_backward_into(
         return
     strides = (grad.stride(0), out.stride(0), hidden.stride(0))
     blocks, partial, add = _summing_launches(
-        _bias_gelu_backward_kernel, grad.device, 1, *hidden.shape, strides
+        bias_gelu_backward_kernel, grad.device, 1, *hidden.shape, strides
     )
     partials = grad_bias.new_empty((1, blocks, hidden.shape[1]))
     partial(grad, out, partials, hidden, bias)
@@ -399,7 +180,7 @@ def residual_into(
     if out.numel() == 0:
         return
     others = (pixels, first, out.stride(0), x.stride(0), product.stride(0))
-    launch = _tiles_launch(_residual_kernel, x.device, *x.shape, others)
+    launch = _tiles_launch(residual_kernel, x.device, *x.shape, others)
     launch(out, x, product, bias, scale, keep)
 
 
@@ -411,7 +192,7 @@ def residual_backward_into(
         return
     others = (pixels, first, out.stride(0), grad.stride(0))
     blocks, partial, add = _summing_launches(
-        _residual_backward_kernel, grad.device, 1, *grad.shape, others
+        residual_backward_kernel, grad.device, 1, *grad.shape, others
     )
     partials = sums.new_empty((1, blocks, grad.shape[1]))
     partial(out, partials, grad, keep)

@@ -1,0 +1,247 @@
+"""The Triton kernels of tap_sum: what a program does, and why, is told in ``triton.py``."""
+# ruff: noqa: RUF005  (kernels keep a block per row in a tuple, and Triton knows no unpacking)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastfuse.ops.bilinear_triton import sample_axis, target_range, weight_of
+
+__all__ = ["backward_kernel", "forward_kernel"]
+
+
+@triton.jit
+def _split(index, parts):
+    """``(index // parts, index % parts)``."""
+    return index // parts, index % parts
+
+
+@triton.jit
+def _sample_inside(target, in_size, out_size, ALIGN_CORNERS: tl.constexpr, DTYPE: tl.constexpr):
+    """``sample_axis`` at the target position nearest to ``target``, and whether that is it."""
+    nearest = tl.minimum(tl.maximum(target, 0), out_size - 1)
+    lower, upper, weight = sample_axis(nearest, in_size, out_size, ALIGN_CORNERS, DTYPE)
+    return lower, upper, weight, target == nearest
+
+
+@triton.jit
+def _blend(rows, index, weight, scale):
+    """``scale * ((1 - weight) * rows[index] + weight * rows[index + 1])``."""
+    weight_above, weight_below = 1 - weight, weight
+    if scale is not None:
+        weight_above *= scale
+        weight_below *= scale
+    value = rows[0]
+    for row in tl.static_range(1, len(rows) - 1):
+        value = tl.where(index == row, rows[row], value)
+    value *= weight_above
+    if len(rows) > 1:
+        below = rows[1]
+        for row in tl.static_range(1, len(rows) - 1):
+            below = tl.where(index == row, rows[row + 1], below)
+        value += below * weight_below
+    return value
+
+
+@triton.jit
+def _add_offsets(totals, offsets, x, y, channel, channels, height, width, kernel_size, padding):
+    """Adds the offset of every tap to the output rows y, y + 1, ... where it falls inside."""
+    DTYPE: tl.constexpr = totals[0].dtype
+    for ky in range(kernel_size):
+        row = tl.zeros(totals[0].shape, dtype=DTYPE)
+        for kx in range(kernel_size):
+            target_x = x + (kx - padding)
+            inside = ((target_x >= 0) & (target_x < width))[:, None]
+            tap_channel = ((ky * kernel_size + kx) * channels + channel)[None, :]
+            tap_channel = tl.broadcast_to(tap_channel, row.shape)
+            mask = inside & (channel < channels)[None, :]
+            row += tl.load(offsets + tap_channel, mask=mask, other=0.0).to(DTYPE)
+        for run in tl.static_range(len(totals)):
+            target_y = y + run + (ky - padding)
+            inside = (target_y >= 0) & (target_y < height)
+            totals = totals[1:] + (tl.where(inside, totals[0] + row, totals[0]),)
+    return totals
+
+
+@triton.jit
+def _add_level(
+    totals, level, size, scale, image, x, y, channel, channels, height, width, kernel_size, padding,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+):  # fmt: skip
+    """Adds ``scale`` times the upsampled taps to the output rows y, y + 1, ... where inside.
+
+    At one ky these rows read up to ROWS source rows, and a pixel reads COLUMNS source columns: 1
+    where sizes are equal.
+    """
+    DTYPE: tl.constexpr = totals[0].dtype
+    taps, stride_n, stride_c, stride_h, stride_w = level
+    in_height, in_width = size
+    taps += image.to(tl.int64) * stride_n
+    for ky in range(kernel_size):
+        first, _, _, _ = _sample_inside(y + (ky - padding), in_height, height, ALIGN_CORNERS, DTYPE)
+
+        # Along x: load, interpolate and sum the taps of this kernel row.
+        rows = (tl.zeros(totals[0].shape, dtype=DTYPE),) * ROWS
+        for kx in range(kernel_size):
+            target_x = x + (kx - padding)
+            sample = _sample_inside(target_x, in_width, width, ALIGN_CORNERS, DTYPE)
+            left, right, weight_x, inside_x = sample  # [BLOCK_X]
+            tap_channel = (ky * kernel_size + kx) * channels + channel
+            start = taps + (tap_channel.to(tl.int64) * stride_c)[None, :]
+            left_start = start + (left.to(tl.int64) * stride_w)[:, None]
+            right_start = start + (right.to(tl.int64) * stride_w)[:, None]
+            mask = inside_x[:, None] & (channel < channels)[None, :]
+            for row in tl.static_range(ROWS):
+                source_y = tl.minimum(first + row, in_height - 1)
+                offset = source_y.to(tl.int64) * stride_h
+                value = tl.load(left_start + offset, mask=mask, other=0.0).to(DTYPE)
+                if COLUMNS > 1:
+                    right_value = tl.load(right_start + offset, mask=mask, other=0.0).to(DTYPE)
+                    value = value * (1 - weight_x)[:, None] + right_value * weight_x[:, None]
+                rows = rows[1:] + (rows[0] + value,)
+
+        # Along y: every output row finds the two source rows it reads.
+        for run in tl.static_range(len(totals)):
+            target_y = y + run + (ky - padding)
+            sample = _sample_inside(target_y, in_height, height, ALIGN_CORNERS, DTYPE)
+            lower, _, weight, inside = sample  # scalars
+            value = _blend(rows, lower - first, weight, scale)
+            totals = totals[1:] + (tl.where(inside, totals[0] + value, totals[0]),)
+    return totals
+
+
+@triton.jit(
+    do_not_specialize=[
+        "sizes", "out_height", "out_width", "height", "width", "kernel_size", "padding",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    out,
+    levels,  # of every level: taps and the four strides
+    scales,  # of what is there and of every level, or None
+    offsets,  # one value per channel of taps, or None
+    bias,  # one value per channel, or None
+    sizes,  # height and width of every level
+    channels, out_height, out_width, height, width,
+    kernel_size,  # not a constant: unrolled, the loops over taps would take all registers
+    padding, stride_n, stride_c, stride_h, stride_w,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # one value per level
+    ACCUMULATE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    RUN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    block, channel_block = _split(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    block, x_block = _split(block, tl.cdiv(out_width, BLOCK_X))
+    image, y_block = _split(block, tl.cdiv(out_height, RUN))
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    x = x_block * BLOCK_X + tl.arange(0, BLOCK_X)
+    y = y_block * RUN
+    inside = (x < out_width)[:, None] & (channel < channels)[None, :]  # [BLOCK_X, BLOCK_C]
+    out += image.to(tl.int64) * stride_n
+    out_offset = (x.to(tl.int64) * stride_w)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
+
+    # Start from what is there.
+    totals = (tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE),) * RUN
+    for run in tl.static_range(RUN):
+        total = totals[0]
+        if ACCUMULATE:
+            row = tl.minimum(y + run, out_height - 1)
+            start = out + row.to(tl.int64) * stride_h
+            total = tl.load(start + out_offset, mask=inside, other=0.0).to(DTYPE)
+            if scales is not None:
+                total *= tl.load(scales).to(DTYPE)
+        if bias is not None:
+            pointer = bias + tl.broadcast_to(channel[None, :], inside.shape)
+            total += tl.load(pointer, mask=inside, other=0.0).to(DTYPE)
+        totals = totals[1:] + (total,)
+
+    # Add the taps.
+    if offsets is not None:
+        totals = _add_offsets(
+            totals, offsets, x, y, channel, channels, height, width, kernel_size, padding
+        )
+    for level in tl.static_range(len(ROWS)):
+        scale = None if scales is None else tl.load(scales + 1 + level).to(DTYPE)
+        totals = _add_level(
+            totals, levels[level], sizes[level], scale, image, x, y, channel, channels, height,
+            width, kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
+        )  # fmt: skip
+
+    # Store.
+    for run in tl.static_range(RUN):
+        if y + run < out_height:
+            start = out + (y + run).to(tl.int64) * stride_h
+            tl.store(start + out_offset, totals[run].to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "out_height", "out_width", "in_height", "in_width", "height", "width", "padding",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    grad_out,
+    grad_taps,
+    scale,  # one value, or None
+    channels, out_height, out_width, in_height, in_width, height, width, padding,
+    grad_n, grad_c, grad_h, grad_w, stride_n, stride_c, stride_h, stride_w,
+    KERNEL_SIZE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, READERS: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    DTYPE: tl.constexpr = tl.float64 if grad_out.dtype.element_ty == tl.float64 else tl.float32
+    block, channel_block = _split(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    block, ky = _split(block, KERNEL_SIZE)
+    block, x_block = _split(block, tl.cdiv(in_width, BLOCK_X))
+    image, y = _split(block, in_height)
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    x = x_block * BLOCK_X + tl.arange(0, BLOCK_X)
+    in_channel = (channel < channels)[None, :]
+    start = grad_out + image.to(tl.int64) * grad_n + (channel.to(tl.int64) * grad_c)[None, :]
+
+    first_y, last_y = target_range(y, in_height, height, ALIGN_CORNERS, DTYPE)
+    first_x, last_x = target_range(x, in_width, width, ALIGN_CORNERS, DTYPE)  # [BLOCK_X]
+    # The loop runs as long as the neediest pixel; the others' surplus is masked. A column that the
+    # last tap reads at target position v is read by tap kx at v - (KERNEL_SIZE - 1 - kx).
+    columns = tl.max(tl.where(x < in_width, last_x - first_x, -1)) + KERNEL_SIZE
+    zeros = tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE)
+    totals = (zeros,) * KERNEL_SIZE
+    for group in range(0, last_y - first_y + 1, READERS):
+        # The rows of this group: where they are, how wide, and what they weigh.
+        none_yet = (0,) * READERS
+        row_offsets, row_widths, row_weights = none_yet, none_yet, none_yet
+        for reader in tl.static_range(READERS):
+            target_y = first_y + group + reader
+            row_weight = weight_of(target_y, y, in_height, height, ALIGN_CORNERS, DTYPE)
+            grad_y = target_y + (padding - ky)
+            reads = (target_y <= last_y) & (row_weight > 0) & (grad_y >= 0) & (grad_y < out_height)
+            row_offsets = row_offsets[1:] + (grad_y.to(tl.int64) * grad_h,)
+            row_widths = row_widths[1:] + (tl.where(reads, out_width, 0),)  # 0: it is not read
+            row_weights = row_weights[1:] + (row_weight,)
+        weights = (tl.zeros([BLOCK_X], dtype=DTYPE),) * KERNEL_SIZE  # of the column, by tap
+        for column in range(columns):
+            # Along y: the rows in this column.
+            target_x = first_x + column
+            grad_x = target_x + (padding - (KERNEL_SIZE - 1))
+            offset = (grad_x.to(tl.int64) * grad_w)[:, None]
+            value = zeros
+            for reader in tl.static_range(READERS):
+                mask = ((grad_x >= 0) & (grad_x < row_widths[reader]))[:, None] & in_channel
+                grad = tl.load(start + row_offsets[reader] + offset, mask=mask, other=0.0)
+                value += grad.to(DTYPE) * row_weights[reader]
+            # Along x: the column moves on from tap to tap.
+            weight = weight_of(target_x, x, in_width, width, ALIGN_CORNERS, DTYPE)
+            weights = weights[1:] + (tl.where(target_x <= last_x, weight, 0.0),)
+            for kx in tl.static_range(KERNEL_SIZE):
+                factor = weights[kx][:, None]
+                total = tl.where(factor > 0, totals[0] + value * factor, totals[0])
+                totals = totals[1:] + (total,)
+
+    grad_taps += image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h
+    mask = (x < in_width)[:, None] & in_channel
+    total_scale = None if scale is None else tl.load(scale).to(DTYPE)
+    for kx in tl.static_range(KERNEL_SIZE):
+        total = totals[kx] if scale is None else totals[kx] * total_scale
+        tap_channel = (ky * KERNEL_SIZE + kx) * channels + channel
+        offset = (x.to(tl.int64) * stride_w)[:, None] + (tap_channel.to(tl.int64) * stride_c)[None]
+        tl.store(grad_taps + offset, total.to(grad_taps.dtype.element_ty), mask=mask)
