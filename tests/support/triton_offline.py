@@ -69,10 +69,16 @@ def recorded(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
-    """The kernel as a launch would specialise it: None and 1 are constants, 16 divides or not."""
+def specialised(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[ASTSource, list[tuple[str, Any]], dict[str, Any]]:
+    """A kernel's source, the arguments that remain with their types, and a launch's options.
+
+    As a launch would have them: None and 1 are constants, 16 divides or not.
+    """
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+    remaining: list[tuple[str, Any]] = []
 
     def specialise(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         if isinstance(value, tuple) and not parameter.is_constexpr:
@@ -87,6 +93,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
             kind, divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
         if divisible and free:
             attributes[path] = [["tt.divisibility", 16]]
+        remaining.append((kind, value))
         return kind
 
     signature = {
@@ -95,6 +102,12 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {k: v for k, v in arguments.items() if k not in kernel.arg_names}
+    return source, remaining, options
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
+    """The kernel as a launch would specialise it."""
+    source, _, options = specialised(kernel, arguments)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
