@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,6 +32,8 @@ TESTS_ON = os.environ.get("TRITON_TESTS_ON", "")
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" or TESTS_ON != ""
 SELECTION: list[str] = []  # pytest's options that select tests, as conftest.py finds them
 
+Outcomes = dict[str, str | None]  # by "file::test": what failed, None where nothing did
+
 requires_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -44,41 +46,41 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def report(*args: Any, **kwargs: Any) -> None:
-        name = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].rsplit(" (", 1)[0]
-        report_child(name, {"TRITON_INTERPRET": "1"}, (*SELECTION, test.__code__.co_filename))
+        path, _, name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" (", 1)[0].partition("::")
+        outcomes, output = _run_interpreted(test.__code__.co_filename)
+        failure = outcomes.get(
+            f"{Path(path).name}::{name}", f"did not run under the interpreter:\n{output}"
+        )
+        if failure is not None:
+            pytest.fail(failure, pytrace=False)
 
     return requires_triton(report)
 
 
-def report_child(name: str, environment: dict[str, str], arguments: Sequence[str]) -> None:
-    """Fails if the test of that name does in a pytest of these arguments, which runs once."""
-    outcomes, output = _run_child(tuple(environment.items()), tuple(arguments))
-    failure = outcomes.get(name, f"did not run in the child:\n{output}")
-    if failure is not None:
-        pytest.fail(failure, pytrace=False)
-
-
 @functools.cache
-def _run_child(
-    environment: tuple[tuple[str, str], ...], arguments: tuple[str, ...]
-) -> tuple[dict[str, str | None], str]:
-    """What failed in each test, None where nothing did, and everything printed."""
+def _run_interpreted(path: str) -> tuple[Outcomes, str]:
+    return run_child({"TRITON_INTERPRET": "1"}, *SELECTION, path)
+
+
+def run_child(environment: dict[str, str], *arguments: str) -> tuple[Outcomes, str]:
+    """What became of the tests of a pytest of these arguments, and everything printed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
         pytest_options = ["-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
         child = subprocess.run(
             [sys.executable, "-m", "pytest", *pytest_options, *arguments],
             cwd=ROOT,
-            env={**os.environ, **dict(environment)},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        outcomes: dict[str, str | None] = {}
+        outcomes: Outcomes = {}
         if results.exists():
             for case in ElementTree.parse(results).iter("testcase"):
                 problems = [e for e in case if e.tag in ("failure", "error", "skipped")]
-                outcomes[case.attrib["name"]] = problems[0].text or "" if problems else None
+                name = f"{case.attrib['classname'].split('.')[-1]}.py::{case.attrib['name']}"
+                outcomes[name] = problems[0].text or "" if problems else None
     return outcomes, child.stdout
 
 

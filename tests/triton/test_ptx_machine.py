@@ -239,6 +239,19 @@ st.global.b32 [%rd1], %r4;"""
     assert thirds.tolist() == [3 ^ 21] * 32 + [35 ^ 21] * 32
 
 
+def test_bytes_of_two_registers() -> None:
+    body = """
+mov.b32 %r1, 0x03020100;
+mov.b32 %r2, 0x87060504;
+prmt.b32 %r3, %r1, %r2, 0x7632U;
+prmt.b32 %r4, %r1, %r2, 0xF040;
+st.global.b32 [%rd0], %r3;
+st.global.b32 [%rd1], %r4;"""
+    middle, others = launch(body, *np.zeros((2, 32), np.uint32))
+    assert (middle == 0x87060302).all()
+    assert (others == 0xFF000400).all()
+
+
 def test_parts_of_registers() -> None:
     body = """
 mov.b32 %r1, 0x00020001;
@@ -295,9 +308,23 @@ FAULTS = {
         EXCHANGE.format(barrier="bar.sync 0;", load=f"{LOAD}\n{STORE}"),
         "writes in a race with a read",
     ),
-    "two writes": ("mov.b32 %r1, memory;\nst.shared.b32 [%r1], %r0;", "in a race with a write"),
-    "two blocks": ("st.global.b32 [%rd0], %r8;\nmov.u32 %r1, %ctaid.x;\n"
-                   "st.global.b32 [%rd0], %r1;", "in a race with a write"),
+    "two writes": (
+        f"{HALF}\nmov.b32 %r1, memory;\n"
+        "@%p1 st.shared.b32 [%r1], 1;\n@!%p1 st.shared.b32 [%r1], 2;",
+        "in a race with a write",
+    ),
+    "two writes at once": (
+        "mov.b32 %r1, memory;\nst.shared.b32 [%r1], %r0;",
+        "thread 0 of block 0 writes where another thread writes something else",
+    ),
+    "two blocks write": (
+        "mov.u32 %r1, %ctaid.x;\nst.global.b32 [%rd0], %r1;",
+        "writes where another thread writes something else",
+    ),
+    "two blocks read and write": (
+        "ld.global.b32 %r1, [%rd0];\nst.global.b32 [%rd0], %r0;",
+        "writes in a race with a read",
+    ),
     "half reach a barrier": (f"{HALF}\n@%p1 bra $end;\nbar.sync 0;\n$end:", "that never come"),
     "half have ended": (f"{HALF}\n@%p1 ret;\nbar.sync 0;", "thread 32 .* that never come"),
     "half a warp shuffles": (

@@ -29,7 +29,7 @@ if INTERPRETING:
         ALIGN_CORNERS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
     ):  # fmt: skip
         DTYPE: tl.constexpr = weight_out.dtype.element_ty
-        source = tl.arange(0, BLOCK_IN)
+        source = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
         mask = source < in_size
         first, last = target_range(source, in_size, out_size, ALIGN_CORNERS, DTYPE)
         tl.store(first_out + source, first, mask=mask)
@@ -131,9 +131,9 @@ def test_adjoint_of_the_sampling_rule(sizes: tuple[int, int], align_corners: boo
 
     first, last = torch.empty(2, in_size, dtype=torch.int32)
     result = torch.empty(in_size, out_size)
-    adjoint_kernel[(1,)](
-        first, last, result, in_size, out_size, align_corners,
-        triton.next_power_of_2(in_size), triton.next_power_of_2(out_size),
+    adjoint_kernel[(triton.cdiv(in_size, 16),)](
+        first, last, result, in_size, out_size, align_corners, 16,
+        triton.next_power_of_2(out_size),
     )  # fmt: skip
     assert torch.allclose(result.double(), dense, rtol=0, atol=2**-24)
     inside = (target >= first[:, None]) & (target <= last[:, None])

@@ -40,7 +40,7 @@ TOGETHER = {
 }  # fmt: skip
 WARP = 32
 # A number as PTX writes it: the bits of a floating one, or an integer.
-NUMBER = re.compile(r"0[fd](?P<bits>[0-9A-F]+)|(?P<integer>-?(?:0x[0-9A-F]+|\d+))", re.I)
+NUMBER = re.compile(r"0[fd](?P<bits>[0-9A-F]+)|(?P<integer>-?(?:0x[0-9A-F]+|\d+))U?", re.I)
 
 
 class Context:
@@ -290,6 +290,23 @@ def _move(context: Context) -> Step:
     return lambda lanes: write(read(), lanes)
 
 
+def _permute(context: Context) -> Step:
+    """Bytes of two registers, or their signs, as four bits each of a third one tell."""
+    context.expect()
+    target, *sources = context.operands
+    low, high, selector = (context.read(source, "b32") for source in sources)
+    write = context.write(target, "b32")
+
+    def permute(lanes: Lanes) -> None:
+        both = np.stack(np.broadcast_arrays(low(), high()), axis=1).view(np.uint8)
+        choice = selector()[:, None] >> np.arange(0, 16, 4, dtype=np.uint32)
+        chosen = np.take_along_axis(both, (choice & 7).astype(np.int64), axis=1)
+        signs = np.where(chosen >> 7, np.uint8(255), np.uint8(0))
+        write(np.where(choice & 8, signs, chosen).view(np.uint32)[:, 0], lanes)
+
+    return permute
+
+
 def _compare(context: Context) -> Step:
     (comparison,) = context.modifiers
     target, one, other = context.operands
@@ -377,6 +394,7 @@ OPCODES: dict[str, Callable[[Context], Step]] = {
     "shfl": _shuffle,
     "redux": _reduce,
     "mov": _move,
+    "prmt": _permute,
     "setp": _compare,
     "selp": _select,
     "cvt": _convert,

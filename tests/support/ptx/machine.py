@@ -71,7 +71,6 @@ class Machine:
         self._shared_size = shared_size
         self._epoch = np.zeros(len(blocks), np.int64)  # barriers that a block has passed
         shared = Layout()
-        cell = _cell(kernel, "shared")
         self._shared_places = np.array(
             [
                 shared.place(
@@ -82,7 +81,7 @@ class Machine:
                 for _ in blocks
             ]
         )
-        self._shared = shared.memory(cell)
+        self._shared = shared.memory(_cell(kernel, "shared"), is_shared=True)
         self._steps: dict[int, Step] = {}
 
     # What instructions ask for

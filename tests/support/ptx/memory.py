@@ -52,12 +52,16 @@ class Memory:
     written and who accessed it is told by the cell.
     """
 
-    def __init__(self, data: Array, valid: Array, written: Array, cell: int = 1) -> None:
+    def __init__(
+        self, data: Array, valid: Array, written: Array, cell: int, is_shared: bool
+    ) -> None:
         padding = 0, -len(data) % 16
         self.data = np.pad(data, padding)
-        self._cell = cell
-        self._valid: Array = np.pad(valid, padding).reshape(-1, cell).all(axis=1)
-        self._written: Array = np.pad(written, padding).reshape(-1, cell).all(axis=1)
+        self._cell, self._is_shared = cell, is_shared
+        self._valid, self._written = (
+            np.logical_and.reduce(np.pad(mask, padding).reshape(-1, cell), axis=1)
+            for mask in (valid, written)
+        )
         self._writer = np.full(len(self._valid), NOBODY)
         self._reader = self._writer.copy()
 
@@ -81,14 +85,24 @@ class Memory:
         """Stores bytes, # [places, size]. Several may write the same."""
         cells = self._cells(places, size)
         who = who[:, None]
-        _check(~_unordered(self._reader[cells], who), "writes in a race with a read")
-        data = self.data.reshape(-1, size)
-        for _ in range(2):  # before, and with other warps in the same instruction
-            same = (data[places // size] == values).all(1, keepdims=True)
-            _check(~_unordered(self._writer[cells], who) | same, "writes in a race with a write")
-            data[places // size] = values
-            self._writer[cells] = who
+        _check(~self._is_read_by_others(cells, who), "writes in a race with a read")
+        data, rows = self.data.reshape(-1, size), places // size
+        same = (data[rows] == values).all(axis=1, keepdims=True)
+        _check(~_unordered(self._writer[cells], who) | same, "writes in a race with a write")
+        data[rows] = values
+        _check(data[rows] == values, "writes where another thread writes something else")
+        self._writer[cells] = who
         self._written[cells] = True
+
+    def _is_read_by_others(self, cells: Array, who: Array) -> Array:
+        """Triton lets several warps read an element that one of them stores: no race of blocks'."""
+        readers = self._reader[cells]
+        unordered = _unordered(readers, who)
+        return (
+            unordered
+            if self._is_shared
+            else unordered & (readers >> BLOCK_SHIFT != who >> BLOCK_SHIFT)
+        )
 
     def _cells(self, places: Array, size: int) -> Array:
         inside = (places >= 0) & (places + size <= len(self.data))
@@ -119,9 +133,9 @@ class Layout:
         self._pieces.append((begin, data, valid, written))
         return begin
 
-    def memory(self, cell: int) -> Memory:
+    def memory(self, cell: int, is_shared: bool = False) -> Memory:
         data, valid, written = np.zeros(self.size, np.uint8), *np.zeros((2, self.size), bool)
         for begin, *piece in self._pieces:
             for whole, part in zip((data, valid, written), piece, strict=True):
                 whole[begin : begin + len(part)] = part
-        return Memory(data, valid, written, cell)
+        return Memory(data, valid, written, cell, is_shared)
