@@ -6,6 +6,7 @@ A selection of the kernels' tests: each kernel once. ``make test-gpu-proof`` run
 from __future__ import annotations
 
 import pytest
+import torch
 from triton_interpreter import INTERPRETING, requires_triton, run_child
 
 if INTERPRETING:
@@ -48,3 +49,18 @@ def test_a_selection(on: str) -> None:
     assert sorted(outcomes) == sorted(names), output
     for name, failure in outcomes.items():
         assert failure is None, f"{name}\n{failure}"
+
+
+@requires_triton
+def test_tensors_of_a_device() -> None:
+    """Slices are slices there too, and what is written comes back: without one, on the CPU."""
+    import triton_device
+    from ptx.launch import Launcher
+
+    from fastfuse.ops.pointwise import triton as kernels
+
+    whole, bias = torch.zeros(7, 20), torch.ones(17)
+    with Launcher(90):
+        triton_device.install("cpu")
+        kernels.residual_into(whole[:, 1:-2], whole[:, 1:-2], whole[:, :-3], bias, None, None, 1, 0)
+    assert torch.equal(whole.sum(0), torch.tensor([0.0, *17 * [7.0], 0.0, 0.0]))
