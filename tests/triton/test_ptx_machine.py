@@ -332,6 +332,11 @@ FAULTS = {
         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;\n$end:",
         "thread 40 .* that never come",
     ),
+    "half a warp synchronizes": (
+        "setp.lt.u32 %p1, %r0, 40;\n@%p1 bra $end;\nbar.warp.sync -1;\n$end:",
+        "thread 40 .* that never come",
+    ),
+    "a barrier of some": ("bar.sync 1, 32;", "unknown instruction bar.sync"),
     "a guarded barrier": (f"{HALF}\n@%p1 bar.sync 0;", "unknown instruction bar.sync"),
     "beyond the end": ("st.global.b32 [%rd0 + 4], %r0;", r"thread 63 of block 0 is out of bounds"),
     "before the start": ("ld.global.b32 %r1, [%rd0 + -4];", "thread 0 .* is out of bounds"),
@@ -342,6 +347,7 @@ FAULTS = {
     "unwritten": ("mov.b32 %r1, memory;\nld.shared.b32 %r2, [%r1];", "reads what nobody wrote"),
     "an unknown opcode": ("frobnicate.b32 %r1, %r2;", "unknown instruction frobnicate.b32"),
     "an unknown modifier": ("add.sat.f32 %r1, %r1, %r2;", "unknown instruction add.sat.f32"),
+    "a third operand": ("setp.lt.and.s32 %p1, %r1, %r2, %p2;", "unknown instruction setp.lt.and"),
     "an unknown operand": ("mov.u32 %r1, %clock;", "unknown operand %clock"),
     "an endless loop": ("$loop:\nbra.uni $loop;", "does not end"),
 }  # fmt: skip

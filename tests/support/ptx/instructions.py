@@ -36,8 +36,9 @@ Write = Callable[[Array, Lanes], None]
 
 # Instructions that threads do together, and with whom.
 TOGETHER = {
-    "bar": "block", "shfl": "warp", "redux": "warp", "ldmatrix": "warp", "stmatrix": "warp",
-}  # fmt: skip
+    "bar.sync": "block",
+    **dict.fromkeys(("bar.warp", "shfl", "redux", "ldmatrix", "stmatrix"), "warp"),
+}
 WARP = 32
 # A number as PTX writes it: the bits of a floating one, or an integer.
 NUMBER = re.compile(r"0[fd](?P<bits>[0-9A-F]+)|(?P<integer>-?(?:0x[0-9A-F]+|\d+))U?", re.I)
@@ -114,12 +115,21 @@ class Context:
         return lambda: machine.of_all(read()).astype(np.int64) + added
 
 
+def partners(instruction: Instruction) -> str | None:
+    """Those that a thread does it together with: its "warp" or "block"."""
+    opcode = f"{instruction.opcode}."
+    return next((of for name, of in TOGETHER.items() if opcode.startswith(f"{name}.")), None)
+
+
 def step(machine: Machine, instruction: Instruction) -> Step:
     """What the instruction does; unknown ones are a fault."""
     context = Context(machine, instruction)
-    if context.name in TOGETHER and instruction.guard:
+    if partners(instruction) and instruction.guard:
         raise context.unknown()
-    return OPCODES.get(context.name, _computed)(context)
+    try:
+        return OPCODES.get(context.name, _computed)(context)
+    except (IndexError, KeyError, ValueError):  # of operands or modifiers that it does not have
+        raise context.unknown() from None
 
 
 # Memory
@@ -212,8 +222,10 @@ def _matrix(context: Context) -> Step:
 
 
 def _barrier(context: Context) -> Step:
-    context.expect("sync")
-    if context.operands != ("0",):
+    """Of a block; or of a warp, whose threads are in order as it is."""
+    if (context.modifiers, context.operands) == (["warp", "sync"], ("-1",)):
+        return lambda lanes: None
+    if (context.modifiers, context.operands) != (["sync"], ("0",)):
         raise context.unknown()
     return context.machine.pass_barrier
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptx.arithmetic import UNSIGNED
-from ptx.instructions import TOGETHER, WARP, Lanes, Step, step
+from ptx.instructions import WARP, Lanes, Step, partners, step
 from ptx.memory import AccessError, Layout, Memory, who
 from ptx.parse import BITS, Instruction, Kernel, PTXError
 
@@ -170,8 +170,8 @@ class Machine:
 
     def _without_partners(self, instruction: Instruction, threads: Array) -> Lanes:
         """Those of threads that need others which are not here."""
-        scope = TOGETHER.get(instruction.opcode.split(".")[0])
-        if scope is None or threads.all():
+        scope = None if threads.all() else partners(instruction)
+        if scope is None:
             return None
         of = self._block if scope == "block" else self._warp
         incomplete = np.zeros(of[-1] + 1, bool)

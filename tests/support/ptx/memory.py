@@ -95,14 +95,13 @@ class Memory:
         self._written[cells] = True
 
     def _is_read_by_others(self, cells: Array, who: Array) -> Array:
-        """Triton lets several warps read an element that one of them stores: no race of blocks'."""
+        """In global memory by other blocks: Triton lets several warps of a block read an element
+        that one of them stores, and the others drop what they read."""
         readers = self._reader[cells]
         unordered = _unordered(readers, who)
-        return (
-            unordered
-            if self._is_shared
-            else unordered & (readers >> BLOCK_SHIFT != who >> BLOCK_SHIFT)
-        )
+        if self._is_shared:
+            return unordered
+        return unordered & (readers >> BLOCK_SHIFT != who >> BLOCK_SHIFT)
 
     def _cells(self, places: Array, size: int) -> Array:
         inside = (places >= 0) & (places + size <= len(self.data))
