@@ -118,6 +118,14 @@ def test_flushing_to_zero() -> None:
     np.testing.assert_array_equal(flushed, np.array([0, 0, 1e-30, 1], np.float32))
 
 
+def test_a_coarse_reciprocal() -> None:
+    """What float64's logarithm begins with has the upper half of the bits."""
+    values = numbers(np.float64)
+    result = compute("rcp.approx.ftz.f64", "f64", values)
+    np.testing.assert_allclose(result, 1 / values, rtol=2**-19)
+    assert not (result.view(np.uint64) & np.uint64(2**32 - 1)).any()
+
+
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_rounding_to_half_precision(kind: str) -> None:
     """As PyTorch rounds, ties and numbers beyond the range too."""

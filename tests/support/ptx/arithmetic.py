@@ -1,4 +1,4 @@
-"""What instructions compute of values alone: tables by opcode, without its type.
+"""What instructions compute of values alone: tables by opcode, and by type where one has it.
 
 Functions take numpy arrays of the type and give one. What PTX calls approximate is rounded
 correctly here. Modifiers that a table does not have are not known.
@@ -78,6 +78,13 @@ def flushing(function: Function) -> Function:
     return lambda *values: flushed(function(*map(flushed, values)))
 
 
+def _coarse_reciprocal(a: Array) -> Array:
+    """Of float64: only the upper halves of numbers count."""
+    upper = np.uint64(0xFFFFFFFF00000000)
+    cut = (a.view(np.uint64) & upper).view(np.float64)
+    return (np.reciprocal(cut).view(np.uint64) & upper).view(np.float64)
+
+
 def _copysign(sign: Array, magnitude: Array) -> Array:
     return np.copysign(magnitude, sign)
 
@@ -95,6 +102,7 @@ FLOATS: dict[str, Function] = {
     "fma.rn.ftz": flushing(fma),
     "div.rn": _divide,
     "div.full": _divide,
+    "rcp.approx.ftz.f64": flushing(_coarse_reciprocal),
     "rcp.rn": _in_float64(np.reciprocal),
     "sqrt.rn": _sqrt,
     "sqrt.approx.ftz": flushing(_sqrt),

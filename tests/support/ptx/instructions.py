@@ -386,7 +386,8 @@ def _computed(context: Context) -> Step:
         raise context.unknown()
     kind = context.kind
     table = PREDICATES if kind == "pred" else FLOATS if kind in FLOATING else INTEGERS
-    function = table.get(".".join([context.name, *context.modifiers]))
+    name = ".".join([context.name, *context.modifiers])
+    function = table.get(name) or table.get(f"{name}.{kind}")
     if function is None or kind == "bf16" or kind.endswith("x2"):
         raise context.unknown()
     kinds = dict.fromkeys(range(len(context.operands)), kind) | SHIFTS.get(context.name, {})
