@@ -153,18 +153,25 @@ def inspected(
     sources = [Path(str(file)).read_bytes() for file in files]
     case = f"{triton.__version__} {arch} {case}"
     key = hashlib.sha256(b"\0".join([*sources, case.encode()])).hexdigest()
-    cached = CACHE / f"{key}.json"
-    if cached.exists():
-        return json.loads(cached.read_text())
-    rows = {
-        name: _inspect(compiled(kernel, arguments, arch).asm)
-        for name, (kernel, arguments) in launches()
-    }
-    CACHE.mkdir(parents=True, exist_ok=True)
-    scratch = CACHE / f"{key}.{os.getpid()}"
-    scratch.write_text(json.dumps(rows))
-    scratch.replace(cached)
-    return rows
+    return kept(
+        CACHE / f"{key}.json",
+        lambda: {
+            name: _inspect(compiled(kernel, arguments, arch).asm)
+            for name, (kernel, arguments) in launches()
+        },
+    )
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What the JSON file has; if there is none, what ``make`` gives, which it has from then on."""
+    if file.exists():
+        return json.loads(file.read_text())
+    made = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(made))
+    scratch.replace(file)
+    return made
 
 
 def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:

@@ -1,14 +1,16 @@
 """Launches of Triton kernels on CPU tensors: compiled for a GPU, and their PTX run by the machine.
 
-What Triton compiles is kept under .cache/; the assembler is left out.
+The PTX is kept under .cache/ by a hash of the source; the assembler is left out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
-from triton_offline import specialised
+from triton_offline import kept, specialised
 
 from ptx.machine import Machine, run
 from ptx.memory import ALIGNMENT, Layout
@@ -110,7 +112,8 @@ class Launcher(ExitStack):
             self.launch(kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, grid)
 
         patch = self.enter_context(pytest.MonkeyPatch.context())
-        patch.setenv("TRITON_CACHE_DIR", str(CACHE))
+        # Triton's own cache may not have what is not assembled.
+        patch.setenv("TRITON_CACHE_DIR", self.enter_context(TemporaryDirectory()))
         patch.setattr(CUDABackend, "make_cubin", lambda *_: b"")
         patch.setattr(JITFunction, "run", run)
         self.enter_context(self._fresh)
@@ -151,9 +154,14 @@ class Launcher(ExitStack):
 
     def _compiled(self, source: Any, options: dict[str, Any]) -> tuple[Kernel, int]:
         """The kernel and how many bytes of shared memory it has."""
-        key = f"{source.hash()} {sorted(options.items())}"
+        launched = f"{triton.__version__} {self._target} {source.hash()} {sorted(options.items())}"
+        key = hashlib.sha256(launched.encode()).hexdigest()
+
+        def compiled() -> dict[str, Any]:
+            kernel = triton.compile(source, target=self._target, options=options)
+            return {"ptx": kernel.asm["ptx"], "shared": kernel.metadata.shared}
+
         if key not in self._kernels:
-            compiled = triton.compile(source, target=self._target, options=options)
-            kernel = parse(self._edit(compiled.asm["ptx"]))
-            self._kernels[key] = kernel, compiled.metadata.shared
+            made = kept(CACHE / f"{key}.json", compiled)
+            self._kernels[key] = parse(self._edit(made["ptx"])), made["shared"]
         return self._kernels[key]
