@@ -1,7 +1,8 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
 #   make bench         build, run the quick benchmarks in six minutes, write bench-results/
 #   make test          build, run the fast tests
-# and: bench-full, test-all, test-triton, test-sanitize, test-torch, lint, format, wheel, clean
+# and: bench-full, test-all, test-triton, test-gpu-proof, test-sanitize, test-torch, lint, format,
+#   wheel, clean
 # CPU=avx2, avx512 or portable: as on a processor of that class, for bench and test.
 
 PYTHON ?= python3
@@ -48,7 +49,7 @@ WITH ?=
 WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: bench bench-full test test-all test-triton test-sanitize test-torch lint format wheel clean setup
+.PHONY: bench bench-full test test-all test-triton test-gpu-proof test-sanitize test-torch lint format wheel clean setup
 
 setup: $(BUILT)
 
@@ -87,6 +88,14 @@ test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
+
+# The fast Triton tests again, on the PTX that kernels compile to for each of these GPUs.
+GPUS := sm_80 sm_90
+test-gpu-proof: $(BUILT)
+	@for gpu in $(GPUS); do \
+	    echo "PTX for $$gpu"; TRITON_TESTS_ON=$$gpu $(PYTEST) tests/triton -m "not slow" || exit; \
+	done
+	$(PYTEST) tests/triton/test_ptx_mutations.py
 
 test-sanitize: $(BUILT)
 	$(BIN)/python tests/support/sanitizer.py

@@ -16,6 +16,7 @@ import triton.language as tl
 from fastfuse.ops.launch_triton import cdiv, power_of_two
 
 __all__ = [
+    "between",
     "check_plane",
     "dense_offset",
     "load_interpolated",
@@ -140,6 +141,12 @@ def dense_offset(image, pixel, channel, pixels, channels, CHANNELS_LAST: tl.cons
 
 
 @triton.jit
+def between(first, second, weight):
+    """``first * (1 - weight) + second * weight``: the same bits wherever it is compiled."""
+    return tl.fma(second, weight, first * (1 - weight))
+
+
+@triton.jit
 def load_interpolated(
     channel_start,  # of the source's channels  # [1, BLOCK_C]
     y,  # of the target's pixels  # [BLOCK_PIXELS]
@@ -172,9 +179,9 @@ def load_interpolated(
         bottom_right = tl.load(channel_start + (bottom + right)[:, None], mask=mask, other=0.0)
         weight_x = weight_x[:, None]
         weight_y = weight_y[:, None]
-        upper_row = top_left.to(DTYPE) * (1 - weight_x) + top_right.to(DTYPE) * weight_x
-        lower_row = bottom_left.to(DTYPE) * (1 - weight_x) + bottom_right.to(DTYPE) * weight_x
-        value = upper_row * (1 - weight_y) + lower_row * weight_y
+        upper_row = between(top_left.to(DTYPE), top_right.to(DTYPE), weight_x)
+        lower_row = between(bottom_left.to(DTYPE), bottom_right.to(DTYPE), weight_x)
+        value = between(upper_row, lower_row, weight_y)
     return value
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastfuse.ops.bilinear_triton import NUM_WARPS, THREADS, sample_axis
+from fastfuse.ops.bilinear_triton import NUM_WARPS, THREADS, between, sample_axis
 from fastfuse.ops.launch_triton import cdiv, power_of_two
 
 __all__ = [
@@ -99,7 +99,7 @@ def _load_row(start, left, right, weight, mask, SAME_SIZE: tl.constexpr, DTYPE: 
     value = tl.load(start + left, mask=mask, other=0.0).to(DTYPE)
     if not SAME_SIZE:
         right = tl.load(start + right, mask=mask, other=0.0).to(DTYPE)
-        value = value * (1 - weight) + right * weight
+        value = between(value, right, weight)
     return value
 
 
@@ -136,7 +136,7 @@ def load_strip(
             second = row_axis(second, CHANNELS_LAST)
             value = tl.where(second, lower_row, value)
             lower_row = tl.where(second, tl.expand_dims(below, ROW), lower_row)
-        value = value * (1 - weight_y) + lower_row * weight_y
+        value = between(value, lower_row, weight_y)
     return tl.where(class_axis(in_classes, CHANNELS_LAST), value, float("-inf"))
 
 
@@ -178,7 +178,10 @@ def add_exponential(value, top, total):
 def log_sum_exp(top, total, AXIS: tl.constexpr):
     """``(largest, sum of exp(value - largest))`` along an axis of what ``add_exponential`` made."""
     largest = tl.max(top, axis=AXIS)
-    return largest, tl.sum(total * tl.exp(top - tl.expand_dims(largest, AXIS)), axis=AXIS)
+    # Not a product, which could be fused with the first sum: each thread would round its own, and
+    # threads that have the same sum would differ in it.
+    total = tl.fma(total, tl.exp(top - tl.expand_dims(largest, AXIS)), 0.0)
+    return largest, tl.sum(total, axis=AXIS)
 
 
 def are_classes_innermost(logits: Tensor) -> bool:

@@ -66,3 +66,8 @@ def of_strides(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tenso
         return torch.randn(n, c + 3, h + 2, 2 * w).to(dtype)[:, 1:-2, 2:, ::2]
     x = torch.randn(shape).to(dtype)
     return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """So small that no sum of some of their products is rounded before its end."""
+    return torch.randint(-8, 9, shape).to(dtype)

@@ -1,9 +1,13 @@
-"""Triton kernels on the CPU: tests that run in a child process with Triton's interpreter.
+"""Triton kernels on CPU tensors: in Triton's interpreter, as compiled PTX, or on a device.
 
 The interpreter is chosen when triton is imported and would then replace the compiler everywhere, so
 the main test process never turns it on. Tests marked by :func:`interpreted` run in a child, all of
 a file in one; in the main process each reports what became of it there. ``-m`` and ``-k`` select
 tests of the child too.
+
+With TRITON_TESTS_ON=sm_90 in the environment (sm_80, any other) they run in this process: kernels
+are compiled for that GPU and the PTX is run on the CPU (``ptx.launch``). With
+TRITON_TESTS_ON=device they run on a CUDA device, to which tensors are copied (``triton_device``).
 """
 
 from __future__ import annotations
@@ -21,10 +25,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from rounding import fma, round_bfloat16, widen_bfloat16
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+TESTS_ON = os.environ.get("TRITON_TESTS_ON", "")
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1" or TESTS_ON != ""
 SELECTION: list[str] = []  # pytest's options that select tests, as conftest.py finds them
+
+Outcomes = dict[str, str | None]  # by "file::test": what failed, None where nothing did
 
 requires_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -32,15 +40,17 @@ requires_triton = pytest.mark.skipif(
 
 
 def interpreted(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test under Triton's interpreter."""
+    """Runs a test where kernels take CPU tensors: if not here, under Triton's interpreter."""
     if INTERPRETING:
         return test
 
     @functools.wraps(test)
     def report(*args: Any, **kwargs: Any) -> None:
-        name = os.environ["PYTEST_CURRENT_TEST"].split("::", 1)[1].rsplit(" (", 1)[0]
+        path, _, name = os.environ["PYTEST_CURRENT_TEST"].rsplit(" (", 1)[0].partition("::")
         outcomes, output = _run_interpreted(test.__code__.co_filename)
-        failure = outcomes.get(name, f"did not run under the interpreter:\n{output}")
+        failure = outcomes.get(
+            f"{Path(path).name}::{name}", f"did not run under the interpreter:\n{output}"
+        )
         if failure is not None:
             pytest.fail(failure, pytrace=False)
 
@@ -48,39 +58,34 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _run_interpreted(path: str) -> tuple[dict[str, str | None], str]:
-    """What failed in each test of a file, None where nothing did, and everything printed."""
+def _run_interpreted(path: str) -> tuple[Outcomes, str]:
+    return run_child({"TRITON_INTERPRET": "1"}, *SELECTION, path)
+
+
+def run_child(environment: dict[str, str], *arguments: str) -> tuple[Outcomes, str]:
+    """What became of the tests of a pytest of these arguments, and everything printed."""
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder, "results.xml")
         pytest_options = ["-q", "-p", "no:cacheprovider", f"--junitxml={results}"]
         child = subprocess.run(
-            [sys.executable, "-m", "pytest", *pytest_options, *SELECTION, path],
+            [sys.executable, "-m", "pytest", *pytest_options, *arguments],
             cwd=ROOT,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        outcomes: dict[str, str | None] = {}
+        outcomes: Outcomes = {}
         if results.exists():
             for case in ElementTree.parse(results).iter("testcase"):
                 problems = [e for e in case if e.tag in ("failure", "error", "skipped")]
-                outcomes[case.attrib["name"]] = problems[0].text or "" if problems else None
+                name = f"{case.attrib['classname'].split('.')[-1]}.py::{case.attrib['name']}"
+                outcomes[name] = problems[0].text or "" if problems else None
     return outcomes, child.stdout
 
 
 # bfloat16. The interpreter holds it as uint16 and computes with these integers, and it truncates
 # where hardware rounds to nearest even. The patch widens to float32, computes, and rounds back.
-
-
-def _widen(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _round(values: np.ndarray) -> np.ndarray:
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def patch_bfloat16() -> None:
@@ -95,14 +100,14 @@ def patch_bfloat16() -> None:
     def widen(handle: TensorHandle) -> TensorHandle:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
-        return TensorHandle(_widen(handle.data), tl.float32)
+        return TensorHandle(widen_bfloat16(handle.data), tl.float32)
 
     def patched_cast(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> TensorHandle:
         if tl.bfloat16 not in (src.dtype.scalar, dst_type.scalar):
             return cast(self, src, dst_type)
         src = widen(src)
         if dst_type.scalar == tl.bfloat16:
-            return TensorHandle(_round(src.data.astype(np.float32)), tl.bfloat16)
+            return TensorHandle(round_bfloat16(src.data.astype(np.float32)), tl.bfloat16)
         return src if dst_type.scalar == tl.float32 else cast(self, src, dst_type)
 
     def patched_binary_op(
@@ -110,10 +115,10 @@ def patch_bfloat16() -> None:
     ) -> TensorHandle:
         if lhs.dtype.scalar != tl.bfloat16:
             return binary_op(self, lhs, rhs, op)
-        result = op(_widen(lhs.data), _widen(rhs.data))
+        result = op(widen_bfloat16(lhs.data), widen_bfloat16(rhs.data))
         if result.dtype == np.bool_:
             return TensorHandle(result, tl.int1)
-        return TensorHandle(_round(result), tl.bfloat16)
+        return TensorHandle(round_bfloat16(result), tl.bfloat16)
 
     def patched_dot(
         self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *args: Any
@@ -128,36 +133,6 @@ def patch_bfloat16() -> None:
 # fma. The interpreter of triton before 3.9 rounds its product too; compiled code has `fma.rn`.
 
 
-def _two_sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``a + b``, and what its rounding lost (Knuth)."""
-    total = a + b
-    rest = total - a
-    return total, (a - (total - rest)) + (b - rest)
-
-
-def _two_product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``a * b``, and what its rounding lost (Dekker)."""
-    half = a.dtype.type(2 ** (np.finfo(a.dtype).nmant // 2 + 1) + 1)
-    high_a, high_b = (half * x - (half * x - x) for x in (a, b))
-    low_a, low_b = a - high_a, b - high_b
-    product = a * b
-    return product, low_a * low_b - (
-        ((product - high_a * high_b) - low_a * high_b) - high_a * low_b
-    )
-
-
-def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """``x * y + z`` of finite numbers, rounded once (Boldo and Melquiond, 2008)."""
-    product, product_rest = _two_product(x, y)
-    addend, addend_rest = _two_sum(z, product_rest)
-    total, total_rest = _two_sum(product, addend)
-    rest, lost = _two_sum(addend_rest, total_rest)
-    # Rounded to odd, the rest remembers on which side of a tie it was.
-    even = rest.view(f"i{rest.itemsize}") % 2 == 0
-    towards = np.copysign(rest.dtype.type(np.inf), lost)
-    return total + np.where(even & (lost != 0), np.nextafter(rest, towards), rest)
-
-
 def patch_fma() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -169,6 +144,14 @@ def patch_fma() -> None:
     InterpreterBuilder.create_fma = patched
 
 
-if INTERPRETING:
+if TESTS_ON == "device":
+    import triton_device
+
+    triton_device.install()
+elif TESTS_ON:
+    from ptx.launch import Launcher
+
+    Launcher(int(TESTS_ON.removeprefix("sm_"))).__enter__()
+elif INTERPRETING:
     patch_bfloat16()
     patch_fma()

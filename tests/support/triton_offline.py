@@ -59,10 +59,16 @@ def recorded(call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
-    """The kernel as a launch would specialise it: None and 1 are constants, 16 divides or not."""
+def specialised(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[ASTSource, list[tuple[str, Any]], dict[str, Any]]:
+    """A kernel's source, the arguments that remain with their types, and a launch's options.
+
+    As a launch would have them: None and 1 are constants, 16 divides or not.
+    """
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
+    remaining: list[tuple[str, Any]] = []
 
     def specialise(path: tuple[int, ...], value: Any, parameter: Any) -> Any:
         if isinstance(value, tuple) and not parameter.is_constexpr:
@@ -77,6 +83,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
             kind, divisible = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
         if divisible and free:
             attributes[path] = [["tt.divisibility", 16]]
+        remaining.append((kind, value))
         return kind
 
     signature = {
@@ -85,6 +92,12 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {k: v for k, v in arguments.items() if k not in kernel.arg_names}
+    return source, remaining, options
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
+    """The kernel as a launch would specialise it."""
+    source, _, options = specialised(kernel, arguments)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
@@ -131,18 +144,25 @@ def inspected(
     sources = [Path(str(file)).read_bytes() for file in files]
     case = f"{triton.__version__} {arch} {case}"
     key = hashlib.sha256(b"\0".join([*sources, case.encode()])).hexdigest()
-    cached = CACHE / f"{key}.json"
-    if cached.exists():
-        return json.loads(cached.read_text())
-    rows = {
-        name: _inspect(compiled(kernel, arguments, arch).asm)
-        for name, (kernel, arguments) in launches()
-    }
-    CACHE.mkdir(parents=True, exist_ok=True)
-    scratch = CACHE / f"{key}.{os.getpid()}"
-    scratch.write_text(json.dumps(rows))
-    scratch.replace(cached)
-    return rows
+    return kept(
+        CACHE / f"{key}.json",
+        lambda: {
+            name: _inspect(compiled(kernel, arguments, arch).asm)
+            for name, (kernel, arguments) in launches()
+        },
+    )
+
+
+def kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What the JSON file has; if there is none, what ``make`` gives, which it has from then on."""
+    if file.exists():
+        return json.loads(file.read_text())
+    made = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(made))
+    scratch.replace(file)
+    return made
 
 
 def print_table(title: str, results: dict[str, dict[str, Any]]) -> None:

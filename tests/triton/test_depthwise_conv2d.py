@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from inputs import fast_and_slow
+from inputs import fast_and_slow, integers
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -171,6 +171,20 @@ def test_many_tiles_of_one_program(
     shape = (2, 3, 20, 40)
     grad_output, x = (_image(shape, torch.float32, layout) for _ in range(2))
     _check_gradients(grad_output, x, 3, 2)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """Results are rounded once, from sums that are exact."""
+    x, grad_output = integers(2, 2, 5, 7, 9, dtype=dtype)
+    weight, bias = integers(5, 1, 7, 7, dtype=dtype), integers(5, dtype=dtype)
+    result = kernels.forward(x, weight, bias, None, 1, False, False)
+    expected = reference(x.double(), weight.double(), bias.double(), 1)
+    assert torch.equal(result, expected.to(dtype))
+    results = kernels.backward_weight(grad_output, x, 7, 1)
+    for result, gradient in zip(results, _exact_gradients(grad_output, x, 7, 1), strict=True):
+        assert torch.equal(result, gradient.to(dtype))
 
 
 @interpreted

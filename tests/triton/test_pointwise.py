@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import fast_and_slow
+from inputs import fast_and_slow, integers
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -121,6 +121,17 @@ def test_layer_norm_backward(size: str, dtype: torch.dtype, gelu: bool) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_layer_norm_backward_of_one_channel(dtype: torch.dtype) -> None:
+    """Exactly zero, however the compiler fuses."""
+    x, grad = _matrix("one channel", dtype), _matrix("one channel", dtype)
+    weight, bias, *sums = _vectors(1, dtype, 4)
+    grad_x = Output(x.shape, dtype)
+    kernels.layer_norm_backward_into(grad_x.matrix, *sums, grad, x, weight, bias, EPS, False)
+    assert not grad_x.matrix.any()
+
+
+@interpreted
 def test_layer_norm_of_a_large_mean() -> None:
     """The variance is that of differences, not a difference of squares."""
     x = torch.randn(6, 48) + 1000
@@ -201,6 +212,18 @@ def test_residual_backward(size: str, dtype: torch.dtype, optional: bool) -> Non
         out.check(expected)
     assert out.whole.isnan().all()
     _assert_added(sums, before, expected.sum(0), rows)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """Of sums over rows no bit is lost."""
+    grad, keep = integers(70, 17, dtype=dtype), integers(7, dtype=_vectors(1, dtype, 1)[0].dtype)
+    out, sums = torch.full_like(grad, torch.nan), torch.ones(17, dtype=keep.dtype)
+    kernels.residual_backward_into(out, sums, grad, keep, 10, 0)
+    expected = grad.double() * _images(70, keep, 10, 0)
+    assert torch.equal(out.double(), expected)
+    assert torch.equal(sums.double(), 1 + expected.sum(0))
 
 
 @interpreted

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from inputs import fast_and_slow
+from inputs import fast_and_slow, integers
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -206,6 +206,18 @@ def test_backward_into_a_slice_of_the_channels(dtype: torch.dtype) -> None:
     _assert_close(whole[:, 1:37], scale.double() * expected, reduction=16)
     for untouched in (slice(0, 1), slice(37, 40)):
         assert torch.equal(whole[:, untouched], before[:, untouched])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """At a ratio of 2 weights are quarters: results are rounded once, from sums that are exact."""
+    taps, offsets = integers(2, 45, 3, 4, dtype=dtype), integers(45, dtype=dtype)
+    result = kernels.forward(taps, offsets, 6, 8, 3, 1, False, False)
+    assert torch.equal(result, exact(taps, offsets, (6, 8), 3, 1, False, dtype).to(dtype))
+    grad_output, geometry = integers(2, 5, 6, 8, dtype=dtype), (6, 8, 3, 1, False)
+    result = kernels.backward(grad_output, 3, 4, *geometry, False)
+    assert torch.equal(result, _exact_gradient(grad_output, taps.shape, geometry, dtype).to(dtype))
 
 
 @interpreted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from inputs import STRIDES, of_strides
+from inputs import STRIDES, integers, of_strides
 from triton_interpreter import INTERPRETING, interpreted
 
 from fastfuse.ops.upsample_add.samples import exact
@@ -48,6 +48,15 @@ def test_forward(case: str, dtype: torch.dtype) -> None:
         assert error <= tolerance(dtype), (layout, error)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         assert result.is_contiguous(memory_format=memory_format)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """At a ratio of 2 weights are quarters: the result is rounded once, from an exact sum."""
+    x, skip = integers(2, 5, 3, 4, dtype=dtype), integers(2, 5, 6, 8, dtype=dtype)
+    result = kernels.forward(x, skip, False, False)
+    assert torch.equal(result, exact(x, skip, False, dtype).to(dtype))
 
 
 @interpreted

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from inputs import both_corners, fast_and_slow
+from inputs import both_corners, fast_and_slow, integers
 from torch import Tensor
 from triton_interpreter import INTERPRETING, interpreted
 
@@ -29,7 +29,7 @@ if INTERPRETING:
         ALIGN_CORNERS: tl.constexpr, BLOCK_IN: tl.constexpr, BLOCK_OUT: tl.constexpr,
     ):  # fmt: skip
         DTYPE: tl.constexpr = weight_out.dtype.element_ty
-        source = tl.arange(0, BLOCK_IN)
+        source = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
         mask = source < in_size
         first, last = target_range(source, in_size, out_size, ALIGN_CORNERS, DTYPE)
         tl.store(first_out + source, first, mask=mask)
@@ -131,9 +131,9 @@ def test_adjoint_of_the_sampling_rule(sizes: tuple[int, int], align_corners: boo
 
     first, last = torch.empty(2, in_size, dtype=torch.int32)
     result = torch.empty(in_size, out_size)
-    adjoint_kernel[(1,)](
-        first, last, result, in_size, out_size, align_corners,
-        triton.next_power_of_2(in_size), triton.next_power_of_2(out_size),
+    adjoint_kernel[(triton.cdiv(in_size, 16),)](
+        first, last, result, in_size, out_size, align_corners, 16,
+        triton.next_power_of_2(out_size),
     )  # fmt: skip
     assert torch.allclose(result.double(), dense, rtol=0, atol=2**-24)
     inside = (target >= first[:, None]) & (target <= last[:, None])
@@ -197,6 +197,26 @@ def test_equal_sizes_are_exact(dtype: torch.dtype, channels_last: bool) -> None:
         result, [0, 3], [3, 16], [7, 7], [5, 5], None, False, channels_last
     )
     assert all(torch.equal(g, f) for g, f in zip(gradients, features, strict=True))
+
+
+@interpreted
+@every_dtype
+def test_integers_are_exact(dtype: torch.dtype) -> None:
+    """At a ratio of 2 weights are quarters: results are rounded once, from sums that are exact."""
+    features = [integers(2, 5, 6, 8, dtype=dtype), integers(2, 3, 3, 4, dtype=dtype)]
+    mean, std = torch.tensor([1.0, -2.0]), torch.tensor([2.0, 0.5])
+    result = kernels.forward(features, 6, 8, mean, std, False, False)
+    levels = [interpolate_exactly(f, (6, 8)) for f in features]
+    expected = torch.cat(
+        [(f - m) / s for f, m, s in zip(levels, mean.double(), std.double(), strict=True)], dim=1
+    )
+    assert torch.equal(result, expected.to(dtype))
+    grad_output = integers(2, 3, 6, 8, dtype=dtype)
+    (result,) = kernels.backward(grad_output, [0], [3], [3], [4], std[1:], False, False)
+    x = torch.zeros(2, 3, 3, 4, dtype=torch.float64, requires_grad=True)
+    interpolate_exactly(x, (6, 8)).backward(grad_output.double())
+    assert x.grad is not None
+    assert torch.equal(result, (2 * x.grad).to(dtype))
 
 
 @interpreted

@@ -27,6 +27,9 @@ __all__ = ["forward"]
 
 NAME = "upsample_add"
 
+# Four programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
+MAX_REGISTERS = 128
+
 
 @triton.jit(do_not_specialize=["in_height", "in_width", "height", "width"])
 def _forward_kernel(
@@ -99,6 +102,7 @@ def _forward_launch(
         "BLOCK_PIXELS": blocks[0],
         "BLOCK_C": blocks[1],
         "num_warps": NUM_WARPS,
+        "maxnreg": MAX_REGISTERS,
     }
     integers = (channels, *in_size, height, width, pixels, *stride, *skip_stride)
     programs = tiles_of(batch, pixels, channels, blocks)

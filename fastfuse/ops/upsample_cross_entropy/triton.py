@@ -123,7 +123,8 @@ def _forward_kernel(
         result *= tl.load(weight + label)
     if SMOOTHING > 0:
         factors = tl.load(weight_sum) if weight is not None else tl.cast(classes, DTYPE)
-        smooth = log_sum * factors - tl.sum(weighted, axis=AXIS)
+        # Not a product, which could be fused: of one class, the difference is exactly zero.
+        smooth = tl.fma(log_sum, factors, 0.0) - tl.sum(weighted, axis=AXIS)
         result = (1 - SMOOTHING) * result + smooth * (SMOOTHING / tl.cast(classes, DTYPE))
     result = tl.where(is_class, result, float("nan"))
     tl.store(loss + offset, tl.where(ignored, 0.0, result), mask=mask)
