@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastfuse.ops.bilinear_triton import (
+    between,
     check_plane,
     load_interpolated,
     sample_axis,
@@ -136,7 +137,7 @@ def _load_between(above, below, column, weight, mask, DTYPE: tl.constexpr):
     """Columns of two source rows, interpolated along y. # [BLOCK_C, BLOCK_X]"""
     upper = tl.load(above + column[None, :], mask=mask, other=0.0).to(DTYPE)
     lower = tl.load(below + column[None, :], mask=mask, other=0.0).to(DTYPE)
-    return upper * (1 - weight) + lower * weight
+    return between(upper, lower, weight)
 
 
 @triton.jit(do_not_specialize=["ignore_index", "in_height", "in_width", "height", "width"])
@@ -236,8 +237,9 @@ def _backward_kernel(
                         counts = weight_of(x, column, in_width, width, ALIGN_CORNERS, DTYPE)
                         reads = reads & (counts > 0)
                         is_right = (lower_x == column)[None, :]
-                        value = tl.where(is_right, at_middle, at_left) * (1 - weight_x)[None, :]
-                        value += tl.where(is_right, at_right, at_middle) * weight_x[None, :]
+                        left = tl.where(is_right, at_middle, at_left)
+                        right = tl.where(is_right, at_right, at_middle)
+                        value = between(left, right, weight_x[None, :])
                     label, ignored, is_class = _load_target(
                         target, pixel_row + x, reads, classes, ignore_index
                     )
