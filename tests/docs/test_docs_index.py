@@ -80,7 +80,12 @@ def users(shared: Path) -> set[str]:
         bodies = {op: ROOT / "csrc" / "cpu" / f"{op}_simd.cpp" for op in OPERATIONS}
         return {op for op, body in bodies.items() if body.exists() and shared in includes(body)}
     module = f"fastfuse.ops.{shared.stem} import"
-    return {op for op in OPERATIONS if module in kernels(op).get("triton.py", "")}
+    return {
+        op
+        for op in OPERATIONS
+        for name, source in kernels(op).items()
+        if name.endswith("triton.py") and module in source
+    }
 
 
 @pytest.mark.parametrize(
