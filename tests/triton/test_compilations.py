@@ -84,7 +84,7 @@ def detection_sizes(batches: int) -> Iterator[tuple[int, int]]:
 
 
 def test_blocks_on_detection_sizes() -> None:
-    """CEDNet-T's blocks, forward and backward, on 30 batches of images of many sizes."""
+    """CEDNet-T's blocks, forward and backward, on 60 batches of images of many sizes."""
     blocks = [(96, 4, 1), (192, 8, 1), (352, 16, 1), (512, 32, 2)]  # channels, stride, steps
     weights = {channels: parameters(channels, steps) for channels, _, steps in blocks}
     found: set[tuple[Any, ...]] = set()
@@ -96,8 +96,8 @@ def test_blocks_on_detection_sizes() -> None:
             kernel.forward(x, of_block, None, options, False)
             kernel.backward(x, x, of_block, None, options, [], True, True)
 
-    for height, width in detection_sizes(30):
+    for height, width in detection_sizes(60):
         for channels, stride, steps in blocks:
             x = image(2, channels, height // stride, width // stride)
             found |= set(map(specialisation, recorded(lambda x=x, steps=steps: step(x, steps))))
-    assert len(found) <= 45, sorted({launch[0].__name__ for launch in found})
+    assert len(found) <= 40, sorted({launch[0].__name__ for launch in found})

@@ -41,9 +41,10 @@ MIN_BLOCK_CHANNELS = 16
 # a tap, are not aligned, and several columns would only lie farther apart.
 MAX_BLOCK_COLUMNS = 32
 # Registers of a run's sums. Beside them are the weights of at most MAX_TAPS taps (larger kernels
-# are cut) and the rows in flight: with more sums the assembler spills.
+# are cut) and the rows in flight: with more sums the assembler spills. Runs have one of a few
+# lengths: each is a compilation.
 MAX_SUM_REGISTERS, MAX_RUN, MAX_TAPS = 44, 32, 7
-RUNS = (1, 2, 4, 7, 8, 11, 16, 32)
+RUNS = (1, 2, 4, 7, 11, 16, 32)
 # The gradient of the weights: sums of a thread for each of its channels, registers of one column's
 # sums, and rows that they meet, of single values and of vectors.
 MAX_WEIGHT_SUMS, MAX_COLUMN_REGISTERS = 14, 64
