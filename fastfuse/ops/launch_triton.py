@@ -93,9 +93,9 @@ class Launch:
 
 
 def _kind(value: Any) -> Any:
-    """What Triton compiles for of a tensor, or of those of a tuple."""
-    if value is None or type(value) is int:
-        return None
+    """What Triton compiles for of a tensor, or of what a tuple has."""
+    if value is None or type(value) is int:  # one that is no tensor's, such as a stride in a tuple
+        return value
     if type(value) is tuple:
         return tuple([_kind(part) for part in value])
     tensor: Tensor = value
