@@ -52,7 +52,7 @@ ANSWER(cuDriverGetVersion, int* v) { *v = 13000; return 0; }
 def stub_libcuda() -> ctypes.CDLL:
     folder = tempfile.mkdtemp()
     source, library = Path(folder, "stub.c"), Path(folder, "libcuda.so.1")
-    source.write_text(STUB)
+    source.write_text(STUB, encoding="utf-8")
     options = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1"]
     subprocess.run(["cc", *options, source, "-o", library], check=True)
     os.environ["TRITON_LIBCUDA_PATH"] = folder
