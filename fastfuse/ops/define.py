@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -215,12 +216,13 @@ def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], 
 def _loaded(kernel: Kernel) -> Callable[..., Any]:
     if not isinstance(kernel, str):
         return kernel
-    module, _, function = kernel.partition(":")
+    module, _, name = kernel.partition(":")
 
-    def launch(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*arguments)
+    @cache
+    def function() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module), name)
 
-    return launch
+    return lambda *arguments: function()(*arguments)
 
 
 @dataclass(frozen=True)

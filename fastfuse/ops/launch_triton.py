@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-__all__ = ["Launch", "cdiv", "forget_plans", "planned", "power_of_two"]
+__all__ = ["Launch", "cdiv", "forget_plans", "memory_format", "planned", "power_of_two"]
 
 PLANS = 1024  # kept of each launcher, the latest used ones
 
@@ -37,6 +37,10 @@ def forget_plans() -> None:
     """After a change of what plans are made from."""
     for forget in _forget:
         forget()
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def cdiv(n: int, divisor: int) -> int:

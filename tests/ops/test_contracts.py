@@ -63,7 +63,8 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> Seque
     """Of the output, if it has any."""
     if not output.requires_grad:
         return []
-    cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    cotangent = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+    cotangent = cotangent.reshape(output.shape)
     return torch.autograd.grad(output, inputs, cotangent, **options)
 
 
@@ -393,13 +394,32 @@ def test_equals_the_definition_on_gpus(op: str, dtype: torch.dtype, channels_las
                 check_sample(sample)
 
 
-@pytest.mark.gpu
+@devices
 @each_differentiable_op
 @both_layouts
-def test_gradcheck_on_gpus(op: str, channels_last: bool) -> None:
-    with kernels_of("cuda"):
-        for sample in samples(op, torch.float64, channels_last, device="cuda"):
+def test_gradcheck(op: str, channels_last: bool, device: str) -> None:
+    """On CPUs every derivative by itself, on GPUs a random sum of them."""
+    with kernels_of(device):
+        for sample in samples(op, torch.float64, channels_last, device=device):
             gradcheck(sample, twice=OPERATIONS[op].twice_differentiable)
+            if device == "cpu":
+                assert torch.autograd.gradcheck(sample.call, leaves_of(sample))
+
+
+@devices
+@each_differentiable_op
+def test_backward_runs_on_forwards_backend(op: str, device: str) -> None:
+    run = []
+    for sample in samples(op, device=device):
+        leaves = leaves_of(sample)
+        with kernels_of(device):
+            output = sample.call(*leaves)
+            expected = gradients(output, leaves, retain_graph=True)
+        with backend("reference"), Calls() as calls:
+            found = gradients(output, leaves)
+        run.append(bool(calls.found) or sample.name.startswith("the same size"))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(run)
 
 
 @devices

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton_offline import Launch, recorded
+from triton_offline import Launch, recorded, specialised
 
 from fastfuse.ops.ced_block import kernel as ced_block
 from fastfuse.ops.depthwise_conv2d import triton as depthwise
@@ -38,23 +38,9 @@ class OnTriton(TorchDispatchMode):
 
 def specialisation(launch: Launch) -> tuple[Any, ...]:
     """What Triton compiles anew for."""
-    kernel, arguments = launch
-
-    def kind(value: Any, free: bool) -> Any:
-        if isinstance(value, tuple):
-            return tuple(kind(part, free) for part in value)
-        if isinstance(value, Tensor):
-            return value.dtype, value.data_ptr() % 16 == 0
-        if value is None or (free and value == 1):
-            return value
-        return "i64" if abs(value) >= 2**31 else "i32", free and value % 16 == 0
-
-    kinds = [
-        arguments[p.name] if p.is_constexpr else kind(arguments[p.name], not p.do_not_specialize)
-        for p in kernel.params
-    ]
-    options = [(k, v) for k, v in arguments.items() if k not in kernel.arg_names]
-    return (kernel, *kinds, *options)
+    source, _, options = specialised(*launch)
+    parts = (source.signature, source.constants, source.attrs, options)
+    return (launch[0], *(repr(sorted(part.items(), key=str)) for part in parts))
 
 
 def image(*shape: int) -> Tensor:

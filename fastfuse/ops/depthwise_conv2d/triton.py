@@ -21,7 +21,7 @@ from fastfuse.ops.depthwise_conv2d.kernels_triton import (
     forward_kernel,
     reduce_kernel,
 )
-from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
 
 __all__ = ["backward_weight", "forward"]
 
@@ -57,15 +57,11 @@ PARTIAL_PROGRAMS = 1024
 REDUCED_ROWS, REDUCED_CHANNELS = 64, 32
 
 
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _with_unit_stride(image: Tensor, channels_last: bool) -> Tensor:
     """The image, copied unless neighbouring threads' values are neighbours in it."""
     if image.stride(1 if channels_last else 3) == 1:
         return image
-    return image.contiguous(memory_format=_memory_format(channels_last))
+    return image.contiguous(memory_format=memory_format(channels_last))
 
 
 def _tile(columns: int, channels: int, values: int, channels_last: bool) -> tuple[int, int]:
@@ -147,13 +143,13 @@ def forward(
 
     With ``flip`` the kernel is turned by 180 degrees: the gradient of the input.
     """
-    memory_format = _memory_format(channels_last)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    layout = memory_format(channels_last)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     if out.numel() == 0:
         return out
     x = _with_unit_stride(x, channels_last)
     if addend is not None:
-        addend = addend.contiguous(memory_format=memory_format)
+        addend = addend.contiguous(memory_format=layout)
     kernel_size = weight.shape[2]
     channel, _, row, column = weight.stride()
     if channels_last:  # a copy, so that what a thread loads of it is contiguous too

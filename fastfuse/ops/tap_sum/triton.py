@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
 from fastfuse.ops.tap_sum.kernels_triton import (
     backward_kernel,
     forward_kernel,
@@ -94,7 +94,7 @@ def forward(
         (taps.shape[0], taps.shape[1] // kernel_size**2, height + margin, width + margin),
         dtype=taps.dtype,
         device=taps.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=memory_format(channels_last),
     )
     geometry = (height, width, kernel_size, padding, align_corners, channels_last)
     forward_into(out, [taps], None, offsets, None, False, *geometry)
@@ -187,7 +187,7 @@ def backward(
         (batch, kernel_size**2 * channels, in_height, in_width),
         dtype=grad_output.dtype,
         device=grad_output.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+        memory_format=memory_format(channels_last),
     )
     geometry = (height, width, kernel_size, padding, align_corners, channels_last)
     backward_into(grad_taps, grad_output, None, *geometry)

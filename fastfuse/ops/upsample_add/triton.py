@@ -21,7 +21,7 @@ from fastfuse.ops.bilinear_triton import (
     tile_shape,
     tiles_of,
 )
-from fastfuse.ops.launch_triton import Launch, planned
+from fastfuse.ops.launch_triton import Launch, memory_format, planned
 
 __all__ = ["forward"]
 
@@ -111,12 +111,12 @@ def _forward_launch(
 
 def forward(x: Tensor, skip: Tensor, align_corners: bool, channels_last: bool) -> Tensor:
     """``skip + UP(x)``, of skip's shape (N, C, H, W)."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(skip.shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    layout = memory_format(channels_last)
+    out = torch.empty(skip.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     if out.numel() > 0:
         launch = _forward_launch(
             x.device, x.dtype, x.shape[2:], x.stride(), skip.shape, skip.stride(),
-            skip.is_contiguous(memory_format=memory_format), align_corners, channels_last,
+            skip.is_contiguous(memory_format=layout), align_corners, channels_last,
         )  # fmt: skip
         launch(x, skip, out)
     return out

@@ -23,7 +23,7 @@ from fastfuse.ops.bilinear_triton import (
     target_range,
     weight_of,
 )
-from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
 from fastfuse.ops.strip_triton import (
     add_exponential,
     are_classes_innermost,
@@ -367,9 +367,9 @@ def backward(
 
     A pixel whose target is no class makes it NaN in all classes of the source pixels it reads.
     """
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    layout = memory_format(channels_last)
     grad_logits = torch.empty(
-        logits.shape, dtype=logits.dtype, device=logits.device, memory_format=memory_format
+        logits.shape, dtype=logits.dtype, device=logits.device, memory_format=layout
     )
     if grad_logits.numel() == 0:
         return grad_logits

@@ -28,7 +28,7 @@ from fastfuse.ops.bilinear_triton import (
     tiles_of,
     weight_of,
 )
-from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
+from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
 
 __all__ = ["backward", "forward"]
 
@@ -218,8 +218,8 @@ def forward(
         first.device, first.dtype, tuple([f.shape for f in features]),
         tuple([f.stride() for f in features]), height, width, align_corners, channels_last,
     )  # fmt: skip
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=memory_format)
+    layout = memory_format(channels_last)
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=layout)
     mean = None if mean is None else mean.contiguous()
     std = None if std is None else std.contiguous()
     for feature, launch in zip(features, launches, strict=True):
@@ -273,11 +273,11 @@ def backward(
     """
     device, dtype, shape = grad_output.device, grad_output.dtype, grad_output.shape
     std = None if std is None else std.contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    layout = memory_format(channels_last)
     gradients = []
     for level, of_level in enumerate(zip(offsets, channels, heights, widths, strict=True)):
         size = (shape[0], *of_level[1:])
-        gradient = torch.empty(size, dtype=dtype, device=device, memory_format=memory_format)
+        gradient = torch.empty(size, dtype=dtype, device=device, memory_format=layout)
         gradients.append(gradient)
         if gradient.numel() > 0:
             launch = _backward_launch(

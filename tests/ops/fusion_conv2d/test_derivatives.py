@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import both_layouts, images
+from inputs import images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backend, fusion_conv2d
-from fastfuse.ops.fusion_conv2d.samples import samples
 from fastfuse.ops.policy import policy_of, use_policy
 
 SHAPES = ((2, 3, 6, 8), (2, 40, 3, 4), (2, 2, 5, 7), (2, 50, 1, 2))
@@ -41,17 +40,6 @@ def call(tensors: Sequence[Tensor], **options: Any) -> Tensor:
 
 
 # ---- derivatives --------------------------------------------------------------------------------
-
-
-@both_layouts
-@backend("cpu")
-def test_gradcheck_and_gradgradcheck(channels_last: bool) -> None:
-    for sample in samples(
-        device="cpu", dtype=torch.float64, channels_last=channels_last, small=True
-    ):
-        leaves = tuple(x.requires_grad_() for x in sample.inputs)
-        assert torch.autograd.gradcheck(sample.call, leaves)
-        assert torch.autograd.gradgradcheck(sample.call, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("bias", [False, True])
