@@ -76,7 +76,8 @@ def of_variants(
         where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
         known = [v for v in variants if not v.optional]
         cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
-        target = f"{build.__module__}:{build.__name__}"
+        module = build.__module__.rpartition(".")[2]  # pytest imports it as a part of the project
+        target = f"{module}:{build.__name__}"
         peaks = peak_extra_memory(target, cases, warm_up=warm_up, device=device)
         by_title = {v.title: peak for v, peak in zip(known, peaks, strict=True)}
         return [by_title.get(v.title) for v in variants]

@@ -43,6 +43,7 @@ import report
 import torch
 from agreement import Agreement, check_agreement
 from cell import DTYPES, FORWARD, LAYOUTS, Cell, every, variants_of
+from peak_memory import of_variants
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from variants import EXACT, Variant, tensors
@@ -179,6 +180,21 @@ def test_cells_are_distinct_and_their_shapes_known(
             if suite in BLOCKS:
                 assert len(set(cell.ours)) == len(cell.ours)
                 assert all(layout in LAYOUTS for _, layout in cell.ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs is Linux's")
+def test_peaks_of_a_suite_that_pytest_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imports files of this folder as parts of the project: ``benchmarks.bench_tap_sum``."""
+
+    def build(**_: Any) -> None:
+        raise AssertionError("it is to be imported by the process of its own")
+
+    suite = bench_upsample_add
+    build.__module__, build.__name__ = f"benchmarks.{suite.__name__}", suite.build.__name__
+    cell = suite.Cell("tiny", "float32", FORWARD)
+    peaks = of_variants(build, cell, {"shape": "tiny"}, "cpu")
+    (peak,) = peaks([Variant("fastfuse", lambda: None, "contiguous")])
+    assert peak is not None
 
 
 def test_regimes_without_cells_are_skipped() -> None:
