@@ -322,7 +322,8 @@ def _tap_sum_launches(
     target: tuple[int, int] = SIZE,
     align_corners: bool = False,
 ) -> list[Launch]:
-    """What all levels' sum and the gradient of the first launch, with all that is optional."""
+    """What all levels' sum and the gradient of the first launch, with all that is optional; and the
+    sum without offsets, whose runs may be longer."""
     wide = torch.promote_types(dtype, F32)
     padding = kernel_size // 2
     geometry = (*target, kernel_size, padding, align_corners, channels_last)
@@ -334,7 +335,8 @@ def _tap_sum_launches(
         scales, offsets, bias = (
             torch.ones(n, dtype=wide) for n in (1 + len(taps), tap_channels, channels)
         )
-        tap_sum_kernels.forward_into(out, taps, scales, offsets, bias, True, *geometry)
+        for optional in (offsets, None):
+            tap_sum_kernels.forward_into(out, taps, scales, optional, bias, True, *geometry)
         for level in taps[:1]:
             tap_sum_kernels.backward_into(level, out, scales[:1], *geometry)
 
@@ -349,8 +351,8 @@ def test_tap_sum_has_no_spills_and_wide_accesses(
     sources = [(SIZE[0] // int(ratio), SIZE[1] // int(ratio)) for ratio in ratios.split(",")]
 
     def launches() -> Iterator[tuple[str, Launch]]:
-        for launch in _tap_sum_launches(dtype, channels_last, channels, sources, int(kernel_size)):
-            yield launch[0].__name__.strip("_"), launch
+        launched = _tap_sum_launches(dtype, channels_last, channels, sources, int(kernel_size))
+        yield from zip(("forward", "forward without offsets", "backward"), launched, strict=True)
 
     name = f"{dtype} {channels_last} {channels} {case}"
     results = inspected(tap_sum_kernels, name, arch, launches)
@@ -376,8 +378,8 @@ def test_sizes_of_one_compile_in_tap_sum(name: str, align_corners: bool, kernel_
 
 
 def test_tap_sum_of_no_levels_compiles() -> None:
-    ((kernel, arguments),) = _tap_sum_launches(BF16, True, 64, [], 3)
-    assert compiled(kernel, arguments, 90).asm["cubin"]
+    for kernel, arguments in _tap_sum_launches(BF16, True, 64, [], 3):
+        assert compiled(kernel, arguments, 90).asm["cubin"]
 
 
 def _depthwise_launches(

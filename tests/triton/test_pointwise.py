@@ -105,6 +105,29 @@ def test_layer_norm(size: str, dtype: torch.dtype, gelu: bool, optional: bool) -
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_gelu_of_small_and_large_values(dtype: torch.dtype) -> None:
+    """Relative to itself, as far as float32's exponential reaches; of both infinities and NaN what
+    PyTorch gives."""
+    hidden = torch.linspace(-12, 12, 960).reshape(4, 240).to(dtype)
+    bias = torch.zeros(240, dtype=torch.promote_types(dtype, torch.float32))
+    out = torch.empty_like(hidden)
+    kernels.bias_gelu_into(out, hidden, bias)
+    x = hidden.double()
+    exact = x * 0.5 * torch.erfc(-x * 0.5**0.5)
+    limits = torch.finfo(dtype)
+    relative = 6e-6 if dtype == torch.float32 else limits.eps
+    wrong = (out.double() - exact).abs() > relative * exact.abs() + limits.eps * limits.tiny
+    if dtype == torch.float64:  # as PyTorch has it, from erf: absolute
+        wrong = (out - exact).abs() > 1e-14
+    assert not wrong.any(), hidden[wrong]
+    extreme = torch.tensor([[torch.inf, -torch.inf, torch.nan, 1e4, -1e4, 0.0]]).to(dtype)
+    result = torch.empty_like(extreme)
+    kernels.bias_gelu_into(result, extreme, bias[:6])
+    torch.testing.assert_close(result, F.gelu(extreme), rtol=0, atol=0, equal_nan=True)
+
+
+@interpreted
 @with_or_without("gelu")
 def test_layer_norm_backward(size: str, dtype: torch.dtype, gelu: bool) -> None:
     x, grad = _matrix(size, dtype), _matrix(size, dtype)

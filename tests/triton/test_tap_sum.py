@@ -220,6 +220,55 @@ def test_integers_are_exact(dtype: torch.dtype) -> None:
     assert torch.equal(result, _exact_gradient(grad_output, taps.shape, geometry, dtype).to(dtype))
 
 
+LONG_RUNS = {
+    "ratios 2, 4 and 8": ([(8, 3), (4, 6), (2, 3)], (16, 6)),
+    "half a run": ([(6, 2), (3, 1)], (12, 2)),
+    "two rows of a run": ([(5, 2)], (10, 4)),
+    "ratio 8 and one row": ([(2, 1), (1, 2)], (16, 4)),
+}
+
+
+@interpreted
+@fast_and_slow(
+    "case dtype", zip(LONG_RUNS, DTYPES, strict=True), product(LONG_RUNS, DTYPES), ids=_id
+)
+def test_long_runs_are_exact(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, plans_anew: None
+) -> None:
+    """Of images that are large: here every one is. Weights are of sixteenths, scales whole."""
+    monkeypatch.setattr(kernels, "MIN_PROGRAMS", 1)
+    sizes, size = LONG_RUNS[case]
+    taps = [integers(1, 144, *s, dtype=dtype) for s in sizes]
+    taps = [t.contiguous(memory_format=torch.channels_last) for t in taps]
+    wide = torch.promote_types(dtype, torch.float32)
+    scales = torch.arange(1.0, 2 + len(taps), dtype=wide)
+    geometry = (*size, 3, 1, False)
+    for given in (None, scales):
+        factors = scales[1:] if given is not None else torch.ones(len(taps))
+        expected = sum(
+            factor * exact(level, None, size, 3, 1, False, dtype)
+            for level, factor in zip(taps, factors.double(), strict=True)
+        )
+        out = torch.empty_like(expected, dtype=dtype)
+        out = out.contiguous(memory_format=torch.channels_last)
+        kernels.forward_into(out, taps, given, None, None, False, *geometry, True)
+        assert torch.equal(out, expected.to(dtype))
+
+
+@interpreted
+def test_an_infinity_in_a_long_run(monkeypatch: pytest.MonkeyPatch, plans_anew: None) -> None:
+    """Taps above the first row and below the last are outside, whatever they are."""
+    monkeypatch.setattr(kernels, "MIN_PROGRAMS", 1)
+    taps = torch.zeros(1, 3, 3, 16, 4, 2)
+    taps[:, 0, 1, 1:, 0] = torch.inf  # the last row of an image reads no tap of kernel row 2
+    taps[:, 2, 1, 2:, 3] = torch.inf
+    taps = taps.flatten(1, 3).contiguous(memory_format=torch.channels_last)
+    result = kernels.forward(taps, None, 8, 2, 3, 1, False, True)
+    expected = exact(taps, None, (8, 2), 3, 1, False, torch.float32).float()
+    assert torch.equal(result, expected)
+    assert [int(expected[0, c].isinf().sum()) for c in range(3)] == [0, 6, 12]
+
+
 @interpreted
 def test_what_is_outside_is_not_read() -> None:
     """An infinity reaches only the values that read it."""

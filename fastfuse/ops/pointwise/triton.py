@@ -35,6 +35,8 @@ THREADS = 32 * NUM_WARPS
 # Values of a matrix that a thread holds at once: two accesses of 16 bytes in float32, one in
 # two-byte dtypes. A long row of layer norm has more warps, and more values beyond MAX_WARPS.
 VALUES, MAX_WARPS = 8, 16
+# Tiles of a program that does much before its first value.
+TILES = 4
 # Elsewhere a row is cut: into 128 bytes of float32 (a cache line), or more if it divides it.
 MIN_BLOCK_CHANNELS, MAX_BLOCK_CHANNELS = 32, 256
 # Programs that write sums of columns, if there are so many rows: as many as today's devices hold.
@@ -78,12 +80,15 @@ def _rows_launch(
 
 @planned
 def _tiles_launch(
-    kernel: Any, device: torch.device, rows: int, channels: int, others: tuple[int, ...]
-) -> Launch:
-    """Of a kernel of pieces of rows, a program for each tile."""
+    kernel: Any, device: torch.device, rows: int, channels: int, others: tuple[int, ...],
+    tiles: int | None = None,
+) -> Launch:  # fmt: skip
+    """Of a kernel of pieces of rows, a program for each tile, or for so many of them."""
     block_r, block_c = _blocks(channels)
     constants = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": NUM_WARPS}
-    programs = cdiv(rows, block_r) * cdiv(channels, block_c)
+    if tiles is not None:
+        constants["TILES"] = tiles
+    programs = cdiv(rows, block_r * (tiles or 1)) * cdiv(channels, block_c)
     return Launch(kernel, programs, device, (rows, channels, *others), constants)
 
 
@@ -150,7 +155,7 @@ def bias_gelu_into(out: Tensor, hidden: Tensor, bias: Tensor) -> None:
     if out.numel() == 0:
         return
     strides = (out.stride(0), hidden.stride(0))
-    launch = _tiles_launch(bias_gelu_kernel, hidden.device, *hidden.shape, strides)
+    launch = _tiles_launch(bias_gelu_kernel, hidden.device, *hidden.shape, strides, TILES)
     launch(out, hidden, bias)
 
 

@@ -65,14 +65,44 @@ def _add_offsets(totals, offsets, x, y, channel, channels, height, width, kernel
 
 
 @triton.jit
+def _add_columns(
+    rows, taps, first, stride_c, stride_h, stride_w, ky, x, channel, channels, in_height, in_width,
+    width, kernel_size, padding, COLUMNS: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+):  # fmt: skip
+    """Adds to ``rows`` what the taps of kernel row ``ky`` give along x at the source rows
+    first, first + 1, ...; a pixel reads COLUMNS source columns: 1 where sizes are equal."""
+    DTYPE: tl.constexpr = rows[0].dtype
+    for kx in range(kernel_size):
+        target_x = x + (kx - padding)
+        sample = _sample_inside(target_x, in_width, width, ALIGN_CORNERS, DTYPE)
+        left, right, weight_x, inside_x = sample  # [BLOCK_X]
+        tap_channel = (ky * kernel_size + kx) * channels + channel
+        start = taps + (tap_channel.to(tl.int64) * stride_c)[None, :]
+        left_start = start + (left.to(tl.int64) * stride_w)[:, None]
+        right_start = start + (right.to(tl.int64) * stride_w)[:, None]
+        mask = inside_x[:, None] & (channel < channels)[None, :]
+        left_weight, right_weight = (1 - weight_x)[:, None], weight_x[:, None]
+        for row in tl.static_range(len(rows)):
+            source_y = tl.minimum(tl.maximum(first + row, 0), in_height - 1)
+            offset = source_y.to(tl.int64) * stride_h
+            total = rows[0]
+            value = tl.load(left_start + offset, mask=mask, other=0.0).to(DTYPE)
+            if COLUMNS > 1:
+                total += value * left_weight
+                value = tl.load(right_start + offset, mask=mask, other=0.0).to(DTYPE)
+                value *= right_weight
+            rows = rows[1:] + (total + value,)
+    return rows
+
+
+@triton.jit
 def _add_level(
     totals, level, size, scale, image, x, y, channel, channels, height, width, kernel_size, padding,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
 ):  # fmt: skip
     """Adds ``scale`` times the upsampled taps to the output rows y, y + 1, ... where inside.
 
-    At one ky these rows read up to ROWS source rows, and a pixel reads COLUMNS source columns: 1
-    where sizes are equal.
+    At one ky these rows read up to ROWS source rows.
     """
     DTYPE: tl.constexpr = totals[0].dtype
     taps, stride_n, stride_c, stride_h, stride_w = level
@@ -80,27 +110,11 @@ def _add_level(
     taps += image.to(tl.int64) * stride_n
     for ky in range(kernel_size):
         first, _, _, _ = _sample_inside(y + (ky - padding), in_height, height, ALIGN_CORNERS, DTYPE)
-
-        # Along x: load, interpolate and sum the taps of this kernel row.
-        rows = (tl.zeros(totals[0].shape, dtype=DTYPE),) * ROWS
-        for kx in range(kernel_size):
-            target_x = x + (kx - padding)
-            sample = _sample_inside(target_x, in_width, width, ALIGN_CORNERS, DTYPE)
-            left, right, weight_x, inside_x = sample  # [BLOCK_X]
-            tap_channel = (ky * kernel_size + kx) * channels + channel
-            start = taps + (tap_channel.to(tl.int64) * stride_c)[None, :]
-            left_start = start + (left.to(tl.int64) * stride_w)[:, None]
-            right_start = start + (right.to(tl.int64) * stride_w)[:, None]
-            mask = inside_x[:, None] & (channel < channels)[None, :]
-            for row in tl.static_range(ROWS):
-                source_y = tl.minimum(first + row, in_height - 1)
-                offset = source_y.to(tl.int64) * stride_h
-                value = tl.load(left_start + offset, mask=mask, other=0.0).to(DTYPE)
-                if COLUMNS > 1:
-                    right_value = tl.load(right_start + offset, mask=mask, other=0.0).to(DTYPE)
-                    value = value * (1 - weight_x)[:, None] + right_value * weight_x[:, None]
-                rows = rows[1:] + (rows[0] + value,)
-
+        rows = _add_columns(
+            (tl.zeros(totals[0].shape, dtype=DTYPE),) * ROWS, taps, first, stride_c, stride_h,
+            stride_w, ky, x, channel, channels, in_height, in_width, width, kernel_size, padding,
+            COLUMNS, ALIGN_CORNERS,
+        )  # fmt: skip
         # Along y: every output row finds the two source rows it reads.
         for run in tl.static_range(len(totals)):
             target_y = y + run + (ky - padding)
@@ -108,6 +122,69 @@ def _add_level(
             lower, _, weight, inside = sample  # scalars
             value = _blend(rows, lower - first, weight, scale)
             totals = totals[1:] + (tl.where(inside, totals[0] + value, totals[0]),)
+    return totals
+
+
+@triton.jit
+def _add_blended(
+    total, rows, scale, y, height, SHIFT: tl.constexpr, FIRST: tl.constexpr, RATIO: tl.constexpr,
+    MAY_BE_OUTSIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds ``scale`` times what target row y + SHIFT reads of the source rows FIRST, ..."""
+    INDEX: tl.constexpr = (2 * SHIFT + 1 + RATIO) // (2 * RATIO) - 1 - FIRST
+    BELOW: tl.constexpr = (2 * SHIFT + 1 + RATIO) % (2 * RATIO) / (2 * RATIO)
+    ABOVE: tl.constexpr = 1 - BELOW
+    if scale is None:
+        result = total + rows[INDEX] * ABOVE + rows[INDEX + 1] * BELOW
+    else:
+        result = total + rows[INDEX] * (scale * ABOVE) + rows[INDEX + 1] * (scale * BELOW)
+    if MAY_BE_OUTSIDE:
+        result = tl.where((y + SHIFT >= 0) & (y + SHIFT < height), result, total)
+    return result
+
+
+@triton.jit
+def _add_kernel_row(
+    totals, taps, stride_c, stride_h, stride_w, scale, x, y, channel, channels, in_height, in_width,
+    height, width, kernel_size, SHIFT: tl.constexpr, RATIO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The taps of the kernel row whose target row is y + SHIFT for the first of the output rows."""
+    DTYPE: tl.constexpr = totals[0].dtype
+    # The lower source row of target row y + q is so many from y // RATIO.
+    FIRST: tl.constexpr = (2 * SHIFT + 1 + RATIO) // (2 * RATIO) - 1
+    LAST: tl.constexpr = (2 * (SHIFT + len(totals) - 1) + 1 + RATIO) // (2 * RATIO)
+    rows = _add_columns(
+        (tl.zeros(totals[0].shape, dtype=DTYPE),) * (LAST - FIRST + 1), taps, y // RATIO + FIRST,
+        stride_c, stride_h, stride_w, SHIFT + 1, x, channel, channels, in_height, in_width, width,
+        kernel_size, 1, COLUMNS, False,
+    )  # fmt: skip
+    for run in tl.static_range(len(totals)):
+        total = _add_blended(
+            totals[0], rows, scale, y, height, run + SHIFT, FIRST, RATIO,
+            run + SHIFT < 0 or SHIFT > 0,
+        )  # fmt: skip
+        totals = totals[1:] + (total,)
+    return totals
+
+
+@triton.jit
+def _add_level_of_ratio(
+    totals, level, size, scale, image, x, y, channel, channels, height, width, kernel_size,
+    RATIO: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``_add_level`` of a 3x3 kernel where the height is RATIO times the source's, RATIO divides y,
+    corners are not aligned and the output has the target's size: the compiler knows which rows are
+    read, and their weights."""
+    taps, stride_n, stride_c, stride_h, stride_w = level
+    in_height, in_width = size
+    taps += image.to(tl.int64) * stride_n
+    for ky in tl.static_range(3):
+        # Always, which the compiler does not know: else it would put off all sums until the last.
+        if ky < kernel_size:
+            totals = _add_kernel_row(
+                totals, taps, stride_c, stride_h, stride_w, scale, x, y, channel, channels,
+                in_height, in_width, height, width, kernel_size, ky - 1, RATIO, COLUMNS,
+            )  # fmt: skip
     return totals
 
 
@@ -126,6 +203,7 @@ def forward_kernel(
     channels, out_height, out_width, height, width,
     kernel_size,  # not a constant: unrolled, the loops over taps would take all registers
     padding, stride_n, stride_c, stride_h, stride_w,
+    RATIOS: tl.constexpr,  # of every level: that of heights for ``_add_level_of_ratio``, or 0
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,  # one value per level
     ACCUMULATE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     RUN: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -163,16 +241,23 @@ def forward_kernel(
         )
     for level in tl.static_range(len(ROWS)):
         scale = None if scales is None else tl.load(scales + 1 + level).to(DTYPE)
-        totals = _add_level(
-            totals, levels[level], sizes[level], scale, image, x, y, channel, channels, height,
-            width, kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
-        )  # fmt: skip
+        if RATIOS[level] > 0:
+            totals = _add_level_of_ratio(
+                totals, levels[level], sizes[level], scale, image, x, y, channel, channels, height,
+                width, kernel_size, RATIOS[level], COLUMNS[level],
+            )  # fmt: skip
+        else:
+            totals = _add_level(
+                totals, levels[level], sizes[level], scale, image, x, y, channel, channels, height,
+                width, kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
+            )  # fmt: skip
 
     # Store.
     for run in tl.static_range(RUN):
-        if y + run < out_height:
-            start = out + (y + run).to(tl.int64) * stride_h
-            tl.store(start + out_offset, totals[run].to(out.dtype.element_ty), mask=inside)
+        # A condition would make the compiler put off the sums until there.
+        start = out + (y + run).to(tl.int64) * stride_h
+        mask = inside & (y + run < out_height)
+        tl.store(start + out_offset, totals[run].to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(

@@ -2,7 +2,8 @@
 
 Both kernels sum along one axis before they look at the other. The forward kernel owns a run of
 output rows: what the taps of a kernel row give along x at one source row is summed once, and every
-output row of the run that reads this source row takes it from registers. All levels add up in one
+output row of the run that reads this source row takes it from registers; at ratios of 2, 4 and 8
+which rows these are, and with which weights, is known when it is compiled. All levels add up in one
 launch, so that the output is rounded once. The backward kernel is the gather of the adjoint, in a
 fixed order and without atomics: a program owns source pixels and the taps of one kernel row; it
 sums the readers in every column of the gradient once and gives the sum to each of these taps.
@@ -33,9 +34,13 @@ THREADS = 32 * NUM_WARPS
 MAX_REGISTERS = 168
 VECTOR_BYTES = 16  # the widest access of one thread
 SPECIALIZED_MULTIPLE = 16  # Triton knows of an integer that it is a multiple of 16, or nothing
-# Output rows of one program where every level at least doubles its height: four of them read three
-# or four source rows, not eight.
-RUN = 4
+# Output rows of one program where every level at least doubles its height: eight of them read three
+# to six source rows, not sixteen. A long run is for what leaves registers for its rows: vectors of
+# channels, of levels whose ratio the compiler knows or that have three rows at most.
+LONG_RUN, RUN = 8, 4
+LONG_RUN_RATIO = 8
+RATIOS = (2, 4, 8)  # of 3x3 kernels: known to the compiler where they divide the run
+MIN_PROGRAMS = 256  # fill today's devices: below, runs are shorter
 # Rows of the gradient in flight in the backward: all readers of a source row up to a ratio of 4.
 MAX_READERS = 8
 # Bytes of sums per thread, 16 float32 registers, where it does not hold one vector of channels.
@@ -68,6 +73,27 @@ def _source_rows(in_height: int, height: int, run: int) -> int:
         return 1 if in_height == height else 2
     slack = 0.001 + in_height * 1e-6  # more than rounding moves a coordinate
     return math.floor((run - 1) * in_height / height + slack) + 3
+
+
+def _known_ratios(
+    sizes: Sequence[tuple[int, int]], height: int, run: int, kernel_size: int, padding: int,
+    align_corners: bool,
+) -> tuple[int, ...]:  # fmt: skip
+    """By level, ``height / in_height`` where it is known to the compiler, or 0."""
+    known = [r for r in RATIOS if run % r == 0]
+    if (kernel_size, padding, align_corners) != (3, 1, False):
+        known = []
+    return tuple(next((r for r in known if r * h == height), 0) for h, _ in sizes)
+
+
+def _runs(
+    sizes: Sequence[tuple[int, int]], ratios: Sequence[int], height: int, has_room: bool
+) -> list[int]:
+    """Lengths of runs, the most wanted first; a long one where there is room for it."""
+    if any(2 * h > height for h, _ in sizes):
+        return [1]
+    few_rows = (r or LONG_RUN_RATIO * h <= height for (h, _), r in zip(sizes, ratios, strict=True))
+    return [LONG_RUN, RUN] if has_room and all(few_rows) else [RUN]
 
 
 def _reader_rows(in_height: int, height: int, align_corners: bool) -> int:
@@ -104,14 +130,22 @@ def forward(
 @planned
 def _forward_launch(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
-    sizes: tuple[tuple[int, int], ...], accumulate: bool, height: int, width: int,
+    sizes: tuple[tuple[int, int], ...], offsets: bool, accumulate: bool, height: int, width: int,
     kernel_size: int, padding: int, align_corners: bool, channels_last: bool,
 ) -> Launch:  # fmt: skip
-    """``sizes``: height and width of every level."""
+    """``sizes``: height and width of every level. ``offsets``: whether there are, whose sums take
+    the registers of a long run."""
     batch, channels, out_height, out_width = shape
-    run = RUN if all(2 * in_height <= height for in_height, _ in sizes) else 1
-    blocks = _blocks(out_width, channels, dtype.itemsize, channels_last, run)
+    kernel = (kernel_size, padding, align_corners)
+    ratios = _known_ratios(sizes, height, LONG_RUN, *kernel)
+    vectors = channels_last and channels % SPECIALIZED_MULTIPLE == 0
+    for run in _runs(sizes, ratios, height, vectors and not offsets):
+        blocks = _blocks(out_width, channels, dtype.itemsize, channels_last, run)
+        programs = _programs(batch, out_height, run, out_width, channels, blocks)
+        if programs >= MIN_PROGRAMS:
+            break
     constants = {
+        "RATIOS": _known_ratios(sizes, height, run, *kernel),
         "ROWS": tuple(_source_rows(in_height, height, run) for in_height, _ in sizes),
         "COLUMNS": tuple(1 if in_width == width else 2 for _, in_width in sizes),
         "ACCUMULATE": accumulate,
@@ -125,7 +159,6 @@ def _forward_launch(
     integers = (
         sizes, channels, out_height, out_width, height, width, kernel_size, padding, *stride,
     )  # fmt: skip
-    programs = _programs(batch, out_height, run, out_width, channels, blocks)
     return Launch(forward_kernel, programs, device, integers, constants)
 
 
@@ -144,7 +177,8 @@ def forward_into(
     launch = _forward_launch(
         out.device, out.dtype, out.shape, out.stride(),
         tuple([(level.shape[2], level.shape[3]) for level in taps]),
-        accumulate, height, width, kernel_size, padding, align_corners, channels_last,
+        offsets is not None, accumulate, height, width, kernel_size, padding, align_corners,
+        channels_last,
     )  # fmt: skip
     levels = tuple([(level, *level.stride()) for level in taps])
     launch(out, levels, *[None if v is None else v.contiguous() for v in (scales, offsets, bias)])

@@ -176,6 +176,7 @@ INTEGERS: dict[str, Function] = {
     "neg": np.negative,
     "abs": np.abs,
     "min": np.minimum,
+    "min.relu": lambda a, b: np.maximum(np.minimum(a, b), 0),
     "max": np.maximum,
     "and": np.bitwise_and,
     "or": np.bitwise_or,
