@@ -44,6 +44,14 @@ def plans_anew() -> Iterator[None]:
 
 
 @pytest.fixture
+def unsplit(plans_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over target rows are of one program each, however few there are."""
+    from fastfuse.ops import split_triton
+
+    monkeypatch.setattr(split_triton, "FEW_PROGRAMS", 0)
+
+
+@pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fresh memory is full of NaN; torch.use_deterministic_algorithms would import for seconds."""
     torch.set_deterministic_debug_mode("error")

@@ -118,11 +118,10 @@ def target_range(source, in_size, out_size, ALIGN_CORNERS: tl.constexpr, DTYPE: 
 
 
 @triton.jit
-def tile(pixels, channels, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """``(image, pixel, channel)`` of this program: int64 scalar, [BLOCK_PIXELS], [BLOCK_C]."""
+def tile(program, pixels, channels, BLOCK_PIXELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """``(image, pixel, channel)`` of a program: int64 scalar, [BLOCK_PIXELS], [BLOCK_C]."""
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     pixel_blocks = tl.cdiv(pixels, BLOCK_PIXELS)
-    program = tl.program_id(0)
     block = program // channel_blocks
     image = (block // pixel_blocks).to(tl.int64)
     pixel = (block % pixel_blocks) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)

@@ -25,8 +25,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import fastfuse.ops.bilinear_triton as sampling
-import fastfuse.ops.strip_triton as strips
 from fastfuse.ops import launch_triton
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "triton_offline"
@@ -134,9 +132,7 @@ def inspected(
     cache, where it stays as long as the kernels and the file that defines ``launches`` do.
     """
     files = (
-        sampling.__file__,
-        strips.__file__,
-        launch_triton.__file__,
+        *sorted(map(str, Path(launch_triton.__file__).parent.glob("*_triton.py"))),
         *sorted(map(str, Path(str(module.__file__)).parent.glob("*triton.py"))),
         __file__,
         launches.__code__.co_filename,

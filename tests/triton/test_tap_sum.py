@@ -13,7 +13,7 @@ from triton_interpreter import INTERPRETING, interpreted
 from fastfuse.ops.tap_sum.samples import exact
 from fastfuse.tolerances import relative_error, tolerance
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "unsplit")
 
 if INTERPRETING:
     from fastfuse.ops.tap_sum import triton as kernels
@@ -130,6 +130,29 @@ def test_backward(case: str, dtype: torch.dtype, layout: str, align_corners: boo
     assert result.shape == (_batch(case), k * k * channels, h, w)
     _assert_close(result, expected, reduction=4 * size[0] * size[1] / (h * w))
     _assert_layout(result, channels_last)
+
+
+POOLED = [(1, 1), (2, 2), (3, 3), (6, 6)]
+
+
+@interpreted
+@fast_and_slow("size dtype", zip(POOLED, DTYPES, strict=True), product(POOLED, DTYPES), ids=_id)
+@pytest.mark.parametrize("parts", [2, 5])
+def test_backward_of_split_rows(
+    size: tuple[int, int], dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch,
+    plans_anew: None,
+) -> None:  # fmt: skip
+    """Into a slice of the channels, scaled; rows of a part may be none that is read."""
+    monkeypatch.setattr(kernels, "splits_of", lambda programs, rows: min(parts, rows))
+    wide = torch.promote_types(dtype, torch.float32)
+    whole = _image((2, 40, *size), dtype, "channels_last")
+    before, grad_output = whole.clone(), integers(2, 4, 12, 10, dtype=dtype)
+    scale, geometry = torch.tensor([0.5], dtype=wide), (12, 10, 3, 1, False)
+    kernels.backward_into(whole[:, 1:37], grad_output, scale, *geometry, True)
+    expected = 0.5 * _exact_gradient(grad_output, (2, 36, *size), geometry, dtype)
+    _assert_close(whole[:, 1:37], expected, reduction=480 / (size[0] * size[1]))
+    for untouched in (slice(0, 1), slice(37, 40)):
+        assert torch.equal(whole[:, untouched], before[:, untouched])
 
 
 SOURCES = {

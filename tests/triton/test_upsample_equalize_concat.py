@@ -13,7 +13,7 @@ from triton_interpreter import INTERPRETING, interpreted
 from fastfuse.ops.bilinear import axis_table, interpolate_exactly
 from fastfuse.tolerances import relative_error, tolerance
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "unsplit")
 
 if INTERPRETING:
     import triton
@@ -184,6 +184,31 @@ def test_backward(case: str, dtype: torch.dtype, layout: str, align_corners: boo
         assert result.is_contiguous(
             memory_format=torch.channels_last if channels_last else torch.contiguous_format
         )
+
+
+@interpreted
+@fast_and_slow(
+    "dtype layout parts",
+    [(dtype, LAYOUTS[i % 3], (3, 7)[i % 2]) for i, dtype in enumerate(DTYPES)],
+    product(DTYPES, LAYOUTS, (3, 7)),
+    ids=_id,
+)
+def test_backward_of_split_rows(
+    dtype: torch.dtype, layout: str, parts: int, monkeypatch: pytest.MonkeyPatch, plans_anew: None
+) -> None:
+    """Of pooled levels, and of one that is not smaller."""
+    monkeypatch.setattr(kernels, "splits_of", lambda programs, rows: min(parts, rows))
+    heights, channels, offsets = [1, 2, 3, 6, 14], [5, 3, 4, 2, 3], [0, 5, 8, 12, 14]
+    grad_output = _image((2, 17, 12, 10), dtype, layout)
+    std = _constants(5)[1]
+    results = kernels.backward(
+        grad_output, offsets, channels, heights, heights, std, False, layout == "channels_last"
+    )
+    slices = grad_output.double().split(channels, dim=1)
+    for result, grad, s in zip(results, slices, std.double(), strict=True):
+        x = torch.zeros(result.shape, dtype=torch.float64, requires_grad=True)
+        interpolate_exactly(x, (12, 10), coordinates=dtype).backward(grad)
+        _assert_close(result, x.grad / s, max(120 / result.shape[2] ** 2, 1))
 
 
 @interpreted

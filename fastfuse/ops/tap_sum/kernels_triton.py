@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fastfuse.ops.bilinear_triton import sample_axis, target_range, weight_of
+from fastfuse.ops.split_triton import part_of, split_of
 
 __all__ = ["backward_kernel", "forward_kernel"]
 
@@ -263,6 +264,7 @@ def forward_kernel(
 @triton.jit(
     do_not_specialize=[
         "out_height", "out_width", "in_height", "in_width", "height", "width", "padding",
+        "values",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -271,11 +273,14 @@ def backward_kernel(
     scale,  # one value, or None
     channels, out_height, out_width, in_height, in_width, height, width, padding,
     grad_n, grad_c, grad_h, grad_w, stride_n, stride_c, stride_h, stride_w,
+    splits,  # of the target rows, each with a map of its own in grad_taps
+    values,  # of a map
     KERNEL_SIZE: tl.constexpr, ALIGN_CORNERS: tl.constexpr, READERS: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = tl.float64 if grad_out.dtype.element_ty == tl.float64 else tl.float32
-    block, channel_block = _split(tl.program_id(0), tl.cdiv(channels, BLOCK_C))
+    program, split = split_of(splits)
+    block, channel_block = _split(program, tl.cdiv(channels, BLOCK_C))
     block, ky = _split(block, KERNEL_SIZE)
     block, x_block = _split(block, tl.cdiv(in_width, BLOCK_X))
     image, y = _split(block, in_height)
@@ -291,7 +296,8 @@ def backward_kernel(
     columns = tl.max(tl.where(x < in_width, last_x - first_x, -1)) + KERNEL_SIZE
     zeros = tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE)
     totals = (zeros,) * KERNEL_SIZE
-    for group in range(0, last_y - first_y + 1, READERS):
+    first, end = part_of(split, splits, last_y - first_y + 1, READERS)
+    for group in range(first, end, READERS):
         # The rows of this group: where they are, how wide, and what they weigh.
         none_yet = (0,) * READERS
         row_offsets, row_widths, row_weights = none_yet, none_yet, none_yet
@@ -322,7 +328,9 @@ def backward_kernel(
                 total = tl.where(factor > 0, totals[0] + value * factor, totals[0])
                 totals = totals[1:] + (total,)
 
-    grad_taps += image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h
+    grad_taps += (
+        split.to(tl.int64) * values + image.to(tl.int64) * stride_n + y.to(tl.int64) * stride_h
+    )
     mask = (x < in_width)[:, None] & in_channel
     total_scale = None if scale is None else tl.load(scale).to(DTYPE)
     for kx in tl.static_range(KERNEL_SIZE):

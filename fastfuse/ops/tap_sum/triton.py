@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
-from fastfuse.ops.tap_sum.kernels_triton import (
-    backward_kernel,
-    forward_kernel,
-)
+from fastfuse.ops.split_triton import add_partial_sums, partial_sums, splits_of
+from fastfuse.ops.tap_sum.kernels_triton import backward_kernel, forward_kernel
 
 __all__ = ["backward", "backward_into", "forward", "forward_into"]
 
@@ -65,6 +63,12 @@ def _blocks(
         return min(THREADS * per_thread // block_c, power_of_two(columns)), block_c
     block_x = min(MAX_BLOCK_COLUMNS, power_of_two(columns))
     return block_x, min(THREADS * per_thread // block_x, power_of_two(channels))
+
+
+def _warps(blocks: tuple[int, int], itemsize: int) -> int:
+    """Of a tile that may be smaller than usual."""
+    threads = blocks[0] * blocks[1] * itemsize // VECTOR_BYTES
+    return min(max(power_of_two(threads) // 32, 1), NUM_WARPS)
 
 
 def _source_rows(in_height: int, height: int, run: int) -> int:
@@ -190,25 +194,35 @@ def _backward_launch(
     out_stride: tuple[int, ...], in_height: int, in_width: int, stride: tuple[int, ...],
     height: int, width: int, kernel_size: int, padding: int, align_corners: bool,
     channels_last: bool,
-) -> Launch:  # fmt: skip
+) -> tuple[int, Launch]:  # fmt: skip
+    """Into how many parts the target rows are split, and the launch."""
     batch, channels, out_height, out_width = out_shape
     sums = kernel_size + 1  # of every tap and of the column
     blocks = _blocks(in_width, channels, dtype.itemsize, channels_last, sums)
+    programs = _programs(batch * kernel_size, in_height, 1, in_width, channels, blocks)
+    rows = min(cdiv(2 * height, in_height), height)
+    splits = splits_of(programs, rows)
+    readers = _reader_rows(in_height, height, align_corners)
+    if splits > 1:
+        readers = min(readers, power_of_two(cdiv(rows, splits)))
+    values = batch * kernel_size**2 * channels * in_height * in_width
+    if splits > 1:  # the maps of partial sums are dense, in channels_last
+        pixel = kernel_size**2 * channels
+        stride = (in_height * in_width * pixel, 1, in_width * pixel, pixel)
     constants = {
         "KERNEL_SIZE": kernel_size,
         "ALIGN_CORNERS": align_corners,
-        "READERS": _reader_rows(in_height, height, align_corners),
+        "READERS": readers,
         "BLOCK_X": blocks[0],
         "BLOCK_C": blocks[1],
-        "num_warps": NUM_WARPS,
+        "num_warps": NUM_WARPS if splits == 1 else _warps(blocks, dtype.itemsize),
         "maxnreg": MAX_REGISTERS,
     }
     integers = (
         channels, out_height, out_width, in_height, in_width, height, width, padding,
-        *out_stride, *stride,
+        *out_stride, *stride, splits, values,
     )  # fmt: skip
-    programs = _programs(batch * kernel_size, in_height, 1, in_width, channels, blocks)
-    return Launch(backward_kernel, programs, device, integers, constants)
+    return splits, Launch(backward_kernel, splits * programs, device, integers, constants)
 
 
 def backward(
@@ -235,9 +249,14 @@ def backward_into(
     """``grad_taps = scale * backward(grad_output)``; ``scale`` is read on the device."""
     if grad_taps.numel() == 0:
         return
-    launch = _backward_launch(
+    splits, launch = _backward_launch(
         grad_taps.device, grad_taps.dtype, grad_output.shape, grad_output.stride(),
         *grad_taps.shape[2:], grad_taps.stride(), height, width, kernel_size, padding,
         align_corners, channels_last,
     )  # fmt: skip
-    launch(grad_output, grad_taps, scale)
+    if splits == 1:
+        launch(grad_output, grad_taps, scale)
+        return
+    partials = partial_sums(splits, grad_taps)
+    launch(grad_output, partials, None)
+    add_partial_sums(grad_taps, partials, scale)

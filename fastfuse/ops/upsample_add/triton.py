@@ -58,7 +58,7 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     DTYPE: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
-    image, pixel, channel = tile(pixels, channels, BLOCK_PIXELS, BLOCK_C)
+    image, pixel, channel = tile(tl.program_id(0), pixels, channels, BLOCK_PIXELS, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]  # [BLOCK_PIXELS, BLOCK_C]
     y = pixel // width
     x = pixel % width

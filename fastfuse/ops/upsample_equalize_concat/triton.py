@@ -29,6 +29,13 @@ from fastfuse.ops.bilinear_triton import (
     weight_of,
 )
 from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
+from fastfuse.ops.split_triton import (
+    add_partial_sums,
+    part_of,
+    partial_sums,
+    split_of,
+    splits_of,
+)
 
 __all__ = ["backward", "forward"]
 
@@ -66,7 +73,7 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     DTYPE: tl.constexpr = tl.float64 if feature.dtype.element_ty == tl.float64 else tl.float32
-    image, pixel, channel = tile(pixels, channels, BLOCK_PIXELS, BLOCK_C)
+    image, pixel, channel = tile(tl.program_id(0), pixels, channels, BLOCK_PIXELS, BLOCK_C)
     mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]  # [BLOCK_PIXELS, BLOCK_C]
     y = pixel // width
     x = pixel % width
@@ -90,7 +97,7 @@ def _forward_kernel(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["level"])  # sizes: without what is known of them it spills
+@triton.jit(do_not_specialize=["level", "values"])  # sizes: without what is known of them it spills
 def _backward_kernel(
     grad_out,
     grad_feature,
@@ -107,6 +114,8 @@ def _backward_kernel(
     stride_c,
     stride_h,
     stride_w,
+    splits,  # of the target rows, each with a map of its own in grad_feature
+    values,  # of a map
     ALIGN_CORNERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SAME_SIZE: tl.constexpr,
@@ -115,7 +124,8 @@ def _backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     DTYPE: tl.constexpr = tl.float64 if grad_out.dtype.element_ty == tl.float64 else tl.float32
-    image, pixel, channel = tile(in_pixels, channels, BLOCK_PIXELS, BLOCK_C)
+    program, split = split_of(splits)
+    image, pixel, channel = tile(program, in_pixels, channels, BLOCK_PIXELS, BLOCK_C)
     in_pixel = pixel < in_pixels
     in_channel = channel < channels
     source_y = pixel // in_width
@@ -135,7 +145,8 @@ def _backward_kernel(
         columns = tl.max(tl.where(in_pixel, last_x - first_x + 1, 0))
         tap = tl.arange(0, BLOCK_TAPS)[None, :]
         partial = tl.zeros([BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C], dtype=DTYPE)
-        for row in range(rows):
+        first, end = part_of(split, splits, rows, 1)
+        for row in range(first, end):
             target_y = first_y + row
             weight_y = weight_of(target_y, source_y, in_height, height, ALIGN_CORNERS, DTYPE)
             reads_row = in_pixel & (target_y <= last_y) & (weight_y > 0)  # [BLOCK_PIXELS]
@@ -160,6 +171,7 @@ def _backward_kernel(
 
     offset = dense_offset(image, pixel, channel, in_pixels, channels, CHANNELS_LAST)
     mask = in_pixel[:, None] & in_channel[None, :]
+    grad_feature += split.to(tl.int64) * values
     tl.store(grad_feature + offset, total.to(grad_feature.dtype.element_ty), mask=mask)
 
 
@@ -233,7 +245,8 @@ def _backward_launch(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
     level: int, offset: int, channels: int, in_height: int, in_width: int, align_corners: bool,
     channels_last: bool,
-) -> Launch:  # fmt: skip
+) -> tuple[int, Launch]:  # fmt: skip
+    """Into how many parts the target rows are split, and the launch."""
     check_plane(NAME, in_height, in_width)
     batch, _, height, width = shape
     same_size = (in_height, in_width) == (height, width)
@@ -242,6 +255,8 @@ def _backward_launch(
     block_taps = min(power_of_two(readers), MAX_BLOCK_TAPS)
     pixels = in_height * in_width
     blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last, block_taps)
+    programs = tiles_of(batch, pixels, channels, blocks)
+    splits = 1 if same_size else splits_of(programs, min(cdiv(2 * height, in_height), height))
     constants = {
         "ALIGN_CORNERS": align_corners,
         "CHANNELS_LAST": channels_last,
@@ -252,9 +267,11 @@ def _backward_launch(
         "num_warps": NUM_WARPS,
         "maxnreg": MAX_REGISTERS,
     }
-    integers = (level, offset, channels, in_height, in_width, pixels, height, width, *stride)
-    programs = tiles_of(batch, pixels, channels, blocks)
-    return Launch(_backward_kernel, programs, device, integers, constants)
+    integers = (
+        level, offset, channels, in_height, in_width, pixels, height, width, *stride, splits,
+        batch * channels * pixels,
+    )  # fmt: skip
+    return splits, Launch(_backward_kernel, splits * programs, device, integers, constants)
 
 
 def backward(
@@ -279,10 +296,17 @@ def backward(
         size = (shape[0], *of_level[1:])
         gradient = torch.empty(size, dtype=dtype, device=device, memory_format=layout)
         gradients.append(gradient)
-        if gradient.numel() > 0:
-            launch = _backward_launch(
-                device, dtype, shape, grad_output.stride(), level, *of_level, align_corners,
-                channels_last,
-            )  # fmt: skip
+        if gradient.numel() == 0:
+            continue
+        splits, launch = _backward_launch(
+            device, dtype, shape, grad_output.stride(), level, *of_level, align_corners,
+            channels_last,
+        )  # fmt: skip
+        if splits == 1:
             launch(grad_output, gradient, std)
+            continue
+        partials = partial_sums(splits, gradient)
+        launch(grad_output, partials, None)
+        order = (0, 2, 3, 1) if channels_last else (0, 1, 2, 3)
+        add_partial_sums(gradient, partials, std, index=level, is_inverse=True, order=order)
     return gradients
