@@ -11,38 +11,52 @@ WARP, SECTOR = 32, 32
 
 
 @dataclass(frozen=True)
+class Multiprocessor:
+    """What limits how many programs it holds at once."""
+
+    shared: int  # bytes
+    registers: int = 65536
+    warps: int = 64
+    programs: int = 32
+
+
+# By architecture.
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 * 1024),
+    90: Multiprocessor(228 * 1024),
+    100: Multiprocessor(228 * 1024),
+}
+SHARED_OF_SYSTEM = 1024  # bytes of each program
+REGISTER_UNIT = 256  # registers that a warp is given at a time
+SCHEDULERS = 4  # each has its part of the registers and of the warps
+
+
+@dataclass(frozen=True)
 class Device:
-    """Rates are the vendor's, but for L2: what others have measured of a H100."""
+    """Rates are the vendor's but for L2: there it is what others have measured of a H100."""
 
     name: str
     memory_rate: float  # bytes a second
     multiprocessors: int = 132
     clock: float = 1.755e9
     l2_rate: float = 5.5e12
-    issued: int = 4  # instructions of warps, a cycle and multiprocessor
-    accessed: int = 4  # sectors, or one wavefront of shared memory
-    special: float = 0.5  # instructions of warps: exponentials, reciprocals, square roots
-    registers: int = 65536
-    shared: int = 228 * 1024
-    shared_of_system: int = 1024  # of each program
-    max_warps: int = 64
-    max_programs: int = 32
+    # Of a multiprocessor in a cycle:
+    issued: int = SCHEDULERS  # instructions of warps
+    accessed: int = 4  # sectors; one wavefront of shared memory
+    special: float = 0.5  # instructions of warps: exponentials, reciprocals, roots
 
 
 H100 = Device("H100 SXM", 3.35e12)
 H200 = Device("H200", 4.8e12)
-DEVICES = (H100, H200)
-REGISTER_UNIT = 256  # registers that a warp is given at a time
 
 
-def resident_programs(registers: int, shared: int, threads: int, device: Device) -> int:
+def resident_programs(registers: int, shared: int, threads: int, limits: Multiprocessor) -> int:
     """How many programs a multiprocessor holds at once."""
     warps = threads // WARP
     of_warp = math.ceil(registers * WARP / REGISTER_UNIT) * REGISTER_UNIT
-    # Each of the four schedulers has a fourth of the registers.
-    by_registers = 4 * (device.registers // 4 // of_warp) // warps
-    by_shared = device.shared // (shared + device.shared_of_system)
-    return min(device.max_warps // warps, device.max_programs, by_registers, by_shared)
+    by_registers = SCHEDULERS * (limits.registers // SCHEDULERS // of_warp) // warps
+    by_shared = limits.shared // (shared + SHARED_OF_SYSTEM)
+    return min(limits.warps // warps, limits.programs, by_registers, by_shared)
 
 
 def bounds(counts: Mapping[str, Any], device: Device) -> dict[str, float]:
@@ -54,14 +68,14 @@ def bounds(counts: Mapping[str, Any], device: Device) -> dict[str, float]:
     sectors = counts["loads"]["moved"] + counts["stores"]["moved"]
     accesses = sectors / device.accessed + counts["shared"]["moved"]
     found = {
-        "dram": counts["moved_bytes"] / device.memory_rate,
-        "l2": counts["block_sectors"] * SECTOR / device.l2_rate,
-        "accesses": accesses / cycles,
+        "dram": counts["bytes"] / device.memory_rate,
+        "l2": counts["sectors_of_programs"] * SECTOR / device.l2_rate,
+        "access": accesses / cycles,
         "issue": counts["instructions"] / device.issued / cycles,
-        "special": counts["special"] / device.special / cycles,
+        "special": counts["mix"]["special"] / device.special / cycles,
     }
     share = counts["programs"] / device.multiprocessors
-    of_multiprocessor = max(found["accesses"], found["issue"], found["special"])
+    of_multiprocessor = max(found["access"], found["issue"], found["special"])
     return {**found, "tail": of_multiprocessor * math.ceil(share) / share}
 
 

@@ -29,18 +29,19 @@ COUNTED_ON = 90  # the architecture of the GPUs whose bounds are given
 SAMPLE_THREADS = 4096  # of the programs that are run
 MIN_SAMPLE, MAX_SAMPLE = 8, 32
 
-# Classes of machine instructions, by how their names begin; the first that fits.
+# Classes of machine instructions, by how their names begin; the first that fits. HFMA2.MMA moves
+# constants.
 CLASSES = (
-    ("memory", r"LD|ST|RED|ATOM|UTMA|CCTL"),
-    ("conversion", r"F2|I2|F2FP|FRND|PRMT"),
+    (
+        "control",
+        r"BRA|BSS|BSY|BREAK|EXIT|RET|CALL|BAR|WARPSYNC|DEPBAR|VOTE|SHFL|REDUX|MATCH|MEMBAR",
+    ),
+    ("memory", r"LD[GSL]|ST[GSL]|RED|ATOM"),
+    ("conversion", r"F2|I2|FRND|PRMT"),
     ("special", r"MUFU"),
-    ("float", r"F|D(ADD|MUL|FMA|SETP)|H[A-Z]*2|HFMA"),
-    ("control", r"BRA|BSS|BSY|BREAK|EXIT|RET|CALL|BAR|WARPSYNC|DEPBAR|YIELD|NANOSLEEP|BMOV|VOTE|"
-                r"SHFL|REDUX|MATCH|WARPGROUP|ERRBAR|MEMBAR"),
-    ("integer", r""),
-)  # fmt: skip
-# What one instruction of PTX is in machine code, as often as the assembler has copied it.
-COPIED = {r"fma\.rn\.f32": "FFMA", r"ld\.global": "LDG", r"st\.global": "STG"}
+    ("float", r"F|D(ADD|MUL|FMA|SETP)|H(ADD|MUL|FMA|SETP|MNMX)2(?!\.MMA)"),
+    ("integer", r""),  # addresses, moves, predicates, constants
+)
 
 Assembled = dict[str, Any]
 
@@ -76,18 +77,23 @@ def _own_source() -> str:
 
 
 def machine_code(cubin: bytes) -> dict[str, list[str]]:
-    """Opcodes by the line of PTX ("0": none); the assembler tells it of every instruction."""
+    """Opcodes by the line of PTX ("0": none) that they are for, which the assembler notes.
+
+    Without what is called where a division has an infinite or tiny operand.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(NVDISASM), "-gp", "-c", file.name]
         dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    line, found = "0", defaultdict(list)
+    line, found, is_rare = "0", defaultdict(list), False
     for text in dump.split("\n"):
         if of := re.search(r'## File "\.nv_debug_ptx_txt", line (\d+)', text):
             line = of[1]
+        elif function := re.fullmatch(r"([\w$]+):", text):
+            is_rare = function[1].endswith("_slowpath")
         code = re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
-        if code and code[1] != "NOP":
+        if code and code[1] != "NOP" and not is_rare:
             found[line].append(code[1])
     return dict(found)
 
@@ -97,62 +103,47 @@ def instructions(
 ) -> Counter[str]:
     """Machine instructions by class, of the warps that executed lines of PTX so often.
 
-    Where the assembler unrolled a loop, a line's instructions are there several times, and an
-    execution of the line executes one of its copies.
+    What is for no instruction is executed once. Nothing is unrolled, or a line's instructions would
+    be there several times: the tests hold that.
     """
     entered = executed[kernel.instructions[0].line]
     lines = {i.line for i in kernel.instructions}
-    copies = _copies(kernel, code)
     totals: Counter[str] = Counter()
     for line, opcodes in code.items():
-        number = int(line)
-        times = executed[number] if number in lines else entered
+        times = executed[int(line)] if int(line) in lines else entered
         for opcode in opcodes:
-            totals[class_of(opcode)] += times / copies.get(number, 1)
+            totals[class_of(opcode)] += times
     return totals
 
 
-def _copies(kernel: Kernel, code: dict[str, list[str]]) -> dict[int, float]:
-    """How often the assembler has copied each line: as often as those of its block that are one
-    instruction, which have the same."""
-    starts = {*kernel.labels.values()}
-    starts |= {i + 1 for i, what in enumerate(kernel.instructions) if what.opcode.startswith("bra")}
-    found: dict[int, float] = {}
-    block: list[int] = []
-    seen: list[int] = []
-    for i, what in enumerate([*kernel.instructions, None]):
-        if what is None or i in starts:
-            ratio = sum(seen) / len(seen) if seen else 1
-            found |= dict.fromkeys(block, max(ratio, 1))
-            block, seen = [], []
-        if what is not None:
-            block.append(what.line)
-            for pattern, opcode in COPIED.items():
-                if re.match(pattern, what.opcode):
-                    there = [c for c in code.get(str(what.line), ()) if c.startswith(opcode)]
-                    seen += [len(there)] if there else []
-    return found
+def class_sizes(code: dict[str, list[str]]) -> dict[str, int]:
+    """How many machine instructions of each class there are."""
+    sizes = Counter(class_of(opcode) for opcodes in code.values() for opcode in opcodes)
+    return {name: sizes[name] for name, _ in CLASSES}
 
 
-def moved_bytes(launch: Launch, read: set[int], written: set[int]) -> int:
-    """What a launch has to move: each tensor that it reads or writes, once.
+def moved(launch: Launch, read: set[int], written: set[int]) -> tuple[int, int]:
+    """Bytes that a launch has to move, each tensor that it reads or writes once, and how many
+    elements it writes.
 
     Of a tensor with the channels of several levels, of which a launch has one, that level's.
     """
     _, arguments = launch
     own = arguments.get("channels")
-    total = 0.0
+    nbytes, elements = 0.0, 0.0
     seen: set[int] = set()
     for name, argument in arguments.items():
         for value in tree_leaves(argument):
             if not isinstance(value, Tensor) or storage(value) in seen:
                 continue
             seen.add(storage(value))
-            nbytes = min(value.numel() * value.element_size(), value.untyped_storage().nbytes())
+            size = min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
             if "level" in arguments and name in ("out", "grad_out") and isinstance(own, int):
-                nbytes *= own / value.shape[1]
-            total += nbytes * ((storage(value) in read) + (storage(value) in written))
-    return round(total)
+                size *= own / value.shape[1]
+            is_read, is_written = storage(value) in read, storage(value) in written
+            nbytes += size * value.element_size() * (is_read + is_written)
+            elements += size * is_written
+    return round(nbytes), round(elements)
 
 
 def counted(launch: Launch, programs: int) -> dict[str, Any]:
@@ -174,22 +165,16 @@ def counted(launch: Launch, programs: int) -> dict[str, Any]:
         counts, read, written = count(kernel, values, (programs, 1, 1), blocks, made["shared"])
         scale = programs / len(blocks)
         mix = instructions(kernel, counts.executed, made["machine"])
-        special = sum(
-            counts.executed[int(line)]
-            for line, opcodes in made["machine"].items()
-            for opcode in opcodes
-            if opcode.startswith("MUFU")
-        )
+        nbytes, elements = moved(launch, read, written)
         return {
             "programs": programs,
             "threads": kernel.threads,
             "sampled": len(blocks),
-            "moved_bytes": moved_bytes(launch, read, written),
-            "ptx_instructions": round(counts.instructions * scale),
+            "bytes": nbytes,
+            "outputs": elements,
             "instructions": round(mix.total() * scale),
-            "mix": {name: round(mix[name] / mix.total(), 4) for name, _ in CLASSES},
-            "special": round(special * scale),
-            "block_sectors": round((len(counts.loaded) + len(counts.stored)) * scale),
+            "mix": {name: round(mix[name] * scale) for name, _ in CLASSES},
+            "sectors_of_programs": round((len(counts.loaded) + len(counts.stored)) * scale),
             **{
                 name: {
                     "instructions": round(traffic.instructions * scale),

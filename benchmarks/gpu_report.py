@@ -1,79 +1,141 @@
-"""What can be counted of every Triton kernel without a device.
+"""What can be counted of every Triton kernel without a device, and what that bounds.
 
-PYTHONPATH=.:tests/support python benchmarks/gpu_report.py --only tap_sum
+``make gpu-report`` writes benchmarks/results/gpu-report.json, which tests hold the kernels to, and
+docs/gpu_report.md. Of some cases alone, and nothing written:
+
+    PYTHONPATH=.:tests/support python benchmarks/gpu_report.py --only tap_sum --dtypes bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bounds import DEVICES, H100, WARP, binding, bounds, resident_programs
+import triton
+from gpu_bounds import H100, MULTIPROCESSORS, WARP, binding, bounds, resident_programs
 from gpu_cases import CASES, Case
-from gpu_counts import COUNTED_ON, assembled, counted
-from triton_offline import recorded_programs
+from gpu_counts import COUNTED_ON, assembled, class_sizes, counted
+from gpu_table import page, per_32_outputs, useful
+from triton_offline import recorded_programs, specialisation
+
+from fastfuse._terminal import spell_out
+
+ROOT = Path(__file__).resolve().parents[1]
+BASELINE = ROOT / "benchmarks" / "results" / "gpu-report.json"
+PAGE = ROOT / "docs" / "gpu_report.md"
+ARCHITECTURES = tuple(MULTIPROCESSORS)
+TOLERANCE = 0.02  # by which counts may grow
+
+Row = dict[str, Any]
 
 
-def launches_of(case: Case, layout: str, dtype: str) -> list[dict[str, Any]]:
-    """The counts of each launch of a call."""
+def calls() -> Iterator[tuple[str, Case, str, str]]:
+    """Every case in its layouts and dtypes, and what it is named then."""
+    for case in CASES:
+        for layout in case.layouts:
+            for dtype in case.dtypes:
+                yield f"{case.name}, {layout} {dtype}", case, layout, dtype
+
+
+def measured(case: Case, layout: str, dtype: str, architectures: Sequence[int]) -> Row:
+    """What a call launches and compiles, and the counts of each launch."""
+    recorded = recorded_programs(lambda: case.call(layout, getattr(torch, dtype)))
     rows = []
-    for launch, programs in recorded_programs(lambda: case.call(layout, getattr(torch, dtype))):
-        made = assembled(launch, COUNTED_ON)
+    for launch, programs in recorded:
         counts = counted(launch, programs)
-        resident = resident_programs(made["registers"], made["shared"], counts["threads"], H100)
-        rows.append(
-            {
-                "kernel": launch[0].__name__.strip("_"),
-                "registers": made["registers"],
-                "stack": made["stack"],
-                "shared": made["shared"],
+        built = {}
+        for arch in architectures:
+            made = assembled(launch, arch)
+            limits = made["registers"], made["shared"], counts["threads"]
+            resident = resident_programs(*limits, MULTIPROCESSORS[arch])
+            built[f"sm_{arch}"] = {
+                **{name: made[name] for name in ("registers", "stack", "shared", "ld", "st")},
+                "programs": resident,
                 "warps": resident * counts["threads"] // WARP,
-                "waves": round(programs / (resident * H100.multiprocessors), 2),
-                **counts,
+                "code": class_sizes(made["machine"]),
             }
+        rows.append({"kernel": launch[0].__name__.strip("_"), **counts, "built": built})
+    compilations = len({specialisation(launch) for launch, _ in recorded})
+    return {"compilations": compilations, "launches": rows}
+
+
+def regressions(name: str, before: Row, now: Row) -> list[str]:
+    """What a call does more of than before, and what it spills."""
+    found = []
+
+    def compare(what: str, old: float, new: float) -> None:
+        if new > old * (1 + TOLERANCE):
+            found.append(f"{name}: {what} {new:g}, where there were {old:g}")
+
+    compare("compilations", before["compilations"], now["compilations"])
+    compare("launches", len(before["launches"]), len(now["launches"]))
+    for i, row in enumerate(now["launches"]):
+        for arch, built in row["built"].items():
+            if built["stack"] > 0:
+                found.append(f"{name}: {i} {row['kernel']} spills {built['stack']} bytes, {arch}")
+    for what in ("loads", "stores", "shared"):
+        moved = [sum(row[what]["moved"] for row in call["launches"]) for call in (before, now)]
+        compare("wavefronts" if what == "shared" else f"sectors of {what}", *moved)
+    per_output = [
+        sum(row["instructions"] for row in call["launches"])
+        / max(sum(row["outputs"] for row in call["launches"]), 1)
+        for call in (before, now)
+    ]
+    compare("instructions of an output", *per_output)
+    return found
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """JSON with a line for each launch."""
+    head = {name: value for name, value in report.items() if name != "calls"}
+    text = json.dumps(head)[:-1] + ', "calls": {'
+    for i, (name, call) in enumerate(report["calls"].items()):
+        lines = ",\n  ".join(map(json.dumps, call["launches"]))
+        text += ",\n" if i else "\n"
+        text += f'{json.dumps(name)}: {{"compilations": {call["compilations"]}, "launches": [\n'
+        text += f"  {lines}\n]}}"
+    path.write_text(f"{text}\n}}}}\n", encoding="utf-8")
+
+
+def print_call(name: str, call: Row, seconds: float) -> None:
+    launches, compilations = len(call["launches"]), call["compilations"]
+    print(f"{name}: {launches} launches, {compilations} compilations ({seconds:.1f} s)")
+    for row in call["launches"]:
+        found, built = bounds(row, H100), row["built"][f"sm_{COUNTED_ON}"]
+        waves = row["programs"] / built["programs"] / H100.multiprocessors
+        us = ", ".join(f"{name} {value * 1e6:.1f}" for name, value in found.items())
+        print(
+            f"  {row['kernel']:24} programs {row['programs']:6}, registers {built['registers']:3}, "
+            f"stack {built['stack']}, warps/SM {built['warps']:2}, waves {waves:5.2f} | useful "
+            f"loads {useful(row, 'loads')}, stores {useful(row, 'stores')} | "
+            f"{per_32_outputs(row):7.1f} instr/32 outputs | H100, us: {us}: {binding(found)}",
+            flush=True,
         )
-    return rows
-
-
-def line_of(row: dict[str, Any], itemsize: int) -> str:
-    found = {device: bounds(row, device) for device in DEVICES}
-    outputs = row["stores"]["useful_bytes"] / itemsize
-    useful = {
-        name: row[name]["useful_bytes"] / max(row[name]["moved"] * 32, 1)
-        for name in ("loads", "stores")
-    }
-    us = " ".join(f"{name} {value * 1e6:.1f}" for name, value in found[H100].items())
-    return (
-        f"  {row['kernel']:26} programs {row['programs']:6} regs {row['registers']:3} "
-        f"spill {row['stack']} warps/SM {row['warps']:2} waves {row['waves']:6.2f} | "
-        f"useful ld {useful['loads']:.2f} st {useful['stores']:.2f} | "
-        f"bank x{row['shared']['moved'] / max(row['shared']['least'], 1):.2f} | "
-        f"instr/32 outputs {row['instructions'] * 32 / max(outputs, 1):6.1f} "
-        f"(ptx {row['ptx_instructions'] * 32 / max(outputs, 1):6.1f}) | "
-        f"us H100: {us} -> {binding(found[H100])}"
-    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="what the names of cases contain")
-    parser.add_argument("--dtypes", default="bfloat16,float32")
+    spell_out()
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--only", help="what the names of calls contain; nothing is written")
+    parser.add_argument("--dtypes", help="some of them; nothing is written")
     arguments = parser.parse_args()
-    for case in CASES:
-        if arguments.only not in case.name:
+    is_whole = arguments.only is None and arguments.dtypes is None
+    report: dict[str, Any] = {"triton": triton.__version__, "calls": {}}
+    for name, case, layout, dtype in calls():
+        if (arguments.only or "") not in name or dtype not in (arguments.dtypes or dtype):
             continue
-        for layout in case.layouts:
-            for dtype in case.dtypes:
-                if dtype not in arguments.dtypes.split(","):
-                    continue
-                start = time.perf_counter()
-                rows = launches_of(case, layout, dtype)
-                took = time.perf_counter() - start
-                print(f"{case.name}, {layout} {dtype}: {len(rows)} launches ({took:.1f} s)")
-                for row in rows:
-                    print(line_of(row, getattr(torch, dtype).itemsize), flush=True)
+        start = time.perf_counter()
+        call = measured(case, layout, dtype, ARCHITECTURES if is_whole else (COUNTED_ON,))
+        report["calls"][name] = call
+        print_call(name, call, time.perf_counter() - start)
+    if is_whole:
+        save(report, BASELINE)
+        PAGE.write_text(page(report), encoding="utf-8")
 
 
 if __name__ == "__main__":

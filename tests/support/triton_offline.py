@@ -100,6 +100,13 @@ def specialised(
     return source, remaining, options
 
 
+def specialisation(launch: Launch) -> tuple[Any, ...]:
+    """What Triton compiles anew for."""
+    source, _, options = specialised(*launch)
+    parts = (source.signature, source.constants, source.attrs, options)
+    return (launch[0], *(repr(sorted(part.items(), key=str)) for part in parts))
+
+
 def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     """The kernel as a launch would specialise it."""
     source, _, options = specialised(kernel, arguments)

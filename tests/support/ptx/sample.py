@@ -7,7 +7,7 @@ Shared memory is checked as ever. Nothing of the results is kept.
 
 from __future__ import annotations
 
-import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,19 +24,15 @@ from ptx.parse import Kernel
 Array = npt.NDArray[Any]
 
 PERIOD = 1 << 12  # bytes after which the values of a meta tensor repeat
-GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def spread(programs: int, count: int) -> Array:
-    """Numbers of ``count`` programs, all over the grid and in no step with its axes."""
+    """Numbers of ``count`` programs: one of each part of the grid, in no step with its axes."""
     if programs <= count:
         return np.arange(programs)
-    found: dict[int, None] = {}
-    i = 0
-    while len(found) < count:
-        found[int((0.5 + i * GOLDEN) % 1 * programs)] = None
-        i += 1
-    return np.array(sorted(found))
+    generator = random.Random(programs)
+    ends = [programs * part // count for part in range(count + 1)]
+    return np.array([generator.randrange(*ends[part : part + 2]) for part in range(count)])
 
 
 def _values(tensor: Tensor) -> Array:
