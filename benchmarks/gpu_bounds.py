@@ -42,8 +42,9 @@ class Device:
     l2_rate: float = 5.5e12
     # Of a multiprocessor in a cycle:
     issued: int = SCHEDULERS  # instructions of warps
-    accessed: int = 4  # sectors; one wavefront of shared memory
-    special: float = 0.5  # instructions of warps: exponentials, reciprocals, roots
+    accessed: int = 4  # sectors; one wavefront of shared memory, or one shuffle
+    alu: int = 2  # of integers, comparisons, selections
+    special: float = 0.5  # exponentials, reciprocals, roots
 
 
 H100 = Device("H100 SXM", 3.35e12)
@@ -66,16 +67,17 @@ def bounds(counts: Mapping[str, Any], device: Device) -> dict[str, float]:
     """
     cycles = device.multiprocessors * device.clock
     sectors = counts["loads"]["moved"] + counts["stores"]["moved"]
-    accesses = sectors / device.accessed + counts["shared"]["moved"]
+    accesses = sectors / device.accessed + counts["shared"]["moved"] + counts["shuffles"]
     found = {
         "dram": counts["bytes"] / device.memory_rate,
         "l2": counts["sectors_of_programs"] * SECTOR / device.l2_rate,
         "access": accesses / cycles,
         "issue": counts["instructions"] / device.issued / cycles,
+        "alu": counts["alu"] / device.alu / cycles,
         "special": counts["mix"]["special"] / device.special / cycles,
     }
     share = counts["programs"] / device.multiprocessors
-    of_multiprocessor = max(found["access"], found["issue"], found["special"])
+    of_multiprocessor = max(found[name] for name in ("access", "issue", "alu", "special"))
     return {**found, "tail": of_multiprocessor * math.ceil(share) / share}
 
 

@@ -43,6 +43,11 @@ CLASSES = (
     ("integer", r""),  # addresses, moves, predicates, constants
 )
 
+# What certainly goes through the pipe of integers, comparisons and selections.
+ALU = re.compile(
+    r"IADD|LOP|SHF(?!L)|SH[LR]|LEA|[IF]SETP|PLOP|[IF]?SEL|PRMT|IABS|V?[IF]?I?MNMX|SGXT|BMSK|F2FP"
+)
+
 Assembled = dict[str, Any]
 
 
@@ -101,18 +106,18 @@ def machine_code(cubin: bytes) -> dict[str, list[str]]:
 def instructions(
     kernel: Kernel, executed: Counter[int], code: dict[str, list[str]]
 ) -> Counter[str]:
-    """Machine instructions by class, of the warps that executed lines of PTX so often.
+    """Machine instructions by opcode, of the warps that executed lines of PTX so often.
 
     What is for no instruction is executed once. Nothing is unrolled, or a line's instructions would
     be there several times: the tests hold that.
     """
-    entered = executed[kernel.instructions[0].line]
     lines = {i.line for i in kernel.instructions}
+    entered = executed[kernel.instructions[0].line]
     totals: Counter[str] = Counter()
     for line, opcodes in code.items():
         times = executed[int(line)] if int(line) in lines else entered
         for opcode in opcodes:
-            totals[class_of(opcode)] += times
+            totals[opcode] += times
     return totals
 
 
@@ -137,7 +142,9 @@ def moved(launch: Launch, read: set[int], written: set[int]) -> tuple[int, int]:
             if not isinstance(value, Tensor) or storage(value) in seen:
                 continue
             seen.add(storage(value))
-            size = min(value.numel(), value.untyped_storage().nbytes() // value.element_size())
+            size: float = min(
+                value.numel(), value.untyped_storage().nbytes() // value.element_size()
+            )
             if "level" in arguments and name in ("out", "grad_out") and isinstance(own, int):
                 size *= own / value.shape[1]
             is_read, is_written = storage(value) in read, storage(value) in written
@@ -164,7 +171,10 @@ def counted(launch: Launch, programs: int) -> dict[str, Any]:
         values = [value for _, value in remaining]
         counts, read, written = count(kernel, values, (programs, 1, 1), blocks, made["shared"])
         scale = programs / len(blocks)
-        mix = instructions(kernel, counts.executed, made["machine"])
+        executed = instructions(kernel, counts.executed, made["machine"])
+        mix: Counter[str] = Counter()
+        for opcode, times in executed.items():
+            mix[class_of(opcode)] += times
         nbytes, elements = moved(launch, read, written)
         return {
             "programs": programs,
@@ -172,9 +182,13 @@ def counted(launch: Launch, programs: int) -> dict[str, Any]:
             "sampled": len(blocks),
             "bytes": nbytes,
             "outputs": elements,
-            "instructions": round(mix.total() * scale),
+            "instructions": round(executed.total() * scale),
+            "alu": round(sum(n for code, n in executed.items() if ALU.match(code)) * scale),
             "mix": {name: round(mix[name] * scale) for name, _ in CLASSES},
-            "sectors_of_programs": round((len(counts.loaded) + len(counts.stored)) * scale),
+            "shuffles": round(
+                sum(n for code, n in executed.items() if code.startswith("SHFL")) * scale
+            ),
+            "sectors_of_programs": round(counts.sectors_of_blocks * scale),
             **{
                 name: {
                     "instructions": round(traffic.instructions * scale),

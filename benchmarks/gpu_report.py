@@ -34,12 +34,12 @@ TOLERANCE = 0.02  # by which counts may grow
 Row = dict[str, Any]
 
 
-def calls() -> Iterator[tuple[str, Case, str, str]]:
-    """Every case in its layouts and dtypes, and what it is named then."""
+def calls() -> Iterator[tuple[str, tuple[Case, str, str]]]:
+    """Every case in its layouts and dtypes, by what it is named then."""
     for case in CASES:
         for layout in case.layouts:
             for dtype in case.dtypes:
-                yield f"{case.name}, {layout} {dtype}", case, layout, dtype
+                yield f"{case.name}, {layout} {dtype}", (case, layout, dtype)
 
 
 def measured(case: Case, layout: str, dtype: str, architectures: Sequence[int]) -> Row:
@@ -81,6 +81,10 @@ def regressions(name: str, before: Row, now: Row) -> list[str]:
     for what in ("loads", "stores", "shared"):
         moved = [sum(row[what]["moved"] for row in call["launches"]) for call in (before, now)]
         compare("wavefronts" if what == "shared" else f"sectors of {what}", *moved)
+    distinct = [
+        sum(row["sectors_of_programs"] for row in call["launches"]) for call in (before, now)
+    ]
+    compare("sectors of programs", *distinct)
     per_output = [
         sum(row["instructions"] for row in call["launches"])
         / max(sum(row["outputs"] for row in call["launches"]), 1)
@@ -126,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     is_whole = arguments.only is None and arguments.dtypes is None
     report: dict[str, Any] = {"triton": triton.__version__, "calls": {}}
-    for name, case, layout, dtype in calls():
+    for name, (case, layout, dtype) in calls():
         if (arguments.only or "") not in name or dtype not in (arguments.dtypes or dtype):
             continue
         start = time.perf_counter()

@@ -33,15 +33,16 @@ BOUNDS = """
   percent: memory, float, integer (addresses and moves too), conversion, special, control (barriers
   and shuffles too).
 - **Bounds**, in µs: **dram** (each tensor once; at 3.35 TB/s on a H100, 4.8 on a H200), **l2**
-  (the distinct sectors of each program), **access** (4 sectors or one wavefront a cycle), **issue**
-  (4 instructions a cycle), **special** (exponentials, reciprocals, roots: 16 threads a cycle),
-  **tail** (the largest of these three on the multiprocessor that has the most programs).
+  (the distinct sectors of each program), **access** (4 sectors, one wavefront or one shuffle a
+  cycle), **issue** (4 instructions a cycle), **alu** (2 of integers, comparisons and selections),
+  **special** (one of exponentials, reciprocals and roots in two cycles), **tail** (the largest of
+  these four on the multiprocessor that has the most programs).
 - **binds**: the largest, the tail if it is so by a tenth; on a H100 and, if another, on a H200.
 
 """
 BOUNDS_COLUMNS = (
     "call", "kernel", "programs", "waves", "useful", "conflicts", "instr", "mix", "dram", "H200",
-    "l2", "access", "issue", "special", "tail", "binds",
+    "l2", "access", "issue", "alu", "special", "tail", "binds",
 )  # fmt: skip
 
 BUILT = """
@@ -92,7 +93,10 @@ def _bounds_line(name: str, row: Row) -> str:
         _number(per_32_outputs(row)),
         " ".join(f"{100 * mix[kind] / row['instructions']:.0f}" for kind in order),
         *(_number(1e6 * seconds) for seconds in (h100["dram"], h200["dram"])),
-        *(_number(1e6 * h100[what]) for what in ("l2", "access", "issue", "special", "tail")),
+        *(
+            _number(1e6 * h100[what])
+            for what in ("l2", "access", "issue", "alu", "special", "tail")
+        ),
         ", ".join(binds),
     ]
     return f"| {' | '.join(cells)} |\n"

@@ -46,7 +46,7 @@ def test_sectors(stride: int, access: str, sectors: int, useful: int) -> None:
     assert counts.stores == counts.shared == Traffic()
     # Each block has its own, and its warps may share one.
     distinct = {(4, 4): 8, (16, 16): 32, (32, 32): 64, (4, 5): 9, (0, 1): 1, (2, 2): 4}
-    assert len(counts.loaded) == 3 * distinct[stride, sectors]
+    assert counts.sectors_of_blocks == 3 * distinct[stride, sectors]
 
 
 def test_threads_of_no_part_count_nothing() -> None:

@@ -48,8 +48,8 @@ class Counts:
     loads: Traffic = field(default_factory=Traffic)
     stores: Traffic = field(default_factory=Traffic)
     shared: Traffic = field(default_factory=Traffic)  # wavefronts instead of sectors
-    loaded: set[int] = field(default_factory=set)  # sectors, with the block in upper bits
-    stored: set[int] = field(default_factory=set)
+    loaded: list[Array] = field(default_factory=list)  # sectors, below the block's number
+    stored: list[Array] = field(default_factory=list)
     _instruction: Instruction | None = None
     _half: tuple[Array, Array] | None = None
 
@@ -57,6 +57,11 @@ class Counts:
     def instructions(self) -> int:
         """Of warps."""
         return sum(self.executed.values())
+
+    @property
+    def sectors_of_blocks(self) -> int:
+        """Those that a block loads, each once, and those that it stores."""
+        return sum(len(_distinct(np.concatenate(s))) for s in (self.loaded, self.stored) if s)
 
     def executes(self, instruction: Instruction, threads: Array) -> None:
         self._instruction = instruction
@@ -77,26 +82,42 @@ class Counts:
             )
 
     def _global(self, places: Array, size: int, threads: Array, stores: bool) -> None:
-        warps = threads // WARP
-        sectors = np.unique(warps * ROW + places // SECTOR)
-        asked = np.unique(warps * ROW + places // size)
-        of_warps = np.unique(asked // ROW, return_counts=True)[1] * size
+        values = _distinct(threads // WARP * ROW + places // size)  # in order of warps
+        warps = values // ROW
+        sectors = _changing(warps * ROW + values % ROW * size // SECTOR)
+        useful = np.diff(np.flatnonzero(_changes(warps)), append=len(warps)) * size  # of each warp
         (self.stores if stores else self.loads).add(
-            len(of_warps), len(sectors), len(asked) * size, int((-(-of_warps // SECTOR)).sum())
+            len(useful), len(sectors), int(useful.sum()), int((-(-useful // SECTOR)).sum())
         )
-        blocks = threads // self.threads
-        (self.stored if stores else self.loaded).update(
-            np.unique(blocks * ROW + places // SECTOR).tolist()
-        )
+        blocks = sectors // ROW // (self.threads // WARP)
+        (self.stored if stores else self.loaded).append(_distinct(blocks * ROW + sectors % ROW))
 
     def _wavefronts(self, places: Array, size: int, threads: Array) -> None:
         together = WARP // max(size // WORD, 1)  # threads of a wavefront
         group = threads // together
-        words = np.unique(
-            (group * ROW)[:, None] + places[:, None] // WORD + np.arange(max(size // WORD, 1))
+        words = _distinct(
+            (
+                (group * ROW)[:, None] + places[:, None] // WORD + np.arange(max(size // WORD, 1))
+            ).ravel()
         )
-        of_bank, times = np.unique(words // ROW * BANKS + words % BANKS, return_counts=True)
-        groups, first = np.unique(of_bank // BANKS, return_index=True)
-        wavefronts = int(np.maximum.reduceat(times, first).sum())
-        warps = len(np.unique(threads // WARP))
+        banks = np.sort(words // ROW * BANKS + words % BANKS)
+        first = np.flatnonzero(_changes(banks))
+        times = np.diff(first, append=len(banks))
+        groups = np.flatnonzero(_changes(banks[first] // BANKS))
+        wavefronts = int(np.maximum.reduceat(times, groups).sum())
+        warps = len(_distinct(threads // WARP))
         self.shared.add(warps, wavefronts, len(words) * WORD, len(groups))
+
+
+def _changes(values: Array) -> Array:
+    """A mask of the values that are not the one before."""
+    return np.concatenate([[True], values[1:] != values[:-1]])
+
+
+def _changing(values: Array) -> Array:
+    return values[_changes(values)]
+
+
+def _distinct(values: Array) -> Array:
+    """In order; of a few thousand integers a fraction of the time of ``np.unique``."""
+    return _changing(np.sort(values))
