@@ -22,6 +22,15 @@ which have 65,536 rows of 192 or 768 channels); `benchmarks/gpu_cases.py` has al
 {summary}
 """
 
+CALLS = """
+## Calls
+
+Of a H100, in µs: the sum of every launch's largest bound, that of **dram** alone, below which no
+kernel can be whose tensors are in no cache before, and how many times the second the first is.
+
+"""
+CALLS_COLUMNS = ("call", "launches", "compilations", "bound", "dram", "times")
+
 BOUNDS = """
 ## Counts and bounds, sm_90
 
@@ -77,6 +86,19 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
+def _call_line(name: str, call: Row) -> str:
+    found = [bounds(row, H100) for row in call["launches"]]
+    bound, dram = sum(max(b.values()) for b in found), sum(b["dram"] for b in found)
+    cells = [
+        name,
+        str(len(found)),
+        str(call["compilations"]),
+        *(_number(1e6 * seconds) for seconds in (bound, dram)),
+        f"{bound / dram:.1f}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
 def _bounds_line(name: str, row: Row) -> str:
     h100, h200 = bounds(row, H100), bounds(row, H200)
     resident = row["built"]["sm_90"]["programs"] * H100.multiprocessors
@@ -128,7 +150,9 @@ def page(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {n}" for name, n in binds.most_common())
         + "."
     )
-    text = HEAD.format(triton=report["triton"], summary=summary) + BOUNDS + _header(BOUNDS_COLUMNS)
+    text = HEAD.format(triton=report["triton"], summary=summary) + CALLS + _header(CALLS_COLUMNS)
+    text += "".join(_call_line(*call) for call in calls.items())
+    text += BOUNDS + _header(BOUNDS_COLUMNS)
     for name, call in calls.items():
         for i, row in enumerate(call["launches"]):
             text += _bounds_line("" if i else name, row)
