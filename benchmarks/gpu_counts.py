@@ -17,6 +17,7 @@ from typing import Any
 
 import ptx
 import triton
+from ptx.counts import Traffic
 from ptx.parse import Kernel, parse
 from ptx.sample import count, spread, storage
 from torch import Tensor
@@ -153,6 +154,15 @@ def moved(launch: Launch, read: set[int], written: set[int]) -> tuple[int, int]:
     return round(nbytes), round(elements)
 
 
+def _scaled(traffic: Traffic, scale: float) -> dict[str, int]:
+    return {
+        "instructions": round(traffic.instructions * scale),
+        "moved": round(traffic.sectors * scale),
+        "least": round(traffic.least * scale),
+        "useful_bytes": round(traffic.useful * scale),
+    }
+
+
 def counted(launch: Launch, programs: int) -> dict[str, Any]:
     """What a launch's programs do, estimated from a sample that runs."""
     made = assembled(launch, COUNTED_ON)
@@ -189,17 +199,13 @@ def counted(launch: Launch, programs: int) -> dict[str, Any]:
                 sum(n for code, n in executed.items() if code.startswith("SHFL")) * scale
             ),
             "sectors_of_programs": round(counts.sectors_of_blocks * scale),
-            **{
-                name: {
-                    "instructions": round(traffic.instructions * scale),
-                    "moved": round(traffic.sectors * scale),
-                    "least": round(traffic.least * scale),
-                    "useful_bytes": round(traffic.useful * scale),
-                }
-                for name, traffic in (
-                    ("loads", counts.loads), ("stores", counts.stores), ("shared", counts.shared),
-                )
-            },
-        }  # fmt: skip
+            "loads": _scaled(counts.loads, scale),
+            "stores": _scaled(counts.stores, scale),
+            "shared": _scaled(counts.shared, scale),
+            "accesses": [
+                {"what": str(instruction), **_scaled(traffic, scale)}
+                for (instruction, _), traffic in counts.traffic.items()
+            ],
+        }
 
     return kept(COUNTED / f"{key}.json", make)

@@ -3,7 +3,7 @@
 ``make gpu-report`` writes benchmarks/results/gpu-report.json, which tests hold the kernels to, and
 docs/gpu_report.md. Of some cases alone, and nothing written:
 
-    PYTHONPATH=.:tests/support python benchmarks/gpu_report.py --only tap_sum --dtypes bfloat16
+    PYTHONPATH=.:tests/support python benchmarks/gpu_report.py --only tap_sum --accesses
 """
 
 from __future__ import annotations
@@ -99,14 +99,22 @@ def save(report: dict[str, Any], path: Path) -> None:
     head = {name: value for name, value in report.items() if name != "calls"}
     text = json.dumps(head)[:-1] + ', "calls": {'
     for i, (name, call) in enumerate(report["calls"].items()):
-        lines = ",\n  ".join(map(json.dumps, call["launches"]))
+        launches = [{k: v for k, v in row.items() if k != "accesses"} for row in call["launches"]]
+        lines = ",\n  ".join(map(json.dumps, launches))
         text += ",\n" if i else "\n"
         text += f'{json.dumps(name)}: {{"compilations": {call["compilations"]}, "launches": [\n'
         text += f"  {lines}\n]}}"
     path.write_text(f"{text}\n}}}}\n", encoding="utf-8")
 
 
-def print_call(name: str, call: Row, seconds: float) -> None:
+def print_accesses(row: Row) -> None:
+    """Of each instruction: a warp's, and what would do."""
+    for access in sorted(row["accesses"], key=lambda access: -access["moved"]):
+        each = [access[what] / access["instructions"] for what in ("moved", "least")]
+        print(f"    {access['instructions']:9} x {each[0]:5.1f} ({each[1]:4.1f}) {access['what']}")
+
+
+def print_call(name: str, call: Row, seconds: float, with_accesses: bool) -> None:
     launches, compilations = len(call["launches"]), call["compilations"]
     print(f"{name}: {launches} launches, {compilations} compilations ({seconds:.1f} s)")
     for row in call["launches"]:
@@ -120,6 +128,8 @@ def print_call(name: str, call: Row, seconds: float) -> None:
             f"{per_32_outputs(row):7.1f} instr/32 outputs | H100, us: {us}: {binding(found)}",
             flush=True,
         )
+        if with_accesses:
+            print_accesses(row)
 
 
 def main() -> None:
@@ -127,6 +137,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--only", help="what the names of calls contain; nothing is written")
     parser.add_argument("--dtypes", help="some of them; nothing is written")
+    parser.add_argument(
+        "--accesses", action="store_true",
+        help="print how many sectors or wavefronts a warp's instructions move, and (least) need",
+    )  # fmt: skip
     arguments = parser.parse_args()
     is_whole = arguments.only is None and arguments.dtypes is None
     report: dict[str, Any] = {"triton": triton.__version__, "calls": {}}
@@ -136,7 +150,7 @@ def main() -> None:
         start = time.perf_counter()
         call = measured(case, layout, dtype, ARCHITECTURES if is_whole else (COUNTED_ON,))
         report["calls"][name] = call
-        print_call(name, call, time.perf_counter() - start)
+        print_call(name, call, time.perf_counter() - start, arguments.accesses)
     if is_whole:
         save(report, BASELINE)
         PAGE.write_text(page(report), encoding="utf-8")

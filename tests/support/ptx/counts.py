@@ -7,7 +7,8 @@ of 8 or 8 of 16 at a time, and as many wavefronts as one bank has different word
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,10 @@ ROW = 1 << 40  # more than any place
 
 @dataclass
 class Traffic:
-    """Of loads or of stores; useful bytes are those that threads asked for, each once a warp."""
+    """What instructions move; useful bytes are those that threads asked for, each once a warp.
+
+    Of shared memory wavefronts stand in the place of sectors.
+    """
 
     instructions: int = 0  # of warps
     sectors: int = 0
@@ -38,6 +42,13 @@ class Traffic:
         self.useful += useful
         self.least += least
 
+    @classmethod
+    def sum(cls, parts: Iterable[Traffic]) -> Traffic:
+        total = cls()
+        for part in parts:
+            total.add(part.instructions, part.sectors, part.useful, part.least)
+        return total
+
 
 @dataclass
 class Counts:
@@ -45,9 +56,10 @@ class Counts:
 
     threads: int
     executed: Counter[int] = field(default_factory=Counter)  # by line: warps
-    loads: Traffic = field(default_factory=Traffic)
-    stores: Traffic = field(default_factory=Traffic)
-    shared: Traffic = field(default_factory=Traffic)  # wavefronts instead of sectors
+    # By instruction, with its space.
+    traffic: dict[tuple[Instruction, str], Traffic] = field(
+        default_factory=lambda: defaultdict(Traffic)
+    )
     loaded: list[Array] = field(default_factory=list)  # sectors, below the block's number
     stored: list[Array] = field(default_factory=list)
     _instruction: Instruction | None = None
@@ -57,6 +69,25 @@ class Counts:
     def instructions(self) -> int:
         """Of warps."""
         return sum(self.executed.values())
+
+    @property
+    def loads(self) -> Traffic:
+        return self._of("global", "ld")
+
+    @property
+    def stores(self) -> Traffic:
+        return self._of("global", "st")
+
+    @property
+    def shared(self) -> Traffic:
+        return self._of("shared", "")
+
+    def _of(self, space: str, name: str) -> Traffic:
+        return Traffic.sum(
+            traffic
+            for (instruction, where), traffic in self.traffic.items()
+            if where == space and instruction.opcode.startswith(name)
+        )
 
     @property
     def sectors_of_blocks(self) -> int:
@@ -70,7 +101,7 @@ class Counts:
     def accesses(self, space: str, places: Array, size: int, threads: Array) -> None:
         assert self._instruction is not None
         if space == "global":
-            self._global(places, size, threads, self._instruction.opcode.startswith("st"))
+            self._sectors(places, size, threads)
         elif "matrix" not in self._instruction.opcode:
             self._wavefronts(places, size, threads)
         elif self._half is None:  # a matrix is accessed in two halves
@@ -81,15 +112,20 @@ class Counts:
                 np.concatenate([halves[0], places]), 2, np.concatenate([halves[1], threads])
             )
 
-    def _global(self, places: Array, size: int, threads: Array, stores: bool) -> None:
+    def _add(self, space: str, *numbers: int) -> None:
+        assert self._instruction is not None
+        self.traffic[self._instruction, space].add(*numbers)
+
+    def _sectors(self, places: Array, size: int, threads: Array) -> None:
+        assert self._instruction is not None
         values = _distinct(threads // WARP * ROW + places // size)  # in order of warps
         warps = values // ROW
         sectors = _changing(warps * ROW + values % ROW * size // SECTOR)
         useful = np.diff(np.flatnonzero(_changes(warps)), append=len(warps)) * size  # of each warp
-        (self.stores if stores else self.loads).add(
-            len(useful), len(sectors), int(useful.sum()), int((-(-useful // SECTOR)).sum())
-        )
+        least = int((-(-useful // SECTOR)).sum())
+        self._add("global", len(useful), len(sectors), int(useful.sum()), least)
         blocks = sectors // ROW // (self.threads // WARP)
+        stores = self._instruction.opcode.startswith("st")
         (self.stored if stores else self.loaded).append(_distinct(blocks * ROW + sectors % ROW))
 
     def _wavefronts(self, places: Array, size: int, threads: Array) -> None:
@@ -106,7 +142,7 @@ class Counts:
         groups = np.flatnonzero(_changes(banks[first] // BANKS))
         wavefronts = int(np.maximum.reduceat(times, groups).sum())
         warps = len(_distinct(threads // WARP))
-        self.shared.add(warps, wavefronts, len(words) * WORD, len(groups))
+        self._add("shared", warps, wavefronts, len(words) * WORD, len(groups))
 
 
 def _changes(values: Array) -> Array:
