@@ -94,17 +94,49 @@ def regressions(name: str, before: Row, now: Row) -> list[str]:
     return found
 
 
+def _flat(row: Row, prefix: str = "") -> dict[str, Any]:
+    """Values by the path to them; widths of accesses, which differ, are one value."""
+    found = {}
+    for name, value in row.items():
+        if isinstance(value, dict) and name not in ("ld", "st"):
+            found |= _flat(value, f"{prefix}{name}.")
+        elif name != "accesses":
+            found[prefix + name] = value
+    return found
+
+
 def save(report: dict[str, Any], path: Path) -> None:
-    """JSON with a line for each launch."""
-    head = {name: value for name, value in report.items() if name != "calls"}
-    text = json.dumps(head)[:-1] + ', "calls": {'
-    for i, (name, call) in enumerate(report["calls"].items()):
-        launches = [{k: v for k, v in row.items() if k != "accesses"} for row in call["launches"]]
-        lines = ",\n  ".join(map(json.dumps, launches))
+    """JSON with a line for each launch: its values, in the order of their names."""
+    rows = {name: list(map(_flat, call["launches"])) for name, call in report["calls"].items()}
+    names = list(next(iter(rows.values()))[0])
+    text = f'{{"triton": "{report["triton"]}", "values": {json.dumps(names)}, "calls": {{'
+    for i, (name, launches) in enumerate(rows.items()):
+        compilations = report["calls"][name]["compilations"]
+        lines = [json.dumps([row[n] for n in names], separators=(",", ":")) for row in launches]
         text += ",\n" if i else "\n"
-        text += f'{json.dumps(name)}: {{"compilations": {call["compilations"]}, "launches": [\n'
-        text += f"  {lines}\n]}}"
+        text += f'{json.dumps(name)}: {{"compilations": {compilations}, "launches": [\n'
+        text += ",\n".join(lines) + "]}"
     path.write_text(f"{text}\n}}}}\n", encoding="utf-8")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What was saved."""
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    names = report.pop("values")
+
+    def nested(values: list[Any]) -> Row:
+        row: Row = {}
+        for name, value in zip(names, values, strict=True):
+            *parents, last = name.split(".")
+            part = row
+            for parent in parents:
+                part = part.setdefault(parent, {})
+            part[last] = value
+        return row
+
+    for call in report["calls"].values():
+        call["launches"] = list(map(nested, call["launches"]))
+    return report
 
 
 def print_accesses(row: Row) -> None:

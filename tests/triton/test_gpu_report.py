@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ import triton
 from gpu_bounds import H100, H200, MULTIPROCESSORS, binding, bounds, resident_programs
 from gpu_cases import CHANNELS_LAST, Case
 from gpu_counts import assembled
-from gpu_report import ARCHITECTURES, BASELINE, PAGE, ROOT, calls, measured, regressions
+from gpu_report import ARCHITECTURES, BASELINE, PAGE, ROOT, calls, load, measured, regressions, save
 from gpu_table import page
 from ptx.parse import parse
 from triton_offline import Launch, recorded, specialisation
@@ -34,7 +34,7 @@ from fastfuse.ops.pointwise import triton as pointwise
 
 Row = dict[str, Any]
 
-BEFORE: Row = json.loads(BASELINE.read_text(encoding="utf-8"))
+BEFORE: Row = load(BASELINE)
 CALLS = dict(calls())
 FAST = [
     f"{name}, channels_last bfloat16"
@@ -54,6 +54,12 @@ def test_every_call_was_counted() -> None:
 
 def test_the_page_has_what_was_counted() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(BEFORE)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    save(BEFORE, tmp_path / "report.json")
+    assert load(tmp_path / "report.json") == BEFORE
+    assert (tmp_path / "report.json").read_bytes() == BASELINE.read_bytes()
 
 
 def test_nothing_spilled() -> None:
