@@ -96,7 +96,7 @@ def regressions(name: str, before: Row, now: Row) -> list[str]:
 
 def _flat(row: Row, prefix: str = "") -> dict[str, Any]:
     """Values by the path to them; widths of accesses, which differ, are one value."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, dict) and name not in ("ld", "st"):
             found |= _flat(value, f"{prefix}{name}.")
