@@ -1,8 +1,8 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
 #   make bench         build, run the quick benchmarks in six minutes, write bench-results/
 #   make test          build, run the fast tests
-# and: bench-full, test-all, test-triton, test-gpu-proof, test-sanitize, test-torch, lint, format,
-#   wheel, clean
+# and: bench-full, test-all, test-triton, test-gpu-proof, gpu-report, test-sanitize, test-torch,
+#   lint, format, wheel, clean
 # CPU=avx2, avx512 or portable: as on a processor of that class, for bench and test.
 
 PYTHON ?= python3
@@ -49,7 +49,7 @@ WITH ?=
 WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: bench bench-full test test-all test-triton test-gpu-proof test-sanitize test-torch lint format wheel clean setup
+.PHONY: bench bench-full test test-all test-triton test-gpu-proof gpu-report test-sanitize test-torch lint format wheel clean setup
 
 setup: $(BUILT)
 
@@ -96,6 +96,11 @@ test-gpu-proof: $(BUILT)
 	    echo "PTX for $$gpu"; TRITON_TESTS_ON=$$gpu $(PYTEST) tests/triton -m "not slow" || exit; \
 	done
 	$(PYTEST) tests/triton/test_ptx_mutations.py
+
+# What can be counted of the Triton kernels without a device; the host's time is printed alone.
+gpu-report: $(BUILT)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/support $(BIN)/python benchmarks/gpu_report.py
+	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/host_time.py
 
 test-sanitize: $(BUILT)
 	$(BIN)/python tests/support/sanitizer.py

@@ -44,12 +44,17 @@ Launch = tuple[Any, dict[str, Any]]  # a kernel and the arguments it is launched
 
 def recorded(call: Callable[[], Any]) -> list[Launch]:
     """What ``call`` launches, in order; nothing is run."""
-    launches: list[Launch] = []
+    return [launch for launch, _ in recorded_programs(call)]
+
+
+def recorded_programs(call: Callable[[], Any]) -> list[tuple[Launch, int]]:
+    """``recorded``, and how many programs each launch has."""
+    launches: list[tuple[Launch, int]] = []
 
     def record(self: launch_triton.Launch, *tensors: Any) -> None:
         values = (*tensors, *self.integers)
         arguments = {**dict(zip(self.kernel.arg_names, values, strict=False)), **self.constants}
-        launches.append((self.kernel, arguments))
+        launches.append(((self.kernel, arguments), self.programs))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_triton.Launch, "__call__", record)
@@ -93,13 +98,20 @@ def specialised(
     return source, remaining, options
 
 
+def specialisation(launch: Launch) -> tuple[Any, ...]:
+    """What Triton compiles anew for."""
+    source, _, options = specialised(*launch)
+    parts = (source.signature, source.constants, source.attrs, options)
+    return (launch[0], *(repr(sorted(part.items(), key=str)) for part in parts))
+
+
 def compiled(kernel: Any, arguments: dict[str, Any], arch: int) -> Any:
     """The kernel as a launch would specialise it."""
     source, _, options = specialised(kernel, arguments)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def _inspect(assembly: dict[str, Any]) -> dict[str, Any]:
+def inspect(assembly: dict[str, Any]) -> dict[str, Any]:
     """Registers, bytes of local memory, and how many global accesses have which width.
 
     What is spilled is on the stack, what passes from thread to thread is stored to shared memory.
@@ -143,7 +155,7 @@ def inspected(
     return kept(
         CACHE / f"{key}.json",
         lambda: {
-            name: _inspect(compiled(kernel, arguments, arch).asm)
+            name: inspect(compiled(kernel, arguments, arch).asm)
             for name, (kernel, arguments) in launches()
         },
     )

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from triton_offline import Launch, recorded, specialised
+from triton_offline import recorded, specialisation
 
 from fastfuse.ops.ced_block import kernel as ced_block
 from fastfuse.ops.depthwise_conv2d import triton as depthwise
@@ -34,13 +34,6 @@ class OnTriton(TorchDispatchMode):
         if func.namespace == "fastfuse":
             return KERNELS[func._opname](*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def specialisation(launch: Launch) -> tuple[Any, ...]:
-    """What Triton compiles anew for."""
-    source, _, options = specialised(*launch)
-    parts = (source.signature, source.constants, source.attrs, options)
-    return (launch[0], *(repr(sorted(part.items(), key=str)) for part in parts))
 
 
 def image(*shape: int) -> Tensor:

@@ -7,7 +7,7 @@ again where they meet. Where they need others of their warp or block they wait f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,24 @@ from ptx.parse import BITS, Instruction, Kernel, PTXError
 Array = npt.NDArray[Any]
 
 MAX_STEPS = 10**6  # more instructions than any test's kernel runs
+
+
+class GlobalMemory(Protocol):
+    """What instructions do with it, at places of threads; ``Memory`` checks all of that."""
+
+    def load(self, places: Array, size: int, who: Array) -> Array: ...
+
+    def store(self, places: Array, size: int, values: Array, who: Array) -> None: ...
+
+
+class Observer(Protocol):
+    """Is told what a machine does, before it does so."""
+
+    def executes(self, instruction: Instruction, threads: Array) -> None:
+        """An instruction, for a mask of threads; its guard may be false of them."""
+
+    def accesses(self, space: str, places: Array, size: int, threads: Array) -> None:
+        """``size`` bytes at places of a space, by threads, given by their numbers."""
 
 
 class Machine:
@@ -38,12 +56,13 @@ class Machine:
         arguments: Sequence[int],
         grid: tuple[int, int, int],
         blocks: Array,
-        memory: Memory,
+        memory: GlobalMemory,
         shared_size: int,
+        observer: Observer | None = None,
     ) -> None:
         if kernel.threads % WARP:
             raise PTXError(f"{kernel.name}: {kernel.threads} threads are no whole warps")
-        self.kernel, self.memory = kernel, memory
+        self.kernel, self.memory, self._observer = kernel, memory, observer
         self.lanes = len(blocks) * kernel.threads
         lane = np.arange(self.lanes)
         self._block, self._thread = lane // kernel.threads, lane % kernel.threads
@@ -92,7 +111,7 @@ class Machine:
 
     def load(self, space: str, addresses: Array, size: int, lanes: Lanes) -> Array:
         """The bytes at the threads' addresses, # [threads, size]"""
-        memory, places, threads = self._access(space, addresses, lanes)
+        memory, places, threads = self._access(space, addresses, size, lanes)
         bytes_ = np.zeros((self.lanes, size), np.uint8)
         try:
             bytes_[threads] = memory.load(places, size, self._who(threads))
@@ -102,7 +121,7 @@ class Machine:
 
     def store(self, space: str, addresses: Array, values: Array, lanes: Lanes) -> None:
         """Stores bytes, # [threads, size]"""
-        memory, places, threads = self._access(space, addresses, lanes)
+        memory, places, threads = self._access(space, addresses, values.shape[1], lanes)
         values = np.ascontiguousarray(values[threads])
         try:
             memory.store(places, values.shape[1], values, self._who(threads))
@@ -112,13 +131,18 @@ class Machine:
     def pass_barrier(self, lanes: Lanes) -> None:
         self._epoch[np.unique(self._block if lanes is None else self._block[lanes])] += 1
 
-    def _access(self, space: str, addresses: Array, lanes: Lanes) -> tuple[Memory, Array, Array]:
+    def _access(
+        self, space: str, addresses: Array, size: int, lanes: Lanes
+    ) -> tuple[GlobalMemory, Array, Array]:
         """The memory, places in it, and the threads that access them."""
         threads = np.arange(self.lanes) if lanes is None else np.flatnonzero(lanes)
         addresses = addresses[threads]
-        if space == "global":
-            return self.memory, addresses - self.GLOBAL_BASE, threads
-        offsets = addresses - self.SHARED_BASE
+        is_global = space == "global"
+        offsets = addresses - (self.GLOBAL_BASE if is_global else self.SHARED_BASE)
+        if self._observer is not None:
+            self._observer.accesses(space, offsets, size, threads)
+        if is_global:
+            return self.memory, offsets, threads
         inside = (offsets >= 0) & (offsets < self._shared_size)
         places = self._shared_places[self._block[threads]] + offsets
         return self._shared, np.where(inside, places, -16), threads
@@ -182,6 +206,8 @@ class Machine:
         self, at: int, instruction: Instruction, threads: Array
     ) -> Iterator[tuple[int, Array]]:
         """Does an instruction for threads; where they go from there."""
+        if self._observer is not None:
+            self._observer.executes(instruction, threads)
         active = threads
         if instruction.guard:
             predicate = self.registers[instruction.guard.lstrip("!")]
