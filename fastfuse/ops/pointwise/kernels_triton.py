@@ -94,9 +94,11 @@ def _store(matrix, row, channel, stride, mask, value):
 
 
 @triton.jit
-def _row_vector(vector, channel, mask):
-    """A vector's channels, for every row of a tile: each thread loads what it needs."""
-    return tl.load(vector + tl.broadcast_to(channel[None, :], mask.shape), mask=mask, other=0.0)
+def _row_vector(vector, channel, in_channel, BLOCK_R: tl.constexpr):
+    """A vector's channels, for every row of tiles: each thread loads what it needs."""
+    shape: tl.constexpr = [BLOCK_R, channel.shape[0]]
+    mask = tl.broadcast_to(in_channel[None, :], shape)
+    return tl.load(vector + tl.broadcast_to(channel[None, :], shape), mask=mask, other=0.0)
 
 
 @triton.jit
@@ -137,7 +139,8 @@ def layer_norm_kernel(
     inside = (row < rows)[:, None] & in_channel[None, :]
     value = _load(x, row, channel, x_stride, inside, DTYPE)
     value, _ = _normalize(value, inside, channels, EPS)
-    value = value * _row_vector(weight, channel, inside) + _row_vector(bias, channel, inside)
+    value *= _row_vector(weight, channel, in_channel, BLOCK_R)
+    value += _row_vector(bias, channel, in_channel, BLOCK_R)
     if GELU:
         value, _ = _gelu(value, False)
     if skip is not None:
@@ -157,6 +160,9 @@ def layer_norm_backward_kernel(
     block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
     weight_sum = tl.zeros([BLOCK_R, BLOCK_C], dtype=DTYPE)
     bias_sum = weight_sum
+    scale = _row_vector(weight, channel, in_channel, BLOCK_R)
+    if GELU:
+        shift = _row_vector(bias, channel, in_channel, BLOCK_R)
     first = block * rows_per_block
     for start in range(first, tl.minimum(first + rows_per_block, rows), BLOCK_R):
         row = start + tile_row
@@ -164,10 +170,8 @@ def layer_norm_backward_kernel(
         value = _load(x, row, channel, x_stride, inside, DTYPE)
         value, inverse = _normalize(value, inside, channels, EPS)
         grad = _load(grad_out, row, channel, grad_out_stride, inside, DTYPE)
-        scale = _row_vector(weight, channel, inside)
         if GELU:
-            shifted = value * scale + _row_vector(bias, channel, inside)
-            _, slope = _gelu(shifted, False)
+            _, slope = _gelu(value * scale + shift, False)
             grad *= slope
         weight_sum += grad * value
         bias_sum += grad
@@ -189,11 +193,10 @@ def bias_gelu_kernel(
     DTYPE: tl.constexpr = bias.dtype.element_ty
     block, row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
     row += block * (BLOCK_R * TILES)
-    in_channels = tl.broadcast_to(in_channel[None, :], [BLOCK_R, BLOCK_C])
-    of_channel = _row_vector(bias, channel, in_channels)
+    shift = _row_vector(bias, channel, in_channel, BLOCK_R)
     for _ in tl.static_range(TILES):
         inside = (row < rows)[:, None] & in_channel[None, :]
-        value = _load(hidden, row, channel, hidden_stride, inside, DTYPE) + of_channel
+        value = _load(hidden, row, channel, hidden_stride, inside, DTYPE) + shift
         value, _ = _gelu(value, out.dtype.element_ty.primitive_bitwidth < 32)
         _store(out, row, channel, out_stride, inside, value)
         row += BLOCK_R
@@ -209,12 +212,12 @@ def bias_gelu_backward_kernel(
     DTYPE: tl.constexpr = bias.dtype.element_ty
     block, tile_row, channel, in_channel = _tile(channels, BLOCK_R, BLOCK_C)
     total = tl.zeros([BLOCK_R, BLOCK_C], dtype=DTYPE)
+    shift = _row_vector(bias, channel, in_channel, BLOCK_R)
     first = block * rows_per_block
     for start in range(first, tl.minimum(first + rows_per_block, rows), BLOCK_R):
         row = start + tile_row
         inside = (row < rows)[:, None] & in_channel[None, :]
-        value = _load(hidden, row, channel, hidden_stride, inside, DTYPE)
-        value += _row_vector(bias, channel, inside)
+        value = _load(hidden, row, channel, hidden_stride, inside, DTYPE) + shift
         value, slope = _gelu(value, False)  # bytes are the limit
         slope *= _load(grad, row, channel, grad_stride, inside, DTYPE)
         total += slope
@@ -237,9 +240,9 @@ def residual_kernel(
     row = start + tile_row
     inside = (row < rows)[:, None] & in_channel[None, :]
     value = _load(product, row, channel, product_stride, inside, DTYPE)
-    value += _row_vector(bias, channel, inside)
+    value += _row_vector(bias, channel, in_channel, BLOCK_R)
     if scale is not None:
-        value *= _row_vector(scale, channel, inside)
+        value *= _row_vector(scale, channel, in_channel, BLOCK_R)
     if keep is not None:
         value *= _keep_of(keep, start, tile_row, first, pixels, row < rows)
     value += _load(x, row, channel, x_stride, inside, DTYPE)
