@@ -147,6 +147,8 @@ class Policy:
     onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
     packing_rows: int  # from which packing a weight for oneDNN pays: 0.1 ms and 1 ns a weight
     convert_bytes: int  # of rows converted to the dtype of products at a time
+    wide_results: bool  # torch.mm gives the float32 sums of products of narrower dtypes
+    cudnn: bool  # convolutions are cuDNN's, where PyTorch has it
 
     # ---- blocks ----
     hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
@@ -223,6 +225,8 @@ def _cpu(machine: Machine) -> Policy:
         onednn=native - {torch.float64} if avx512 else frozenset(),
         packing_rows=4096,
         convert_bytes=3 * MIB,
+        wide_results=False,
+        cudnn=False,
         hidden_bytes=3 * MIB,
         hidden_rows=512,
         tap_macs=20,
@@ -263,6 +267,8 @@ _CUDA = Policy(
     onednn=frozenset(),
     packing_rows=0,
     convert_bytes=256 * MIB,
+    wide_results=True,
+    cudnn=True,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,
     tap_macs=20,

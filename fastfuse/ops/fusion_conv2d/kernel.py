@@ -1,7 +1,8 @@
 """fusion_conv2d and its gradients, from matrix products, convolutions and tap sums.
 
 A static plan says which levels are convolved at their own resolution and which at the target's, and
-three strategies do it: OwnResolution, LibraryConvolution and WinogradConvolution.
+a strategy for each does it: OwnResolution, and LibraryConvolution, CudnnConvolution or
+WinogradConvolution.
 
 Everything inside is channels_last: there a feature is a matrix (pixels, channels), and the taps of
 a level are one product with its weights. Where the device does not multiply the dtype of the
@@ -24,6 +25,7 @@ from fastfuse.ops.fusion_conv2d.plan import plan_of
 from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Strategy
 from fastfuse.ops.fusion_conv2d.target_resolution import (
+    CudnnConvolution,
     LibraryConvolution,
     TargetResolution,
     WinogradConvolution,
@@ -40,7 +42,10 @@ class _Fusion:
 
     def __init__(self, shape: FusionShape, equalization: Equalization, like: Tensor) -> None:
         plan = plan_of(shape, like)
-        kind = WinogradConvolution if plan.winograd else LibraryConvolution
+        policy = policy_of(like.device.type)
+        kind: type[TargetResolution] = CudnnConvolution if policy.cudnn else LibraryConvolution
+        if plan.winograd:
+            kind = WinogradConvolution
         self.equalization = equalization
         self.target: TargetResolution | None = None
         self.own: OwnResolution | None = None
@@ -48,7 +53,7 @@ class _Fusion:
             self.target = kind(shape, equalization, plan.target)
         if plan.own:
             self.own = OwnResolution(shape, equalization, plan.own)
-        self.product_dtype = policy_of(like.device.type).product_dtype(like.dtype)
+        self.product_dtype = policy.product_dtype(like.dtype)
 
     @property
     def strategies(self) -> list[Strategy]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
 from fastfuse.ops.layout import as_matrix
+from fastfuse.ops.matmul import wide_product
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -113,7 +114,7 @@ class OwnResolution(Strategy):
                     else:
                         torch.addmm(x_gradient, as_matrix(taps), products, out=x_gradient)
                 if gradients.weight is not None:
-                    products = torch.mm(as_matrix(taps).t(), as_matrix(features[i]))
+                    products = wide_product(as_matrix(taps).t(), as_matrix(features[i]))
                     gradients.write_weight(i, chunk, products)
 
     def described(self, products: str, sums: str) -> str:

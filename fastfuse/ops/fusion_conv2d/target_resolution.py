@@ -3,21 +3,19 @@ product, or by Winograd's algorithm."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d import cudnn, winograd
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
 from fastfuse.ops.layout import as_matrix, to_memory_format
 from fastfuse.ops.matmul import matmul_into
 from fastfuse.ops.memory import empty
 
-__all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
+__all__ = ["CudnnConvolution", "LibraryConvolution", "TargetResolution", "WinogradConvolution"]
 
 
 class TargetResolution(Strategy):
@@ -104,10 +102,11 @@ class LibraryConvolution(TargetResolution):
             matmul_into(as_matrix(out), as_matrix(x), weights[:, :, 0, 0], bias, center)
             return Scaled(out, scale)
         (x,) = self._inputs(features)
-        with _deterministic(x.device):
-            weights = to_memory_format(weights, True)
-            out = torch.conv2d(x.to(weight.dtype), weights, bias, padding=shape.padding)
+        out = self._convolve(x.to(weight.dtype), to_memory_format(weights, True), bias)
         return Scaled(to_memory_format(out, True), scale)  # of one channel it may come contiguous
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.conv2d(x, weight, bias, padding=self.shape.padding)
 
     def backward(
         self,
@@ -116,32 +115,44 @@ class LibraryConvolution(TargetResolution):
         weight: Tensor | None,
         gradients: Gradients,
     ) -> None:
-        shape, scale, wanted = self.shape, self._scale, gradients.wanted_of(self.levels)
-        channels = sum(shape.channels[i] for i in self.levels)
-        # Where a tensor is not needed only its shape counts.
+        scale, wanted = self._scale, gradients.wanted_of(self.levels)
+        x = weights = None
         if gradients.weight is not None:
             x = self._inputs(features)[0].to(grad_output.dtype)
-        else:
-            x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
         if wanted:
             assert weight is not None
             weights = to_memory_format(self._weights(weight, self.levels), True)
-        else:
-            kernel = shape.kernel_size, shape.kernel_size
-            weights = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
-        with _deterministic(grad_output.device):
-            x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
-                grad_output, x, weights, None, [1, 1], [shape.padding] * 2, [1, 1], False, [0, 0],
-                1, [bool(wanted), gradients.weight is not None, False],
-            )  # fmt: skip
-        if gradients.weight is not None:
-            pieces = self._split(_multiplied(w_gradient, scale), 1)
+        x_gradient, taps = self._gradients(grad_output, x, weights)
+        if taps is not None:
+            pieces = self._split(_multiplied(taps, scale), -1)
             for i, piece in zip(self.levels, pieces, strict=True):
-                gradients.weight[:, shape.slice_of(i)] = piece
-        if wanted and self.equalizes_first:
+                gradients.write_weight(i, slice(None), piece)
+        if x_gradient is None:
+            return
+        if self.equalizes_first:
             self._to_levels(x_gradient, gradients)
-        elif wanted:
+        else:
             gradients.found[self.levels[0]] = _multiplied(x_gradient, scale)
+
+    def _gradients(
+        self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the input, if there is a weight, and of the weight, if there is an input: the latter
+        tap-major, (..., C_out, C_in)."""
+        shape = self.shape
+        channels = sum(shape.channels[i] for i in self.levels)
+        wanted = [weight is not None, x is not None, False]
+        # Where a tensor is not needed only its shape counts.
+        if x is None:
+            x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
+        if weight is None:
+            kernel = shape.kernel_size, shape.kernel_size
+            weight = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
+        x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
+            grad_output, x, weight, None, [1, 1], [shape.padding] * 2, [1, 1], False, [0, 0],
+            1, wanted,
+        )  # fmt: skip
+        return x_gradient, None if w_gradient is None else w_gradient.permute(2, 3, 0, 1)
 
     def described(self, products: str, sums: str) -> str:
         return (
@@ -156,35 +167,23 @@ def _multiplied(tensor: Tensor, scale: Tensor | None) -> Tensor:
     return tensor if scale is None else (tensor * scale).to(tensor.dtype)
 
 
-class _Deterministic:
-    """A context in which cuDNN's convolutions give the same bits every time.
+class CudnnConvolution(LibraryConvolution):
+    """By settings of the call, and with the weight's gradient from products."""
 
-    The setting is the process's, and threads may be inside together: the first to enter keeps what
-    it was, the last to leave restores it.
-    """
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cudnn.convolve(x, weight, bias, self.shape.padding)
 
-    def __init__(self) -> None:
-        self.lock, self.inside, self.usual = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.usual = torch.backends.cudnn.deterministic
-                torch.backends.cudnn.deterministic = True
-            self.inside += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                torch.backends.cudnn.deterministic = self.usual
-
-
-_DETERMINISTIC = _Deterministic()
-
-
-def _deterministic(device: torch.device) -> AbstractContextManager[None]:
-    return _DETERMINISTIC if device.type == "cuda" else nullcontext()
+    def _gradients(
+        self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        kernel_size, padding = self.shape.kernel_size, self.shape.padding
+        x_gradient = taps = None
+        if x is not None:
+            taps = cudnn.weight_gradient(grad_output, x, kernel_size, padding)
+        if weight is not None:
+            x_gradient = cudnn.input_gradient(grad_output, weight, padding)
+            x_gradient = to_memory_format(x_gradient, True)
+        return x_gradient, taps
 
 
 # ---- Winograd's algorithm -----------------------------------------------------------------------

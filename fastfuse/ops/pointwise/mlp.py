@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
-from fastfuse.ops.matmul import MatmulRoute, MatmulWeight, RowBuffer
+from fastfuse.ops.matmul import (
+    MatmulRoute,
+    MatmulWeight,
+    RowBuffer,
+    wide_dtype,
+    wide_product,
+)
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -163,21 +169,22 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
 
 
 class _Sum:
-    """The sum over chunks of products a^T b, in the accumulation dtype if there are several."""
+    """The sum over chunks of products a^T b, in the accumulation dtype if there are several, or if
+    the library gives it."""
 
     def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        self.product = empty((rows, columns), like)
+        self.product = empty((rows, columns), like.new_empty(0, dtype=wide_dtype(like)))
         self.total: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if self.total is None:
-            self.total = torch.mm(a.t(), b, out=self.product)
-        elif self.product.dtype in (torch.float32, torch.float64):
+            self.total = wide_product(a.t(), b, self.product)
+        elif a.dtype in (torch.float32, torch.float64):
             torch.addmm(self.total, a.t(), b, out=self.total)
         else:
             if self.total is self.product:
-                self.total = self.product.float()
-            self.total.add_(torch.mm(a.t(), b, out=self.product))
+                self.total = self.product.to(torch.float32, copy=True)
+            self.total.add_(wide_product(a.t(), b, self.product))
 
     def result(self) -> Tensor:
         return self.product.zero_() if self.total is None else self.total
