@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
-from fastfuse.ops.layout import as_matrix
-from fastfuse.ops.matmul import wide_product
+from fastfuse.ops.layout import as_image, as_matrix
+from fastfuse.ops.matmul import wide_dtype, wide_product
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -40,7 +40,9 @@ class OwnResolution(Strategy):
         """
         shape, inverse_std = self.shape, self.equalization.inverse_std
         out = empty(shape.out_shape, weight, torch.channels_last) if onto is None else onto.value
-        in_parts = self._in_parts(out)
+        exact = self._exact(out)
+        wide = wide_dtype(out) != out.dtype
+        in_parts = [] if wide else exact
         scales = None
         if inverse_std is not None:
             base = None if onto is None else onto.scale
@@ -56,14 +58,16 @@ class OwnResolution(Strategy):
             taps_of_levels = memory.by_level(chunk)
             remainders = []
             for i, taps in taps_of_levels.items():
-                products = _tap_weights(weight, chunk, shape.slice_of(i))
-                if i in in_parts:
-                    exact = torch.mm(as_matrix(features[i]).float(), products.t().float())
-                    as_matrix(taps).copy_(exact)
-                    remainders.append(torch.empty_like(taps))
-                    as_matrix(remainders[-1]).copy_(exact - as_matrix(taps))
+                x, products = as_matrix(features[i]), _tap_weights(weight, chunk, shape.slice_of(i))
+                if i not in exact:
+                    torch.mm(x, products.t(), out=as_matrix(taps))
+                elif wide:
+                    taps_of_levels[i] = as_image(wide_product(x, products.t()), taps.shape)
                 else:
-                    torch.mm(as_matrix(features[i]), products.t(), out=as_matrix(taps))
+                    sums = torch.mm(x.float(), products.t().float())
+                    as_matrix(taps).copy_(sums)
+                    remainders.append(torch.empty_like(taps))
+                    as_matrix(remainders[-1]).copy_(sums - as_matrix(taps))
             torch.ops.fastfuse.tap_sum_into(
                 out[:, chunk],
                 [*taps_of_levels.values(), *remainders],
@@ -75,9 +79,9 @@ class OwnResolution(Strategy):
             )
         return out
 
-    def _in_parts(self, out: Tensor) -> list[int]:
-        """Small levels, whose taps count many times: in narrow dtypes what rounding takes from them
-        is summed too."""
+    def _exact(self, out: Tensor) -> list[int]:
+        """Small levels, whose taps count many times: in narrow dtypes these are kept in float32
+        where the library gives them so, else what rounding takes from them is summed too."""
         if out.dtype in (torch.float32, torch.float64):
             return []
         height, width = self.shape.size

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from cuda_like import Calls, cuda_like
-from inputs import alternating, every_dtype, images
+from inputs import images
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d import cudnn, kernel
-from fastfuse.ops.fusion_conv2d.shape import FusionShape
+from fastfuse.ops.fusion_conv2d import cudnn
 from fastfuse.tolerances import relative_error, tolerance
 
 # batch, channels in and out, height, width
@@ -156,73 +155,3 @@ def test_settings_of_the_call(timed: bool) -> None:
     ((arguments, _),) = calls.named("cudnn_convolution_transpose")
     assert arguments[2:9] == ([1, 1], [0, 0], [1, 1], [1, 1], 1, timed, True)
     assert not calls.named("convolution_backward")
-
-
-# ---- the whole op -------------------------------------------------------------------------------
-
-LEVELS = {
-    "one of the size": [(24, 16, 16), (16, 8, 8), (40, 2, 2)],
-    "two of the size": [(24, 16, 16), (8, 16, 16), (40, 4, 4)],
-    "a larger one": [(24, 16, 16), (8, 20, 19), (40, 2, 1)],
-    "none of the size": [(24, 8, 8), (8, 2, 2)],
-    "one alone": [(24, 16, 16)],
-}
-
-
-NARROW_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
-
-
-def fusion(levels: str, dtype: torch.dtype, k: int) -> dict[str, Any]:
-    shapes = LEVELS[levels]
-    channels = sum(shape[0] for shape in shapes)
-    features = images(*[(2, *shape) for shape in shapes], dtype=dtype, channels_last=True)
-    weight = torch.randn(16, channels, k, k) / (k * channels**0.5)
-    return {
-        "features": features,
-        "weight": weight.to(dtype),
-        "bias": torch.randn(16).to(dtype),
-        "mean": torch.linspace(-0.5, 1, len(shapes)),
-        "std": torch.linspace(0.5, 2, len(shapes)),
-    }
-
-
-def run(
-    features: list[Tensor], weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
-) -> list[Tensor]:
-    """The output and all gradients, for an output's gradient that depends on its shape alone."""
-    k = weight.shape[2]
-    size, padding = (16, 16), k // 2
-    out = kernel.forward(features, weight, bias, *size, mean, std, padding, False, True)
-    grad = torch.linspace(-1, 1, out.numel()).sin().view(out.shape).to(out.dtype)
-    shape = FusionShape.of(features, weight, *size, padding, False)
-    wanted = [True] * len(features)
-    gradients = kernel.backward(
-        grad, features, weight, mean, std, *shape.arguments, wanted, True, False
-    )
-    return [out, *gradients]
-
-
-@every_dtype
-@pytest.mark.parametrize(("levels", "k"), alternating(list(LEVELS), [1, 3, 5]))
-@pytest.mark.parametrize("equalized", [False, True])
-def test_equals_the_definition(levels: str, k: int, equalized: bool, dtype: torch.dtype) -> None:
-    arguments = fusion(levels, dtype, k)
-    if not equalized:
-        arguments["mean"] = arguments["std"] = None
-    with cuda_like() as calls:
-        found = run(**arguments)
-    exact = {
-        name: [v.double() for v in value] if isinstance(value, list) else
-        None if value is None else value.double()
-        for name, value in arguments.items()
-    }  # fmt: skip
-    expected = run(**exact)
-    for mine, one in zip(found, expected, strict=True):
-        assert mine.dtype == dtype
-        limit = tolerance(dtype, reduction=mine.numel() / mine.shape[1], roundings=2)
-        assert relative_error(mine, one) <= limit
-    assert not calls.named("convolution")
-    if dtype.itemsize == 2:  # sums over pixels, of transposed matrices, are wide
-        narrow = [args[0] for func, args, _ in calls.found if func in NARROW_PRODUCTS]
-        assert all(a.stride(1) == 1 for a in narrow)
-        assert len(calls.named("mm")) > len(narrow)

@@ -1,0 +1,94 @@
+"""fusion_conv2d as it runs on CUDA devices, on CPU tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cuda_like import cuda_like
+from inputs import alternating, every_dtype, images
+from torch import Tensor
+
+from fastfuse.ops.fusion_conv2d import kernel
+from fastfuse.ops.fusion_conv2d.shape import FusionShape
+from fastfuse.tolerances import relative_error, tolerance
+
+LEVELS = {
+    "one of the size": [(24, 16, 16), (16, 8, 8), (40, 2, 2)],
+    "two of the size": [(24, 16, 16), (8, 16, 16), (40, 4, 4)],
+    "a larger one": [(24, 16, 16), (8, 20, 19), (40, 2, 1)],
+    "none of the size": [(24, 8, 8), (8, 2, 2)],
+    "one alone": [(24, 16, 16)],
+}
+
+
+NARROW_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+
+
+def fusion(levels: str, dtype: torch.dtype, k: int) -> dict[str, Any]:
+    shapes = LEVELS[levels]
+    channels = sum(shape[0] for shape in shapes)
+    features = images(*[(2, *shape) for shape in shapes], dtype=dtype, channels_last=True)
+    weight = torch.randn(16, channels, k, k) / (k * channels**0.5)
+    return {
+        "features": features,
+        "weight": weight.to(dtype),
+        "bias": torch.randn(16).to(dtype),
+        "mean": torch.linspace(-0.5, 1, len(shapes)),
+        "std": torch.linspace(0.5, 2, len(shapes)),
+    }
+
+
+def run(
+    features: list[Tensor], weight: Tensor, bias: Tensor, mean: Tensor | None, std: Tensor | None
+) -> list[Tensor]:
+    """The output and all gradients, for an output's gradient that depends on its shape alone."""
+    k = weight.shape[2]
+    size, padding = (16, 16), k // 2
+    out = kernel.forward(features, weight, bias, *size, mean, std, padding, False, True)
+    grad = torch.linspace(-1, 1, out.numel()).sin().view(out.shape).to(out.dtype)
+    shape = FusionShape.of(features, weight, *size, padding, False)
+    wanted = [True] * len(features)
+    gradients = kernel.backward(
+        grad, features, weight, mean, std, *shape.arguments, wanted, True, False
+    )
+    return [out, *gradients]
+
+
+@every_dtype
+@pytest.mark.parametrize(("levels", "k"), alternating(list(LEVELS), [1, 3, 5]))
+@pytest.mark.parametrize("equalized", [False, True])
+def test_equals_the_definition(levels: str, k: int, equalized: bool, dtype: torch.dtype) -> None:
+    arguments = fusion(levels, dtype, k)
+    if not equalized:
+        arguments["mean"] = arguments["std"] = None
+    with cuda_like() as calls:
+        found = run(**arguments)
+    exact = {
+        name: [v.double() for v in value] if isinstance(value, list) else
+        None if value is None else value.double()
+        for name, value in arguments.items()
+    }  # fmt: skip
+    expected = run(**exact)
+    for mine, one in zip(found, expected, strict=True):
+        assert mine.dtype == dtype
+        limit = tolerance(dtype, reduction=mine.numel() / mine.shape[1], roundings=2)
+        assert relative_error(mine, one) <= limit
+    assert not calls.named("convolution")
+    if dtype.itemsize == 2:  # sums over pixels, of transposed matrices, are wide
+        narrow = [args[0] for func, args, _ in calls.found if func in NARROW_PRODUCTS]
+        assert all(a.stride(1) == 1 for a in narrow)
+        assert len(calls.named("mm")) > len(narrow)
+
+
+def test_small_levels_have_float32_taps() -> None:
+    """One product each; a second sum of what rounding takes there is none."""
+    levels = LEVELS["one of the size"]
+    arguments = fusion("one of the size", torch.bfloat16, 3)
+    with cuda_like() as calls:
+        run(**arguments)
+    ((sums, _),) = calls.named("tap_sum_into")
+    assert [taps.shape[2:] for taps in sums[1]] == [level[1:] for level in levels[1:]]
+    assert [taps.dtype for taps in sums[1]] == [torch.bfloat16, torch.float32]
+    assert "sub" not in calls.launches()
