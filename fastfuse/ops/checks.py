@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, accumulation_dtype
 
 # Constants are applied in float32 (float64 for float64): they and their inverses must exist there.
 FLOAT32 = torch.finfo(torch.float32)
@@ -195,16 +195,24 @@ def check_convolved_size(op: str, size: tuple[int, int], kernel_size: int, paddi
 
 
 def check_vector(
-    op: str, argument: str, vector: Tensor, length: int, meaning: str, like: Tensor
+    op: str,
+    argument: str,
+    vector: Tensor,
+    length: int,
+    meaning: str,
+    like: Tensor,
+    *,
+    wide: bool = False,
 ) -> None:
-    """A 1-D tensor of a length, in the dtype and on the device of ``like``."""
+    """A 1-D tensor of a length, on the device of ``like`` and in its dtype, or, ``wide``, in the
+    accumulation dtype."""
     check_tensor(op, argument, vector)
     if tuple(vector.shape) != (length,):
         raise ValueError(
             f"{op}: {argument} must have {meaning}, shape ({length},); "
             f"got shape {tuple(vector.shape)}"
         )
-    check_same_kind(op, argument, vector, like)
+    check_same_kind(op, argument, vector, like, wide=wide)
 
 
 def check_matrix(
@@ -259,11 +267,16 @@ def check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
         )
 
 
-def check_same_kind(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.dtype != like.dtype:
+def check_same_kind(
+    op: str, argument: str, tensor: Tensor, like: Tensor, *, wide: bool = False
+) -> None:
+    accumulation = accumulation_dtype(like.dtype)
+    if tensor.dtype != like.dtype and not (wide and tensor.dtype == accumulation):
+        dtypes = _name(like.dtype)
+        if wide and accumulation != like.dtype:
+            dtypes += f" or {_name(accumulation)}"
         raise ValueError(
-            f"{op}: {argument} must have the input's dtype {_name(like.dtype)}; "
-            f"got {_name(tensor.dtype)}"
+            f"{op}: {argument} must have the input's dtype {dtypes}; got {_name(tensor.dtype)}"
         )
     if tensor.device != like.device:
         raise ValueError(

@@ -45,10 +45,11 @@ def _settings() -> tuple[bool, bool, bool]:
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
-    """The convolution, of one dtype."""
-    if not is_enabled() or not x.numel():
-        return torch.conv2d(x, weight, bias, padding=padding)
-    out: Tensor = torch.ops.aten.cudnn_convolution(x, weight, *_options(padding), *_settings())
+    """The convolution, of one dtype, but for the bias, which may be wider."""
+    if is_enabled() and x.numel():
+        out: Tensor = torch.ops.aten.cudnn_convolution(x, weight, *_options(padding), *_settings())
+    else:
+        out = torch.conv2d(x, weight, None, padding=padding)
     return out if bias is None else out.add_(bias[:, None, None])
 
 

@@ -54,6 +54,8 @@ class _Fusion:
         if plan.own:
             self.own = OwnResolution(shape, equalization, plan.own)
         self.product_dtype = policy.product_dtype(like.dtype)
+        # cuDNN's convolution has no bias: it would be a pass of its own, and a rounding.
+        self.adds_bias_last = policy.cudnn and self.own is not None
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -101,13 +103,13 @@ def forward(
     dtype = weight.dtype
     fusion = _Fusion(shape, Equalization.of(mean, std, dtype), weight)
     weight = weight.to(fusion.product_dtype)
-    bias = None if bias is None else bias.to(fusion.product_dtype)
     features = fusion.prepared(features)
 
-    onto = None if fusion.target is None else fusion.target.forward(features, weight, bias)
+    of_target = None if fusion.adds_bias_last else bias
+    onto = None if fusion.target is None else fusion.target.forward(features, weight, of_target)
     if fusion.own is None and onto is not None and onto.scale is None:
         return _result(onto.value, dtype, channels_last)
-    has_bias = onto is not None and onto.scale is None
+    has_bias = onto is not None and onto.scale is None and not fusion.adds_bias_last
     own = fusion.own or OwnResolution(shape, fusion.equalization, ())  # to scale and add alone
     rest = None
     if bias is not None and not has_bias:

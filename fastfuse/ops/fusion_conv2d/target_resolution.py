@@ -31,8 +31,8 @@ class TargetResolution(Strategy):
         return resized or (len(self.levels) > 1 and not self.takes_several)
 
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
-        """The levels' convolution in the dtype of the weight; with the bias unless it is still to
-        be scaled."""
+        """The levels' convolution in the dtype of the weight; with the bias, of that or a wider
+        dtype, unless it is still to be scaled."""
         raise NotImplementedError
 
     def _inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -99,6 +99,7 @@ class LibraryConvolution(TargetResolution):
                 (x,), center = self._inputs(features), None
             else:
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
+            bias = None if bias is None else bias.to(weight.dtype)
             matmul_into(as_matrix(out), as_matrix(x), weights[:, :, 0, 0], bias, center)
             return Scaled(out, scale)
         (x,) = self._inputs(features)
@@ -106,6 +107,7 @@ class LibraryConvolution(TargetResolution):
         return Scaled(to_memory_format(out, True), scale)  # of one channel it may come contiguous
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
         return torch.conv2d(x, weight, bias, padding=self.shape.padding)
 
     def backward(

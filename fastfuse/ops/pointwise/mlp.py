@@ -26,7 +26,16 @@ from fastfuse.ops.matmul import (
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "to_accumulation"]
+__all__ = [
+    "Mlp",
+    "MlpGradients",
+    "Norm",
+    "backward",
+    "convolution_bias",
+    "forward",
+    "mlp_route",
+    "to_accumulation",
+]
 
 ROW_MULTIPLE = 128
 
@@ -44,6 +53,11 @@ def to_accumulation(vector: Tensor | None) -> Tensor | None:
     if vector is None:
         return None
     return vector.to(accumulation_dtype(vector.dtype)).contiguous()
+
+
+def convolution_bias(bias: Tensor, x: Tensor) -> Tensor:
+    """The bias as the depthwise convolution of x takes it: the CPU kernels in x's dtype."""
+    return bias.to(x.dtype) if x.device.type == "cpu" else bias
 
 
 @dataclass(frozen=True)
