@@ -21,6 +21,7 @@ __all__ = [
     "FLOAT32",
     "check_constants",
     "check_convolved_size",
+    "check_count",
     "check_depthwise_weight",
     "check_dilation",
     "check_eps",
@@ -71,6 +72,13 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {value.layout}")
 
 
+def check_count(op: str, argument: str, what: str, count: int, device: torch.device) -> None:
+    """Kernels and libraries of GPUs count with 32 bits. (A compiled graph would have a condition of
+    it on its sizes.)"""
+    if device.type != "cpu" and not torch.compiler.is_compiling() and count >= 2**31:
+        raise ValueError(f"{op}: {argument} must have fewer than 2^31 {what} on GPUs; got {count}")
+
+
 def check_feature_map(op: str, argument: str, x: Tensor, *, channels: int | None = None) -> None:
     """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide, of some channels."""
     check_tensor(op, argument, x)
@@ -87,6 +95,10 @@ def check_feature_map(op: str, argument: str, x: Tensor, *, channels: int | None
         )
     if channels is not None and shape[1] != channels:  # `in` has no symbols
         raise ValueError(f"{op}: {argument} must have {channels} channels; got shape {shape}")
+    if x.device.type != "cpu":
+        pixels = shape[0] * shape[2] * shape[3]
+        check_count(op, argument, "pixels, of all samples,", pixels, x.device)
+        check_count(op, argument, "channels", shape[1], x.device)
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> None:
@@ -113,16 +125,25 @@ def check_features(op: str, features: Sequence[Tensor]) -> None:
 
 
 def check_size(
-    op: str, size: Sequence[int] | None, features: Sequence[Tensor] = ()
+    op: str,
+    size: Sequence[int] | None,
+    features: Sequence[Tensor] = (),
+    *,
+    like: Tensor | None = None,
 ) -> tuple[int, int]:
-    """The target size: as given, or the largest height and width among the levels, if any."""
+    """The target size: as given, or the largest height and width among the levels, if any; of
+    images like the first of them."""
     if size is None and features:
-        return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
-    if isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(value) for value in size):
-        return size[0], size[1]
-    raise ValueError(
-        f"{op}: size must be two positive ints (height, width) below 2^31; got {size!r}"
-    )
+        size = max(f.shape[2] for f in features), max(f.shape[3] for f in features)
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(n) for n in size)):
+        raise ValueError(
+            f"{op}: size must be two positive ints (height, width) below 2^31; got {size!r}"
+        )
+    like = features[0] if features else like
+    if like is not None and like.device.type != "cpu":
+        pixels = like.shape[0] * size[0] * size[1]
+        check_count(op, "size", "pixels, of all samples,", pixels, like.device)
+    return size[0], size[1]
 
 
 def _is_extent(value: object) -> bool:
@@ -181,6 +202,7 @@ def check_depthwise_weight(op: str, argument: str, weight: Tensor, x: Tensor) ->
             f"{op}: {argument} must have shape (C, 1, k, k) with k odd and C = {channels}; "
             f"got {shape}"
         )
+    check_count(op, argument, "values", channels * shape[2] ** 2, x.device)
     check_same_kind(op, argument, weight, x)
 
 

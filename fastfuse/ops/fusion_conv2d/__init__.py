@@ -13,6 +13,7 @@ from fastfuse.ops.autocast import cast_dtype, cast_for_autocast, vector_for_auto
 from fastfuse.ops.checks import (
     check_constants,
     check_convolved_size,
+    check_count,
     check_features,
     check_padding,
     check_same_kind,
@@ -182,6 +183,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"{NAME}: weight must have at least 1 output channel; got shape {shape}")
     if shape[2] != shape[3] or shape[2] % 2 == 0:
         raise ValueError(f"{NAME}: weight must have a square kernel of odd size; got shape {shape}")
+    taps = shape[0] * shape[2] ** 2
+    check_count(NAME, "weight", "taps, of all output channels,", taps, weight.device)
 
 
 def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:
