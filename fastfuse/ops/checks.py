@@ -361,5 +361,17 @@ def check_constants(
         if not -FLOAT32.max <= value <= FLOAT32.max or (positive and value < FLOAT32.tiny):
             wanted = f"positive (at least {FLOAT32.tiny:.2e}) and finite" if positive else "finite"
             raise ValueError(f"{op}: {argument}[{i}] must be {wanted}; got {value}")
-    constants = torch.tensor(list(values), dtype=torch.float64, device="cpu")
-    return constants if device.type == "cpu" else constants.to(device, non_blocking=True)
+    if device.type == "cpu":
+        return torch.tensor(list(values), dtype=torch.float64, device="cpu")
+    return _filled(values, device)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values on a device, written there: a copy from the host, whose memory is not pinned,
+    would wait, and cannot be captured in a CUDA graph."""
+    numbers_of_python = (float, int, torch.SymFloat, torch.SymInt)
+    first, *rest = (v if isinstance(v, numbers_of_python) else float(v) for v in values)
+    constants = torch.full((len(values),), first, dtype=torch.float64, device=device)
+    for i, value in enumerate(rest, 1):
+        constants.select(0, i).fill_(value)
+    return constants

@@ -8,14 +8,17 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfuse
 from fastfuse import BackendError, backend, backends
-from fastfuse.ops import OPERATIONS
+from fastfuse.ops import OPERATIONS, checks
 from fastfuse.ops.define import Sample
 
 each_op = pytest.mark.parametrize("op", OPERATIONS)
@@ -116,6 +119,42 @@ def test_a_target_on_another_device() -> None:
         logits = torch.empty(1, 3, 4, 5, device="cuda:0")
         with pytest.raises(ValueError, match=expected):
             fastfuse.upsample_cross_entropy(logits, target)
+
+
+class HostCopies(TorchDispatchMode):
+    """Records what is copied from the CPU to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = [t.device.type for t in pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        written = result.device.type if isinstance(result, Tensor) else "none"
+        if {"_to_copy": "cpu", "copy_": "cpu"}.get(func._opname) in devices and written == "cuda":
+            self.found.append(func._opname)
+        return result
+
+
+@pytest.mark.parametrize("op", ["upsample_equalize_concat", "fusion_conv2d"])
+def test_constants_are_not_copied_from_the_host(op: str) -> None:
+    """Which a CUDA graph could not capture; floats are written by kernels."""
+    with FakeTensorMode(), HostCopies() as copies, backend("triton"):
+        features = [torch.empty(1, 3, 8, 8, device="cuda"), torch.empty(1, 4, 4, 4, device="cuda")]
+        more = [torch.empty(5, 7, 3, 3, device="cuda")] if op == "fusion_conv2d" else []
+        function = getattr(fastfuse, op)
+        out = function(features, *more, mean=[0.5, np.float32(1)], std=[2, 0.25])
+        assert out.device.type == "cuda"
+        assert copies.found == []
+        torch.zeros(3).to("cuda:0")
+    assert copies.found == ["_to_copy"]
+
+
+def test_constants_have_their_values() -> None:
+    values = [0.5, 1 / 3, 2, np.float32(0.1), True]
+    found = checks._filled(values, torch.device("cpu"))
+    assert torch.equal(found, torch.tensor([float(v) for v in values], dtype=torch.float64))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
