@@ -107,9 +107,9 @@ def forward(
 
     of_target = None if fusion.adds_bias_last else bias
     onto = None if fusion.target is None else fusion.target.forward(features, weight, of_target)
-    if fusion.own is None and onto is not None and onto.scale is None:
+    if fusion.own is None and onto is not None and onto.level is None:
         return _result(onto.value, dtype, channels_last)
-    has_bias = onto is not None and onto.scale is None and not fusion.adds_bias_last
+    has_bias = onto is not None and onto.level is None and not fusion.adds_bias_last
     own = fusion.own or OwnResolution(shape, fusion.equalization, ())  # to scale and add alone
     rest = None
     if bias is not None and not has_bias:

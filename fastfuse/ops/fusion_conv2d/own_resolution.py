@@ -38,21 +38,12 @@ class OwnResolution(Strategy):
 
         The bias (C_out,) is in the accumulation dtype.
         """
-        shape, inverse_std = self.shape, self.equalization.inverse_std
+        shape = self.shape
         out = empty(shape.out_shape, weight, torch.channels_last) if onto is None else onto.value
         exact = self._exact(out)
         wide = wide_dtype(out) != out.dtype
         in_parts = [] if wide else exact
-        scales = None
-        if inverse_std is not None:
-            base = None if onto is None else onto.scale
-            levels = [*self.levels, *in_parts]
-            scales = torch.cat(
-                [
-                    inverse_std.new_ones(1) if base is None else base,
-                    *(inverse_std[i : i + 1] for i in levels),
-                ]
-            )
+        scales = self._scales(onto, in_parts)
         memory = _Taps(shape, self.levels, out)
         for chunk in memory.chunks():
             taps_of_levels = memory.by_level(chunk)
@@ -78,6 +69,23 @@ class OwnResolution(Strategy):
                 *shape.tap_arguments,
             )
         return out
+
+    def _scales(self, onto: Scaled | None, in_parts: Sequence[int]) -> Tensor | None:
+        """1 / std of what is there and of every level: a slice of them where they are in order."""
+        inverse_std = self.equalization.inverse_std
+        if inverse_std is None:
+            return None
+        levels = [*self.levels, *in_parts]
+        base = levels[0] - 1 if onto is None else onto.level  # of nothing any would do
+        if (
+            base is not None
+            and base >= 0
+            and levels == list(range(base + 1, base + 1 + len(levels)))
+        ):
+            return inverse_std[base : base + 1 + len(levels)]
+        first = inverse_std[base : base + 1] if base is not None and base >= 0 else None
+        first = inverse_std.new_ones(1) if first is None else first
+        return torch.cat([first, *(inverse_std[i : i + 1] for i in levels)])
 
     def _exact(self, out: Tensor) -> list[int]:
         """Small levels, whose taps count many times: in narrow dtypes these are kept in float32

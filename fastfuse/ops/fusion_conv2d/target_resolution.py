@@ -85,13 +85,14 @@ class LibraryConvolution(TargetResolution):
         return self.shape.kernel_size == 1 and self.shape.padding == 0
 
     @property
-    def _scale(self) -> Tensor | None:
-        """1 / std where it is left to do: of the one level there is then."""
-        return None if self.equalizes_first else self.equalization.scale(self.levels[0])
+    def _scaled_level(self) -> int | None:
+        """The level whose 1 / std is left to do: the one there is then."""
+        equalized = self.equalizes_first or self.equalization.inverse_std is None
+        return None if equalized else self.levels[0]
 
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
-        shape, scale = self.shape, self._scale
-        bias = bias if scale is None else None
+        shape, level = self.shape, self._scaled_level
+        bias = bias if level is None else None
         weights = self._weights(weight, self.levels)
         if self.is_product:
             out = empty(shape.out_shape, weight, torch.channels_last)
@@ -101,10 +102,10 @@ class LibraryConvolution(TargetResolution):
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
             bias = None if bias is None else bias.to(weight.dtype)
             matmul_into(as_matrix(out), as_matrix(x), weights[:, :, 0, 0], bias, center)
-            return Scaled(out, scale)
+            return Scaled(out, level)
         (x,) = self._inputs(features)
         out = self._convolve(x.to(weight.dtype), to_memory_format(weights, True), bias)
-        return Scaled(to_memory_format(out, True), scale)  # of one channel it may come contiguous
+        return Scaled(to_memory_format(out, True), level)  # of one channel it may come contiguous
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(weight.dtype)
@@ -117,7 +118,8 @@ class LibraryConvolution(TargetResolution):
         weight: Tensor | None,
         gradients: Gradients,
     ) -> None:
-        scale, wanted = self._scale, gradients.wanted_of(self.levels)
+        level, wanted = self._scaled_level, gradients.wanted_of(self.levels)
+        scale = None if level is None else self.equalization.scale(level)
         x = weights = None
         if gradients.weight is not None:
             x = self._inputs(features)[0].to(grad_output.dtype)
@@ -126,7 +128,7 @@ class LibraryConvolution(TargetResolution):
             weights = to_memory_format(self._weights(weight, self.levels), True)
         x_gradient, taps = self._gradients(grad_output, x, weights)
         if taps is not None:
-            pieces = self._split(_multiplied(taps, scale), -1)
+            pieces = self._split(self._multiplied(taps, scale), -1)
             for i, piece in zip(self.levels, pieces, strict=True):
                 gradients.write_weight(i, slice(None), piece)
         if x_gradient is None:
@@ -134,7 +136,11 @@ class LibraryConvolution(TargetResolution):
         if self.equalizes_first:
             self._to_levels(x_gradient, gradients)
         else:
-            gradients.found[self.levels[0]] = _multiplied(x_gradient, scale)
+            gradients.found[self.levels[0]] = self._multiplied(x_gradient, scale)
+
+    def _multiplied(self, fresh: Tensor, scale: Tensor | None) -> Tensor:
+        """In the accumulation dtype, which is that of ``scale``, and rounded once."""
+        return fresh if scale is None else (fresh * scale).to(fresh.dtype)
 
     def _gradients(
         self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
@@ -164,16 +170,15 @@ class LibraryConvolution(TargetResolution):
         )
 
 
-def _multiplied(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    """In the accumulation dtype, which is that of ``scale``, and rounded once."""
-    return tensor if scale is None else (tensor * scale).to(tensor.dtype)
-
-
 class CudnnConvolution(LibraryConvolution):
     """By settings of the call, and with the weight's gradient from products."""
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cudnn.convolve(x, weight, bias, self.shape.padding)
+
+    def _multiplied(self, fresh: Tensor, scale: Tensor | None) -> Tensor:
+        """In one pass: there PyTorch's kernels take tensors of two dtypes."""
+        return fresh if scale is None else fresh.mul_(scale)
 
     def _gradients(
         self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None

@@ -10,9 +10,14 @@ from cuda_like import cuda_like
 from inputs import alternating, every_dtype, images
 from torch import Tensor
 
+from fastfuse.backends import DTYPES
+from fastfuse.ops.costs import CPU_COSTS
 from fastfuse.ops.fusion_conv2d import kernel
-from fastfuse.ops.fusion_conv2d.shape import FusionShape
+from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape
 from fastfuse.tolerances import relative_error, tolerance
+
+# With them levels of few channels have their own resolutions, too.
+COSTS = dict.fromkeys(DTYPES, CPU_COSTS)
 
 LEVELS = {
     "one of the size": [(24, 16, 16), (16, 8, 8), (40, 2, 2)],
@@ -63,7 +68,7 @@ def test_equals_the_definition(levels: str, k: int, equalized: bool, dtype: torc
     arguments = fusion(levels, dtype, k)
     if not equalized:
         arguments["mean"] = arguments["std"] = None
-    with cuda_like() as calls:
+    with cuda_like(fusion_costs=COSTS) as calls:
         found = run(**arguments)
     exact = {
         name: [v.double() for v in value] if isinstance(value, list) else
@@ -82,11 +87,47 @@ def test_equals_the_definition(levels: str, k: int, equalized: bool, dtype: torc
         assert len(calls.named("mm")) > len(narrow)
 
 
+def test_the_inverse_of_a_deviation_is_rounded_once() -> None:
+    std = torch.rand(1_000_000).exp() * torch.logspace(-30, 30, 1_000_000)
+    found = Equalization.of(None, std, torch.float32).inverse_std
+    assert found is not None
+    assert torch.equal(found, std.double().reciprocal().float())
+    assert Equalization.of(None, std, torch.float64).inverse_std.dtype == torch.float64
+
+
+# Launches of forward and of backward: those that PyTorch's ops are, and one for each of ours.
+@pytest.mark.parametrize(
+    ("equalized", "dtype", "launches"),
+    [
+        (False, torch.float32, (9, 31)),
+        (False, torch.bfloat16, (10, 31)),
+        (True, torch.float32, (14, 38)),
+        (True, torch.bfloat16, (15, 38)),
+    ],
+    ids=str,
+)
+def test_launches(equalized: bool, dtype: torch.dtype, launches: tuple[int, int]) -> None:
+    """Of a fusion of four levels, of which the smallest is small."""
+    shapes = [(16, 32, 32), (24, 16, 16), (16, 8, 8), (32, 4, 4)]
+    features = images(*[(1, *shape) for shape in shapes], dtype=dtype, channels_last=True)
+    weight, bias = torch.randn(16, 88, 3, 3).to(dtype), torch.randn(16).to(dtype)
+    constants = (torch.zeros(4), torch.ones(4)) if equalized else (None, None)
+    with cuda_like(fusion_costs=COSTS) as forward:
+        out = kernel.forward(features, weight, bias, 32, 32, *constants, 1, False, True)
+    shape, grad = FusionShape.of(features, weight, 32, 32, 1, False), torch.ones_like(out)
+    with cuda_like(fusion_costs=COSTS) as backward:
+        kernel.backward(
+            grad, features, weight, *constants, *shape.arguments, [True] * 4, True, False
+        )
+    found = forward.launches(), backward.launches()
+    assert (len(found[0]), len(found[1])) == launches, found
+
+
 def test_small_levels_have_float32_taps() -> None:
     """One product each; a second sum of what rounding takes there is none."""
     levels = LEVELS["one of the size"]
     arguments = fusion("one of the size", torch.bfloat16, 3)
-    with cuda_like() as calls:
+    with cuda_like(fusion_costs=COSTS) as calls:
         run(**arguments)
     ((sums, _),) = calls.named("tap_sum_into")
     assert [taps.shape[2:] for taps in sums[1]] == [level[1:] for level in levels[1:]]
