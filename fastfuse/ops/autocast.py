@@ -53,10 +53,10 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def vector_for_autocast(vector: Tensor, like: Tensor) -> Tensor:
     """A vector beside an image that was cast: as it is, in that dtype or the accumulation dtype."""
-    wide = accumulation_dtype(like.dtype)
-    if not autocasts(like.device.type) or vector.dtype in (like.dtype, wide):
+    if not autocasts(like.device.type) or not vector.is_floating_point():
         return vector
-    return vector.to(wide) if vector.is_floating_point() else vector
+    wide = accumulation_dtype(like.dtype)
+    return vector if vector.dtype in (like.dtype, wide) else vector.to(wide)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -292,14 +292,15 @@ def check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
 def check_same_kind(
     op: str, argument: str, tensor: Tensor, like: Tensor, *, wide: bool = False
 ) -> None:
-    accumulation = accumulation_dtype(like.dtype)
-    if tensor.dtype != like.dtype and not (wide and tensor.dtype == accumulation):
-        dtypes = _name(like.dtype)
-        if wide and accumulation != like.dtype:
-            dtypes += f" or {_name(accumulation)}"
-        raise ValueError(
-            f"{op}: {argument} must have the input's dtype {dtypes}; got {_name(tensor.dtype)}"
-        )
+    if tensor.dtype != like.dtype:
+        allowed = [like.dtype]
+        if wide and accumulation_dtype(like.dtype) != like.dtype:
+            allowed.append(accumulation_dtype(like.dtype))
+        if tensor.dtype not in allowed:
+            dtypes = " or ".join(_name(dtype) for dtype in allowed)
+            raise ValueError(
+                f"{op}: {argument} must have the input's dtype {dtypes}; got {_name(tensor.dtype)}"
+            )
     if tensor.device != like.device:
         raise ValueError(
             f"{op}: {argument} must be on the input's device {like.device}; "

@@ -194,7 +194,8 @@ class BlockOp:
         ]
         for i, parameter in present:
             check_tensor(op, parameter.name, given[i])
-        if autocasts(x.device.type):
+        autocast = autocasts(x.device.type)
+        if autocast:
             cast = [i for i, parameter in present if parameter.is_cast]
             x, *tensors = cast_for_autocast([x, *(found[i] for i in cast)])  # type: ignore[list-item]
             for i, cast_one in zip(cast, tensors, strict=True):
@@ -211,7 +212,8 @@ class BlockOp:
             elif parameter.kind == "fc2":
                 check_matrix(op, name, tensor, (channels, hidden), "(C, hidden)", x)
             elif parameter.kind != "fc1":
-                found[i] = tensor = vector_for_autocast(tensor, x)
+                if autocast:
+                    found[i] = tensor = vector_for_autocast(tensor, x)
                 of_fc1 = parameter.kind == "hidden"
                 meaning = "one value per row of fc1_weight" if of_fc1 else "one value per channel"
                 length = hidden if of_fc1 else channels

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,6 +99,23 @@ def test_a_compiled_graph_takes_the_answer_as_it_is(monkeypatch: pytest.MonkeyPa
     backends._gpu_failure.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert torch.compile(step, fullgraph=True, backend="eager")(x) == 0
+
+
+@pytest.mark.parametrize("op", ["fusion_conv2d", "depthwise_conv2d", "upsample_add", "tap_sum"])
+def test_traced_for_a_device(op: str) -> None:
+    """All of a call, the choice of a backend included, without the device."""
+    sample = sample_of(op)
+
+    class Module(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return sample.call(*inputs)
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        inputs = tuple(mode.from_tensor(tensor).to("cuda:0") for tensor in sample.inputs)
+    with backend("triton"):
+        program = torch.export.export(Module(), inputs, strict=True)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert any(target.startswith(f"fastfuse.{op}") for target in targets)
 
 
 @each_op

@@ -10,7 +10,7 @@ from cuda_like import cuda_like
 from inputs import alternating, every_dtype, images
 from torch import Tensor
 
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, accumulation_dtype
 from fastfuse.ops.costs import CPU_COSTS
 from fastfuse.ops.fusion_conv2d import kernel
 from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape
@@ -39,7 +39,7 @@ def fusion(levels: str, dtype: torch.dtype, k: int) -> dict[str, Any]:
     return {
         "features": features,
         "weight": weight.to(dtype),
-        "bias": torch.randn(16).to(dtype),
+        "bias": torch.randn(16).to(accumulation_dtype(dtype)),
         "mean": torch.linspace(-0.5, 1, len(shapes)),
         "std": torch.linspace(0.5, 2, len(shapes)),
     }
