@@ -76,15 +76,17 @@ class OwnResolution(Strategy):
         if inverse_std is None:
             return None
         levels = [*self.levels, *in_parts]
-        base = levels[0] - 1 if onto is None else onto.level  # of nothing any would do
-        if (
-            base is not None
-            and base >= 0
-            and levels == list(range(base + 1, base + 1 + len(levels)))
-        ):
-            return inverse_std[base : base + 1 + len(levels)]
-        first = inverse_std[base : base + 1] if base is not None and base >= 0 else None
-        first = inverse_std.new_ones(1) if first is None else first
+        if onto is not None:
+            base = onto.level
+        else:  # nothing is there, and its factor not read
+            base = levels[0] - 1 if levels and levels[0] > 0 else None
+        if base is None:
+            first = inverse_std.new_ones(1)
+        else:
+            end = base + 1 + len(levels)
+            if levels == list(range(base + 1, end)):
+                return inverse_std[base:end]
+            first = inverse_std[base : base + 1]
         return torch.cat([first, *(inverse_std[i : i + 1] for i in levels)])
 
     def _exact(self, out: Tensor) -> list[int]:

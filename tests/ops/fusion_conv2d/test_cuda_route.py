@@ -10,6 +10,7 @@ from cuda_like import cuda_like
 from inputs import alternating, every_dtype, images
 from torch import Tensor
 
+import fastfuse
 from fastfuse.backends import DTYPES, accumulation_dtype
 from fastfuse.ops.costs import CPU_COSTS
 from fastfuse.ops.fusion_conv2d import kernel
@@ -121,6 +122,33 @@ def test_launches(equalized: bool, dtype: torch.dtype, launches: tuple[int, int]
         )
     found = forward.launches(), backward.launches()
     assert (len(found[0]), len(found[1])) == launches, found
+
+
+@pytest.mark.parametrize(
+    ("channels", "sizes"),
+    [
+        ([0, 0], [16, 8]),  # of no strategy
+        ([8, 8], [8, 4]),  # none of the target's size
+        ([8, 0, 8], [16, 8, 4]),  # not in a row
+        ([8, 8, 8], [8, 16, 4]),
+    ],
+    ids=str,
+)
+def test_factors_of_any_order(channels: list[int], sizes: list[int]) -> None:
+    """1 / std of each level, whichever are its neighbours; on CPUs too."""
+    shapes = zip(channels, sizes, strict=True)
+    features = images(*[(1, c, n, n) for c, n in shapes], dtype=torch.float64, channels_last=True)
+    weight, bias = torch.randn(4, sum(channels), 3, 3).double(), torch.randn(4).double()
+    std = torch.linspace(0.5, 2, len(channels)).double()
+    fused = fastfuse.upsample_equalize_concat(features, size=(16, 16), std=std)
+    expected = bias[:, None, None].expand(1, 4, 16, 16)
+    if fused.numel():
+        expected = torch.conv2d(fused, weight, bias, padding=1)
+    arguments = (features, weight, bias, 16, 16, None, std, 1, False, True)
+    with cuda_like(fusion_costs=COSTS):
+        found = kernel.forward(*arguments)
+    for output in (found, kernel.forward(*arguments)):
+        torch.testing.assert_close(output, expected)
 
 
 def test_small_levels_have_float32_taps() -> None:
