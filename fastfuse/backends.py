@@ -149,28 +149,44 @@ def cpu_refusal(tensor: Tensor) -> str | None:
 
 
 _MIN_CAPABILITY = (8, 0)  # the oldest one the kernels are compiled for in the tests
+_MIN_TRITON = (3, 6)  # that of the oldest PyTorch, and the oldest one the kernels are tested under
 
 
 @lru_cache
-def _triton_failure() -> str | None:
+def _gpu_failure(device: torch.device) -> str | None:
+    """What a device or its software lacks; it does not change."""
+    if torch.version.hip is not None:
+        return f"expected an NVIDIA GPU, got ROCm {torch.version.hip}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _MIN_CAPABILITY:
+        return f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    found = ""
     try:
-        importlib.import_module("triton")
+        version: str = importlib.import_module("triton").__version__
+        if tuple(int(number) for number in version.split(".")[:2]) < _MIN_TRITON:
+            found = version
     except ImportError as error:
-        return f"{type(error).__name__}: {error}"
+        found = f"{type(error).__name__}: {error}"
+    if found:
+        return (
+            f"expected the package triton 3.6 or newer (pip install 'fastfuse[gpu]'), got {found}"
+        )
     return None
+
+
+def _constant_gpu_failure(device: torch.device) -> str | None:
+    return _gpu_failure(device)
+
+
+# Dynamo cannot trace it, and takes the answer as it is. torch.compiler.assume_constant_result says
+# the same, and imports Dynamo.
+_constant_gpu_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_refusal(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda":
         return f"expected CUDA tensors, got {tensor.device}"
-    if failure := _triton_failure():
-        return f"expected the package triton (pip install 'fastfuse[gpu]'), got {failure}"
-    if torch.version.hip is not None:
-        return f"expected an NVIDIA GPU, got ROCm {torch.version.hip}"
-    capability = torch.cuda.get_device_capability(tensor.device)
-    if capability < _MIN_CAPABILITY:
-        return f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
-    return _common_refusal(tensor)
+    return _constant_gpu_failure(tensor.device) or _common_refusal(tensor)
 
 
 # What tensors a backend refuses: None ("I can run this tensor"), or a sentence that says why not.

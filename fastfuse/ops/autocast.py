@@ -1,4 +1,5 @@
-"""Autocast, by hand: an op casts its features and weights, never statistics such as mean and std.
+"""Autocast, by hand: an op casts its features and weights, never statistics such as mean and std,
+and blocks and fusion_conv2d no vectors either (biases, norms, layer scale), which are float32.
 
 (``torch.library.register_autocast`` would cast every floating-point argument.)
 """
@@ -11,7 +12,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-__all__ = ["autocasts", "cast_dtype", "cast_for_autocast", "without_autocast"]
+from fastfuse.backends import accumulation_dtype
+
+__all__ = [
+    "autocasts",
+    "cast_dtype",
+    "cast_for_autocast",
+    "vector_for_autocast",
+    "without_autocast",
+]
 
 
 _CAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +49,14 @@ def cast_for_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
     if dtype is None:
         return list(tensors)
     return [t.to(dtype) if t.dtype in _CAST else t for t in tensors]
+
+
+def vector_for_autocast(vector: Tensor, like: Tensor) -> Tensor:
+    """A vector beside an image that was cast: as it is, in that dtype or the accumulation dtype."""
+    if not autocasts(like.device.type) or not vector.is_floating_point():
+        return vector
+    wide = accumulation_dtype(like.dtype)
+    return vector if vector.dtype in (like.dtype, wide) else vector.to(wide)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, accumulation_dtype
 
 # Constants are applied in float32 (float64 for float64): they and their inverses must exist there.
 FLOAT32 = torch.finfo(torch.float32)
@@ -21,6 +21,7 @@ __all__ = [
     "FLOAT32",
     "check_constants",
     "check_convolved_size",
+    "check_count",
     "check_depthwise_weight",
     "check_dilation",
     "check_eps",
@@ -71,6 +72,13 @@ def check_tensor(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} must be a dense tensor; got layout {value.layout}")
 
 
+def check_count(op: str, argument: str, what: str, count: int, device: torch.device) -> None:
+    """Kernels and libraries of GPUs count with 32 bits. (A compiled graph would have a condition of
+    it on its sizes.)"""
+    if device.type != "cpu" and not torch.compiler.is_compiling() and count >= 2**31:
+        raise ValueError(f"{op}: {argument} must have fewer than 2^31 {what} on GPUs; got {count}")
+
+
 def check_feature_map(op: str, argument: str, x: Tensor, *, channels: int | None = None) -> None:
     """A (N, C, H, W) floating-point tensor, at least 1 pixel high and wide, of some channels."""
     check_tensor(op, argument, x)
@@ -87,6 +95,10 @@ def check_feature_map(op: str, argument: str, x: Tensor, *, channels: int | None
         )
     if channels is not None and shape[1] != channels:  # `in` has no symbols
         raise ValueError(f"{op}: {argument} must have {channels} channels; got shape {shape}")
+    if x.device.type != "cpu":
+        pixels = shape[0] * shape[2] * shape[3]
+        check_count(op, argument, "pixels, of all samples,", pixels, x.device)
+        check_count(op, argument, "channels", shape[1], x.device)
 
 
 def check_features(op: str, features: Sequence[Tensor]) -> None:
@@ -113,16 +125,25 @@ def check_features(op: str, features: Sequence[Tensor]) -> None:
 
 
 def check_size(
-    op: str, size: Sequence[int] | None, features: Sequence[Tensor] = ()
+    op: str,
+    size: Sequence[int] | None,
+    features: Sequence[Tensor] = (),
+    *,
+    like: Tensor | None = None,
 ) -> tuple[int, int]:
-    """The target size: as given, or the largest height and width among the levels, if any."""
+    """The target size: as given, or the largest height and width among the levels, if any; of
+    images like the first of them."""
     if size is None and features:
-        return max(f.shape[2] for f in features), max(f.shape[3] for f in features)
-    if isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(value) for value in size):
-        return size[0], size[1]
-    raise ValueError(
-        f"{op}: size must be two positive ints (height, width) below 2^31; got {size!r}"
-    )
+        size = max(f.shape[2] for f in features), max(f.shape[3] for f in features)
+    if not (isinstance(size, Sequence) and len(size) == 2 and all(_is_extent(n) for n in size)):
+        raise ValueError(
+            f"{op}: size must be two positive ints (height, width) below 2^31; got {size!r}"
+        )
+    like = features[0] if features else like
+    if like is not None and like.device.type != "cpu":
+        pixels = like.shape[0] * size[0] * size[1]
+        check_count(op, "size", "pixels, of all samples,", pixels, like.device)
+    return size[0], size[1]
 
 
 def _is_extent(value: object) -> bool:
@@ -181,6 +202,7 @@ def check_depthwise_weight(op: str, argument: str, weight: Tensor, x: Tensor) ->
             f"{op}: {argument} must have shape (C, 1, k, k) with k odd and C = {channels}; "
             f"got {shape}"
         )
+    check_count(op, argument, "values", channels * shape[2] ** 2, x.device)
     check_same_kind(op, argument, weight, x)
 
 
@@ -195,16 +217,24 @@ def check_convolved_size(op: str, size: tuple[int, int], kernel_size: int, paddi
 
 
 def check_vector(
-    op: str, argument: str, vector: Tensor, length: int, meaning: str, like: Tensor
+    op: str,
+    argument: str,
+    vector: Tensor,
+    length: int,
+    meaning: str,
+    like: Tensor,
+    *,
+    wide: bool = False,
 ) -> None:
-    """A 1-D tensor of a length, in the dtype and on the device of ``like``."""
+    """A 1-D tensor of a length, on the device of ``like`` and in its dtype, or, ``wide``, in the
+    accumulation dtype."""
     check_tensor(op, argument, vector)
     if tuple(vector.shape) != (length,):
         raise ValueError(
             f"{op}: {argument} must have {meaning}, shape ({length},); "
             f"got shape {tuple(vector.shape)}"
         )
-    check_same_kind(op, argument, vector, like)
+    check_same_kind(op, argument, vector, like, wide=wide)
 
 
 def check_matrix(
@@ -259,12 +289,18 @@ def check_keep(op: str, keep: Tensor | None, x: Tensor) -> None:
         )
 
 
-def check_same_kind(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
+def check_same_kind(
+    op: str, argument: str, tensor: Tensor, like: Tensor, *, wide: bool = False
+) -> None:
     if tensor.dtype != like.dtype:
-        raise ValueError(
-            f"{op}: {argument} must have the input's dtype {_name(like.dtype)}; "
-            f"got {_name(tensor.dtype)}"
-        )
+        allowed = [like.dtype]
+        if wide and accumulation_dtype(like.dtype) != like.dtype:
+            allowed.append(accumulation_dtype(like.dtype))
+        if tensor.dtype not in allowed:
+            dtypes = " or ".join(_name(dtype) for dtype in allowed)
+            raise ValueError(
+                f"{op}: {argument} must have the input's dtype {dtypes}; got {_name(tensor.dtype)}"
+            )
     if tensor.device != like.device:
         raise ValueError(
             f"{op}: {argument} must be on the input's device {like.device}; "
@@ -326,5 +362,17 @@ def check_constants(
         if not -FLOAT32.max <= value <= FLOAT32.max or (positive and value < FLOAT32.tiny):
             wanted = f"positive (at least {FLOAT32.tiny:.2e}) and finite" if positive else "finite"
             raise ValueError(f"{op}: {argument}[{i}] must be {wanted}; got {value}")
-    constants = torch.tensor(list(values), dtype=torch.float64, device="cpu")
-    return constants if device.type == "cpu" else constants.to(device, non_blocking=True)
+    if device.type == "cpu":
+        return torch.tensor(list(values), dtype=torch.float64, device="cpu")
+    return _filled(values, device)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """The values on a device, written there: a copy from the host, whose memory is not pinned,
+    would wait, and cannot be captured in a CUDA graph."""
+    numbers_of_python = (float, int, torch.SymFloat, torch.SymInt)
+    first, *rest = (v if isinstance(v, numbers_of_python) else float(v) for v in values)
+    constants = torch.full((len(values),), first, dtype=torch.float64, device=device)
+    for i, value in enumerate(rest, 1):
+        constants.select(0, i).fill_(value)
+    return constants

@@ -259,6 +259,7 @@ class Operation:
         differentiable: whether it has derivatives.
         twice_differentiable: on fused backends, too.
         autocasts: whether autocast casts what it takes.
+        keeps_vectors: whether it leaves vectors alone, which are read in float32.
         takes_size: whether calls name a size, which torch.jit.trace would make a constant.
         routes: what typical calls on such an image run, by what the calls are; None: the backend.
     """
@@ -269,6 +270,7 @@ class Operation:
     differentiable: bool = True
     twice_differentiable: bool = True
     autocasts: bool = True
+    keeps_vectors: bool = False
     takes_size: bool = False
     routes: Callable[[Tensor], dict[str, str]] | None = field(default=None, repr=False)
 

@@ -21,7 +21,12 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype, select
-from fastfuse.ops.autocast import autocasts, cast_for_autocast, without_autocast
+from fastfuse.ops.autocast import (
+    autocasts,
+    cast_for_autocast,
+    vector_for_autocast,
+    without_autocast,
+)
 from fastfuse.ops.checks import (
     check_depthwise_weight,
     check_eps,
@@ -61,8 +66,8 @@ class BlockParameter:
 
     @property
     def is_cast(self) -> bool:
-        """Whether autocast casts it: what is multiplied with pixels, and its convolution's bias."""
-        return self.kind in ("depthwise", "fc1", "fc2") or self.name.startswith("dw")
+        """Whether autocast casts it: what is multiplied with pixels."""
+        return self.kind in ("depthwise", "fc1", "fc2")
 
 
 def convolution_and_norm_parameters(suffix: str = "") -> tuple[BlockParameter, ...]:
@@ -142,6 +147,7 @@ class BlockOp:
             self._reference,
             samples,
             twice_differentiable=False,
+            keeps_vectors=True,
             routes=self._routes,
         )
 
@@ -177,7 +183,7 @@ class BlockOp:
     def _checked(
         self, x: Tensor, given: Sequence[Tensor | None], keep: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
-        """Cast for autocast, but for norms, biases and scale, which are read in x's dtype."""
+        """Cast for autocast, but for norms, biases and scale, which are read in their dtype."""
         op = self.name
         check_feature_map(op, "x", x)
         if x.shape[1] < 1:
@@ -206,11 +212,12 @@ class BlockOp:
             elif parameter.kind == "fc2":
                 check_matrix(op, name, tensor, (channels, hidden), "(C, hidden)", x)
             elif parameter.kind != "fc1":
-                if autocast and not parameter.is_cast and tensor.is_floating_point():
-                    found[i] = tensor = tensor.to(x.dtype)
+                if autocast:
+                    found[i] = tensor = vector_for_autocast(tensor, x)
                 of_fc1 = parameter.kind == "hidden"
                 meaning = "one value per row of fc1_weight" if of_fc1 else "one value per channel"
-                check_vector(op, name, tensor, hidden if of_fc1 else channels, meaning, x)
+                length = hidden if of_fc1 else channels
+                check_vector(op, name, tensor, length, meaning, x, wide=True)
         check_keep(op, keep, x)
         if keep is not None:  # in the accumulation dtype
             keep = keep.to(accumulation_dtype(x.dtype))

@@ -13,6 +13,7 @@ from fastfuse.backends import cpu_refusal, is_transformed, requested_backend
 from fastfuse.ops.define import COMPILED, Derivative, Op
 
 __all__ = [
+    "as_image",
     "as_matrix",
     "is_channels_last",
     "memory_format",
@@ -95,3 +96,9 @@ def as_matrix(image: Tensor) -> Tensor:
     """A dense channels_last image as the matrix (N * H * W, C), a row for each pixel."""
     batch, channels, height, width = image.shape
     return image.permute(0, 2, 3, 1).view(batch * height * width, channels)
+
+
+def as_image(matrix: Tensor, shape: Sequence[int]) -> Tensor:
+    """Such a matrix as the channels_last image of a shape (N, C, H, W)."""
+    batch, channels, height, width = shape
+    return matrix.view(batch, height, width, channels).permute(0, 3, 1, 2)

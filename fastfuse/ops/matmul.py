@@ -7,10 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["MatmulRoute", "MatmulWeight", "RowBuffer", "matmul_into"]
+__all__ = [
+    "MatmulRoute",
+    "MatmulWeight",
+    "RowBuffer",
+    "matmul_into",
+    "wide_dtype",
+    "wide_product",
+]
 
 MIN_CONVERTED_ROWS = 256  # fewer make slow products
 
@@ -79,6 +87,21 @@ class MatmulWeight:
             return a.new_empty(0, self.outputs)
         assert _LINEAR is not None
         return _LINEAR(a, self.weight, None, "none", [], "")
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of :func:`wide_product`: the accumulation dtype where the library gives it."""
+    wide = policy_of(like.device.type).wide_results
+    return accumulation_dtype(like.dtype) if wide else like.dtype
+
+
+def wide_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b for sums over many pixels: of narrow dtypes not rounded to them where the library can
+    help it, neither at the end nor between parts of the sum."""
+    dtype = wide_dtype(a)
+    if dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 class RowBuffer:

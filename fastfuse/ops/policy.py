@@ -10,7 +10,7 @@ on one processor of the class, which ``measured`` names; nothing is timed at run
 ``avx2``         measured on AMD EPYC, Zen 3
 ``avx512``       as ``avx512_bf16``, but bfloat16 is multiplied in float32
 ``avx512_bf16``  measured on AMD EPYC, Zen 4
-``cuda``         never measured: orders of magnitude
+``cuda``         never measured: orders of magnitude, and counts over an H100's rates
 ===============  ===================================================================================
 """
 
@@ -29,6 +29,8 @@ from typing import Any
 import torch
 
 from fastfuse import _extension
+from fastfuse.backends import DTYPES
+from fastfuse.ops.costs import CPU_COSTS, GPU_COSTS, GPU_TF32_COSTS, FusionCosts
 
 __all__ = [
     "CPU_CLASSES",
@@ -147,15 +149,16 @@ class Policy:
     onednn: frozenset[torch.dtype]  # those that oneDNN multiplies faster than torch.mm
     packing_rows: int  # from which packing a weight for oneDNN pays: 0.1 ms and 1 ns a weight
     convert_bytes: int  # of rows converted to the dtype of products at a time
+    wide_results: bool  # torch.mm gives the float32 sums of products of narrower dtypes
+    cudnn: bool  # convolutions are cuDNN's, where PyTorch has it
 
     # ---- blocks ----
     hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
     hidden_rows: int  # of a chunk, at least; shorter products are slow
 
     # ---- fusion_conv2d: where a level is convolved ----
-    tap_macs: float  # as much as a tap's value written and read
-    sum_macs: float  # as a value of the result summed from the taps
-    upsample_macs: float  # as an upsampled value
+    fusion_costs: Mapping[torch.dtype, FusionCosts]
+    tf32_costs: FusionCosts | None  # of float32 that products round to TF32
     # of a pixel and pair of channels of a 3x3 convolution, transforms included
     winograd_macs: float
     taps_bytes: int  # of a chunk of output channels
@@ -223,11 +226,12 @@ def _cpu(machine: Machine) -> Policy:
         onednn=native - {torch.float64} if avx512 else frozenset(),
         packing_rows=4096,
         convert_bytes=3 * MIB,
+        wide_results=False,
+        cudnn=False,
         hidden_bytes=3 * MIB,
         hidden_rows=512,
-        tap_macs=20,
-        sum_macs=40,
-        upsample_macs=30,
+        fusion_costs=dict.fromkeys(DTYPES, CPU_COSTS),
+        tf32_costs=None,
         winograd_macs=2.5,
         taps_bytes=min(machine.l3 * 3 // 4, 24 * MIB),  # more would only be more memory
         exact_pixels=1 / 32,
@@ -263,11 +267,12 @@ _CUDA = Policy(
     onednn=frozenset(),
     packing_rows=0,
     convert_bytes=256 * MIB,
+    wide_results=True,
+    cudnn=True,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,
-    tap_macs=20,
-    sum_macs=40,
-    upsample_macs=30,
+    fusion_costs=GPU_COSTS,
+    tf32_costs=GPU_TF32_COSTS,
     winograd_macs=2.5,
     taps_bytes=256 * MIB,
     exact_pixels=1 / 32,

@@ -209,16 +209,19 @@ def test_meta_and_fake(op: str, channels_last: bool) -> None:
 
 @each_op
 def test_autocast(op: str, any_backend: str) -> None:
-    """Images and parameters in its dtype, whichever have it already; float64 stays. Gradients have
-    the dtype of what they are of."""
+    """Images and parameters in its dtype, whichever have it already, but for the vectors of ops
+    that leave these alone; float64 stays. Gradients have the dtype of what they are of."""
     for sample in samples(op):
-        leaves, narrow = leaves_of(sample), [t.bfloat16() for t in sample.inputs]
+        keeps = OPERATIONS[op].keeps_vectors
+        leaves = leaves_of(sample)
+        narrow = [t if keeps and t.dim() == 1 else t.bfloat16() for t in sample.inputs]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = sample.call(*leaves)
             mixed = [
                 sample.call(*sample.inputs[:i], narrow[i], *sample.inputs[i + 1 :])
                 for i in range(len(narrow))
             ]
+            all_narrow = sample.call(*(t.bfloat16() for t in sample.inputs))
             double = sample.call(*(t.double() for t in sample.inputs))
         assert double.dtype == torch.float64
         if not OPERATIONS[op].autocasts:
@@ -227,6 +230,7 @@ def test_autocast(op: str, any_backend: str) -> None:
         expected = sample.call(*narrow)
         assert output.dtype == expected.dtype == torch.bfloat16
         assert all(torch.equal(found, expected) for found in (output, *mixed))
+        assert torch.equal(all_narrow, sample.call(*(t.bfloat16() for t in sample.inputs)))
         for leaf, gradient in zip(leaves, gradients(output, leaves), strict=True):
             assert gradient.dtype == leaf.dtype
 

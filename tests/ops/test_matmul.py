@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from cuda_like import cuda_like
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops import matmul
+from fastfuse.ops.pointwise.mlp import _Sum
 from fastfuse.ops.policy import Machine, cpu_policy, policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 
@@ -69,3 +74,23 @@ def test_a_pytorch_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     made = matmul.MatmulWeight(torch.randn(4, 3), 10_000)
     assert made.takes_out
     assert made.matmul(torch.ones(2, 3)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunks", [0, 1, 3])
+def test_sums_over_pixels(dtype: torch.dtype, chunks: int) -> None:
+    """Wide where the library gives them; elsewhere rounded once, or once for each chunk."""
+    pairs = [(torch.randn(50, 6).to(dtype), torch.randn(50, 7).to(dtype)) for _ in range(chunks)]
+    expected = sum((a.double().t() @ b.double() for a, b in pairs), torch.zeros(6, 7).double())
+    results = []
+    for context in (contextlib.nullcontext(), cuda_like()):
+        with context:
+            total = _Sum(6, 7, torch.empty(0, dtype=dtype))
+            for a, b in pairs:
+                total.add(a, b)
+            results.append(total.result())
+    here, there = results
+    assert there.dtype == accumulation_dtype(dtype)
+    assert relative_error(there, expected) <= tolerance(there.dtype, reduction=150)
+    assert here.dtype == (dtype if chunks < 2 else there.dtype)
+    assert relative_error(here, expected) <= tolerance(dtype, roundings=2, reduction=150)

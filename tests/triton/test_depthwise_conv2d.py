@@ -78,10 +78,12 @@ def _assert_close(result: Tensor, expected: Tensor, reduction: float = 1.0) -> N
     assert error <= limit, f"relative error {error:.3g} exceeds {limit:.3g}"
 
 
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def _assert_layout(result: Tensor, channels_last: bool) -> None:
-    assert result.is_contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    assert result.is_contiguous(memory_format=_format(channels_last))
 
 
 def _exact_gradients(
@@ -103,6 +105,21 @@ def _check_gradients(grad_output: Tensor, x: Tensor, kernel_size: int, dilation:
         assert result.dtype == x.dtype
         assert result.is_contiguous()
         _assert_close(result, exact, reduction=x[:, 0].numel())
+
+
+@interpreted
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_float32_bias(channels_last: bool) -> None:
+    """Beside a narrow image, as blocks give it under autocast: it is not rounded."""
+    x = _image((2, 5, 4, 6), torch.bfloat16, "channels_last" if channels_last else "contiguous")
+    weight, bias = torch.zeros(5, 1, 3, 3).bfloat16(), 1 + torch.rand(5)
+    out = kernels.forward(torch.zeros_like(x), weight, bias, None, 1, False, channels_last)
+    assert torch.equal(out, bias[:, None, None].expand(x.shape).bfloat16())
+    minus = bias.bfloat16()[:, None, None].expand(x.shape)
+    minus = (-minus).contiguous(memory_format=_format(channels_last))
+    rest = kernels.forward(torch.zeros_like(x), weight, bias, minus, 1, False, channels_last)
+    rounding = bias - bias.bfloat16().float()
+    assert torch.equal(rest, rounding[:, None, None].expand(x.shape).bfloat16())
 
 
 @interpreted

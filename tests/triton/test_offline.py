@@ -377,6 +377,23 @@ def test_sizes_of_one_compile_in_tap_sum(name: str, align_corners: bool, kernel_
         assert compiled(kernel, arguments, 90).asm["cubin"]
 
 
+def test_tap_sum_of_a_float32_level_has_no_spills() -> None:
+    """Beside bfloat16 ones: what fusion_conv2d makes of small levels."""
+
+    def call() -> None:
+        out = _image(512, SIZE, BF16, True)
+        taps = [_image(9 * 512, (64, 64), BF16, True), _image(9 * 512, (16, 16), F32, True)]
+        tap_sum_kernels.forward_into(out, taps, None, None, None, True, *SIZE, 3, 1, False, True)
+
+    def launches() -> Iterator[tuple[str, Launch]]:
+        for launch in recorded(call):
+            yield launch[0].__name__.strip("_"), launch
+
+    results = inspected(tap_sum_kernels, "of a float32 level", 90, launches)
+    _assert_no_spills(results)
+    _assert_wide_loads("forward_kernel", results["forward_kernel"], 0)
+
+
 def test_tap_sum_of_no_levels_compiles() -> None:
     for kernel, arguments in _tap_sum_launches(BF16, True, 64, [], 3):
         assert compiled(kernel, arguments, 90).asm["cubin"]

@@ -188,6 +188,19 @@ def test_forward_into_a_slice_of_the_channels(levels: str, dtype: torch.dtype) -
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_forward_into_of_a_float32_level(dtype: torch.dtype) -> None:
+    """Beside one of the output's dtype: read as it is, and the sum rounded once."""
+    taps = [_image((2, 72, 2, 2), dtype, "channels_last")]
+    taps.append(_image((2, 72, 1, 1), torch.float32, "channels_last"))
+    out = _image((2, 8, 4, 4), dtype, "channels_last")
+    kernels.forward_into(out, taps, None, None, None, False, 4, 4, 3, 1, False, True)
+    geometry = ((4, 4), 3, 1, False, torch.float32)
+    expected = sum(exact(level, None, *geometry) for level in taps)
+    _assert_close(out, expected)
+
+
+@interpreted
 @both_corners
 def test_forward_into_without_what_is_optional(align_corners: bool) -> None:
     """What is in ``out`` counts as it is, or is not read at all."""

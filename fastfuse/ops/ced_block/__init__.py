@@ -50,7 +50,7 @@ def ced_block(
         norm_weight, norm_bias: (C,).
         fc1_weight, fc1_bias: (hidden, C) and (hidden,); hidden is 4 C in both papers.
         fc2_weight, fc2_bias: (C, hidden) and (C,).
-        layer_scale: (C,), gamma; None: 1.
+        layer_scale: (C,), gamma; None: 1. Vectors are in x's dtype, or float32 beside a narrower x.
         keep: (N,), a constant: the factor of each sample's branch under stochastic depth, already
             divided by the probability to be kept; 0 drops the branch. None: 1.
         eps: added to the variance.
@@ -59,7 +59,7 @@ def ced_block(
 
     Returns:
         (N, C, H, W) in x's dtype and memory format. Under autocast x and the weights of
-        convolution and products are cast to its dtype; biases, norm and scale need not be.
+        convolution and products are cast to its dtype; biases, norm and scale are not.
 
     Raises:
         TypeError: an argument is not a tensor, or eps not a number.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias, to_accumulation
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -44,7 +44,7 @@ def forward(
     option: Sequence[Any],
     keeping: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    dw_weight, dw_bias = parameters[:2]
+    dw_weight, dw_bias = parameters[0], convolution_bias(parameters[1], x)
     convolved = torch.ops.fastfuse.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
     out = convolved  # each pixel is read before it is written: fresh memory is slow
     mlp = _mlp(x, parameters, keep, *option)
@@ -68,7 +68,7 @@ def backward(
     wants_parameters: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     ops = torch.ops.fastfuse
-    dw_weight, dw_bias = parameters[:2]
+    dw_weight, dw_bias = parameters[0], convolution_bias(parameters[1], x)
     convolved = (
         kept[0] if kept else ops.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
     )

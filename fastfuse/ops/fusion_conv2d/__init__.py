@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import cpu_refusal, is_tracing, requested_backend, select
-from fastfuse.ops.autocast import cast_dtype, cast_for_autocast
+from fastfuse.ops.autocast import cast_dtype, cast_for_autocast, vector_for_autocast
 from fastfuse.ops.checks import (
     check_constants,
     check_convolved_size,
+    check_count,
     check_features,
     check_padding,
     check_same_kind,
@@ -60,7 +61,7 @@ def fusion_conv2d(
         features: levels (N, C_i, H_i, W_i) of one N, device and dtype (float64, float32, bfloat16
             or float16), any strides, of any sizes, larger ones than the target too.
         weight: (C_out, sum C_i, k, k), k odd, in the features' dtype.
-        bias: (C_out,) or None.
+        bias: (C_out,), in the features' dtype or float32 beside narrower ones, or None.
         size: (H, W) the levels are brought to, in pixels; None: the largest height and the largest
             width among them.
         mean, std: constants, one per level: floats or a 1-D floating-point tensor on the features'
@@ -70,8 +71,8 @@ def fusion_conv2d(
 
     Returns:
         (N, C_out, H + 2 * padding - (k - 1), W + 2 * padding - (k - 1)) in the features' dtype and
-        in the memory format of the first feature whose strides tell. Under autocast features,
-        weight and bias are cast to its dtype, mean and std are not.
+        in the memory format of the first feature whose strides tell. Under autocast features and
+        weight are cast to its dtype; bias, mean and std are not.
 
     Raises:
         TypeError: features is not a sequence of tensors, or an argument has a wrong type.
@@ -90,17 +91,15 @@ def fusion_conv2d(
     """
     features = feature_list(NAME, features)
     _check_weight(weight)
-    optional = [] if bias is None else [bias]
-    for tensor in optional:
-        check_tensor(NAME, "bias", tensor)
-    weight, *features = cast_for_autocast([weight, *features, *optional])
-    bias = features.pop() if optional else None
+    if bias is not None:
+        check_tensor(NAME, "bias", bias)
+    weight, *features = cast_for_autocast([weight, *features])
     check_features(NAME, features)
     _check_channels(features, weight)
     check_same_kind(NAME, "weight", weight, features[0])
     if bias is not None:
-        meaning = "one value per output channel"
-        check_vector(NAME, "bias", bias, weight.shape[0], meaning, features[0])
+        bias, meaning = vector_for_autocast(bias, features[0]), "one value per output channel"
+        check_vector(NAME, "bias", bias, weight.shape[0], meaning, features[0], wide=True)
     padding = check_padding(NAME, padding, weight.shape[2])
     height, width = check_size(NAME, size, features)
     check_convolved_size(NAME, (height, width), weight.shape[2], padding)
@@ -116,6 +115,7 @@ def fusion_conv2d(
 def _reference(
     features: Sequence[Tensor], weight: Tensor, bias: Any, height: int, width: int, *rest: Any
 ) -> Tensor:
+    bias = None if bias is None else bias.to(weight.dtype)
     return reference(features, weight, bias, (height, width), *rest)
 
 
@@ -183,6 +183,8 @@ def _check_weight(weight: Tensor) -> None:
         raise ValueError(f"{NAME}: weight must have at least 1 output channel; got shape {shape}")
     if shape[2] != shape[3] or shape[2] % 2 == 0:
         raise ValueError(f"{NAME}: weight must have a square kernel of odd size; got shape {shape}")
+    taps = shape[0] * shape[2] ** 2
+    check_count(NAME, "weight", "taps, of all output channels,", taps, weight.device)
 
 
 def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:
@@ -195,4 +197,6 @@ def _check_channels(features: Sequence[Tensor], weight: Tensor) -> None:
         )
 
 
-OPERATION = Operation(forward, _reference, samples, takes_size=True, routes=_routes)
+OPERATION = Operation(
+    forward, _reference, samples, keeps_vectors=True, takes_size=True, routes=_routes
+)

@@ -1,7 +1,8 @@
 """fusion_conv2d and its gradients, from matrix products, convolutions and tap sums.
 
 A static plan says which levels are convolved at their own resolution and which at the target's, and
-three strategies do it: OwnResolution, LibraryConvolution and WinogradConvolution.
+a strategy for each does it: OwnResolution, and LibraryConvolution, CudnnConvolution or
+WinogradConvolution.
 
 Everything inside is channels_last: there a feature is a matrix (pixels, channels), and the taps of
 a level are one product with its weights. Where the device does not multiply the dtype of the
@@ -24,6 +25,7 @@ from fastfuse.ops.fusion_conv2d.plan import plan_of
 from fastfuse.ops.fusion_conv2d.shape import Equalization, FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Strategy
 from fastfuse.ops.fusion_conv2d.target_resolution import (
+    CudnnConvolution,
     LibraryConvolution,
     TargetResolution,
     WinogradConvolution,
@@ -40,7 +42,10 @@ class _Fusion:
 
     def __init__(self, shape: FusionShape, equalization: Equalization, like: Tensor) -> None:
         plan = plan_of(shape, like)
-        kind = WinogradConvolution if plan.winograd else LibraryConvolution
+        policy = policy_of(like.device.type)
+        kind: type[TargetResolution] = CudnnConvolution if policy.cudnn else LibraryConvolution
+        if plan.winograd:
+            kind = WinogradConvolution
         self.equalization = equalization
         self.target: TargetResolution | None = None
         self.own: OwnResolution | None = None
@@ -48,7 +53,9 @@ class _Fusion:
             self.target = kind(shape, equalization, plan.target)
         if plan.own:
             self.own = OwnResolution(shape, equalization, plan.own)
-        self.product_dtype = policy_of(like.device.type).product_dtype(like.dtype)
+        self.product_dtype = policy.product_dtype(like.dtype)
+        # cuDNN's convolution has no bias: it would be a pass of its own, and a rounding.
+        self.adds_bias_last = policy.cudnn and self.own is not None
 
     @property
     def strategies(self) -> list[Strategy]:
@@ -96,13 +103,13 @@ def forward(
     dtype = weight.dtype
     fusion = _Fusion(shape, Equalization.of(mean, std, dtype), weight)
     weight = weight.to(fusion.product_dtype)
-    bias = None if bias is None else bias.to(fusion.product_dtype)
     features = fusion.prepared(features)
 
-    onto = None if fusion.target is None else fusion.target.forward(features, weight, bias)
-    if fusion.own is None and onto is not None and onto.scale is None:
+    of_target = None if fusion.adds_bias_last else bias
+    onto = None if fusion.target is None else fusion.target.forward(features, weight, of_target)
+    if fusion.own is None and onto is not None and onto.level is None:
         return _result(onto.value, dtype, channels_last)
-    has_bias = onto is not None and onto.scale is None
+    has_bias = onto is not None and onto.level is None and not fusion.adds_bias_last
     own = fusion.own or OwnResolution(shape, fusion.equalization, ())  # to scale and add alone
     rest = None
     if bias is not None and not has_bias:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
-from fastfuse.ops.layout import as_matrix
+from fastfuse.ops.layout import as_image, as_matrix
+from fastfuse.ops.matmul import wide_dtype, wide_product
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -37,32 +38,27 @@ class OwnResolution(Strategy):
 
         The bias (C_out,) is in the accumulation dtype.
         """
-        shape, inverse_std = self.shape, self.equalization.inverse_std
+        shape = self.shape
         out = empty(shape.out_shape, weight, torch.channels_last) if onto is None else onto.value
-        in_parts = self._in_parts(out)
-        scales = None
-        if inverse_std is not None:
-            base = None if onto is None else onto.scale
-            levels = [*self.levels, *in_parts]
-            scales = torch.cat(
-                [
-                    inverse_std.new_ones(1) if base is None else base,
-                    *(inverse_std[i : i + 1] for i in levels),
-                ]
-            )
+        exact = self._exact(out)
+        wide = wide_dtype(out) != out.dtype
+        in_parts = [] if wide else exact
+        scales = self._scales(onto, in_parts)
         memory = _Taps(shape, self.levels, out)
         for chunk in memory.chunks():
             taps_of_levels = memory.by_level(chunk)
             remainders = []
             for i, taps in taps_of_levels.items():
-                products = _tap_weights(weight, chunk, shape.slice_of(i))
-                if i in in_parts:
-                    exact = torch.mm(as_matrix(features[i]).float(), products.t().float())
-                    as_matrix(taps).copy_(exact)
-                    remainders.append(torch.empty_like(taps))
-                    as_matrix(remainders[-1]).copy_(exact - as_matrix(taps))
+                x, products = as_matrix(features[i]), _tap_weights(weight, chunk, shape.slice_of(i))
+                if i not in exact:
+                    torch.mm(x, products.t(), out=as_matrix(taps))
+                elif wide:
+                    taps_of_levels[i] = as_image(wide_product(x, products.t()), taps.shape)
                 else:
-                    torch.mm(as_matrix(features[i]), products.t(), out=as_matrix(taps))
+                    sums = torch.mm(x.float(), products.t().float())
+                    as_matrix(taps).copy_(sums)
+                    remainders.append(torch.empty_like(taps))
+                    as_matrix(remainders[-1]).copy_(sums - as_matrix(taps))
             torch.ops.fastfuse.tap_sum_into(
                 out[:, chunk],
                 [*taps_of_levels.values(), *remainders],
@@ -74,9 +70,28 @@ class OwnResolution(Strategy):
             )
         return out
 
-    def _in_parts(self, out: Tensor) -> list[int]:
-        """Small levels, whose taps count many times: in narrow dtypes what rounding takes from them
-        is summed too."""
+    def _scales(self, onto: Scaled | None, in_parts: Sequence[int]) -> Tensor | None:
+        """1 / std of what is there and of every level: a slice of them where they are in order."""
+        inverse_std = self.equalization.inverse_std
+        if inverse_std is None:
+            return None
+        levels = [*self.levels, *in_parts]
+        if onto is not None:
+            base = onto.level
+        else:  # nothing is there, and its factor not read
+            base = levels[0] - 1 if levels and levels[0] > 0 else None
+        if base is None:
+            first = inverse_std.new_ones(1)
+        else:
+            end = base + 1 + len(levels)
+            if levels == list(range(base + 1, end)):
+                return inverse_std[base:end]
+            first = inverse_std[base : base + 1]
+        return torch.cat([first, *(inverse_std[i : i + 1] for i in levels)])
+
+    def _exact(self, out: Tensor) -> list[int]:
+        """Small levels, whose taps count many times: in narrow dtypes these are kept in float32
+        where the library gives them so, else what rounding takes from them is summed too."""
         if out.dtype in (torch.float32, torch.float64):
             return []
         height, width = self.shape.size
@@ -113,7 +128,7 @@ class OwnResolution(Strategy):
                     else:
                         torch.addmm(x_gradient, as_matrix(taps), products, out=x_gradient)
                 if gradients.weight is not None:
-                    products = torch.mm(as_matrix(taps).t(), as_matrix(features[i]))
+                    products = wide_product(as_matrix(taps).t(), as_matrix(features[i]))
                     gradients.write_weight(i, chunk, products)
 
     def described(self, products: str, sums: str) -> str:

@@ -3,13 +3,13 @@
 A static rule, by counted work, in multiply-adds (MACs) of a large matrix product:
 
 - at its own resolution a level of h x w pixels costs ``k * k * h * w * C_out * C_in``, and as much
-  as ``tap_macs`` more per tap value, written and read once, and ``sum_macs`` per value of the
-  result, which ``tap_sum`` computes from the taps;
+  as ``tap_macs`` more per tap value, written and read once, and per value of the result, which
+  ``tap_sum`` computes from the taps, ``sum_macs`` and ``sum_tap_macs`` for each of k * k taps;
 - at the target's resolution it costs ``m * H * W * C_out * C_in``, m = k * k, or ``winograd_macs``
   where a 3x3 convolution runs by Winograd's F(4x4, 3x3) (2.25, and its transforms), and
   ``upsample_macs`` per upsampled value if it has another size.
 
-The constants are the policy's; results do not hang on their digits.
+The constants are the policy's, by dtype; results do not hang on their digits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.costs import FusionCosts
+from fastfuse.ops.fusion_conv2d import cudnn, winograd
 from fastfuse.ops.fusion_conv2d.shape import FusionShape
-from fastfuse.ops.policy import Policy, policy_of
+from fastfuse.ops.policy import policy_of
 
 __all__ = ["Plan", "make_plan", "plan_of"]
 
@@ -45,11 +47,13 @@ def make_plan(
     target: tuple[int, int],
     kernel_size: int,
     winograd: bool,
-    policy: Policy,
+    winograd_macs: float,
+    costs: FusionCosts,
 ) -> Plan:
     """The plan for levels of ``channels`` and ``sizes``, fused at the size ``target``."""
     taps, pixels = kernel_size**2, target[0] * target[1]
-    per_pixel = policy.winograd_macs if winograd else taps
+    per_pixel = winograd_macs if winograd else taps
+    per_sum = costs.sum_macs + taps * costs.sum_tap_macs
     at_target: list[int] = []
     at_own: list[int] = []
     for i, (c, size) in enumerate(zip(channels, sizes, strict=True)):
@@ -58,8 +62,8 @@ def make_plan(
         if tuple(size) == tuple(target):
             at_target.append(i)
             continue
-        own = taps * size[0] * size[1] * (c + policy.tap_macs) + pixels * policy.sum_macs
-        upsampled = pixels * (per_pixel * c + policy.upsample_macs * c / max(out_channels, 1))
+        own = taps * size[0] * size[1] * (c + costs.tap_macs) + pixels * per_sum
+        upsampled = pixels * (per_pixel * c + costs.upsample_macs * c / max(out_channels, 1))
         (at_own if own < upsampled else at_target).append(i)
     return Plan(tuple(at_target), tuple(at_own))
 
@@ -67,11 +71,15 @@ def make_plan(
 def plan_of(shape: FusionShape, like: Tensor) -> Plan:
     """The plan for tensors like one."""
     device = like.device.type
+    policy = policy_of(device)
+    costs = policy.fusion_costs[like.dtype]
+    if policy.tf32_costs is not None and like.dtype == torch.float32 and cudnn.allows_tf32():
+        costs = policy.tf32_costs
 
     def plan(fewer_products: bool) -> Plan:
         return make_plan(
             shape.channels, shape.sizes, shape.out_channels, shape.size, shape.kernel_size,
-            fewer_products, policy_of(device),
+            fewer_products, policy.winograd_macs, costs,
         )  # fmt: skip
 
     chosen = plan(True)

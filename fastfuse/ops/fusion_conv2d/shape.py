@@ -134,7 +134,7 @@ class Equalization:
         accumulation = accumulation_dtype(dtype)
         return cls(
             None if mean is None else mean.to(accumulation),
-            None if std is None else std.to(torch.float64).reciprocal().to(accumulation),
+            None if std is None else _inverse(std, accumulation),
         )
 
     def mean_and_std(self, levels: Sequence[int]) -> tuple[Tensor | None, Tensor | None]:
@@ -162,6 +162,14 @@ class Equalization:
             [feature], *size, center, None, False,
             channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
         )  # fmt: skip
+
+
+def _inverse(std: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / std, rounded to a dtype. (What float64 gives of float32, which has less than half its
+    digits, rounds to what float32 gives.)"""
+    if std.dtype != dtype:
+        std = std.to(torch.float64)
+    return std.reciprocal().to(dtype)
 
 
 @dataclass

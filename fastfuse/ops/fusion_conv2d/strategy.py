@@ -18,11 +18,11 @@ __all__ = ["Scaled", "Strategy"]
 
 @dataclass(frozen=True)
 class Scaled:
-    """A convolution that is still to be multiplied by ``scale``, of shape (1,), unless None; the
-    bias comes after that."""
+    """A convolution that is still to be multiplied by 1 / std of a ``level``, unless None; the bias
+    comes after that."""
 
     value: Tensor
-    scale: Tensor | None
+    level: int | None
 
 
 class Strategy:

@@ -3,21 +3,19 @@ product, or by Winograd's algorithm."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d import cudnn, winograd
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
 from fastfuse.ops.layout import as_matrix, to_memory_format
 from fastfuse.ops.matmul import matmul_into
 from fastfuse.ops.memory import empty
 
-__all__ = ["LibraryConvolution", "TargetResolution", "WinogradConvolution"]
+__all__ = ["CudnnConvolution", "LibraryConvolution", "TargetResolution", "WinogradConvolution"]
 
 
 class TargetResolution(Strategy):
@@ -33,8 +31,8 @@ class TargetResolution(Strategy):
         return resized or (len(self.levels) > 1 and not self.takes_several)
 
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
-        """The levels' convolution in the dtype of the weight; with the bias unless it is still to
-        be scaled."""
+        """The levels' convolution in the dtype of the weight; with the bias, of that or a wider
+        dtype, unless it is still to be scaled."""
         raise NotImplementedError
 
     def _inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -87,13 +85,14 @@ class LibraryConvolution(TargetResolution):
         return self.shape.kernel_size == 1 and self.shape.padding == 0
 
     @property
-    def _scale(self) -> Tensor | None:
-        """1 / std where it is left to do: of the one level there is then."""
-        return None if self.equalizes_first else self.equalization.scale(self.levels[0])
+    def _scaled_level(self) -> int | None:
+        """The level whose 1 / std is left to do: the one there is then."""
+        equalized = self.equalizes_first or self.equalization.inverse_std is None
+        return None if equalized else self.levels[0]
 
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
-        shape, scale = self.shape, self._scale
-        bias = bias if scale is None else None
+        shape, level = self.shape, self._scaled_level
+        bias = bias if level is None else None
         weights = self._weights(weight, self.levels)
         if self.is_product:
             out = empty(shape.out_shape, weight, torch.channels_last)
@@ -101,13 +100,16 @@ class LibraryConvolution(TargetResolution):
                 (x,), center = self._inputs(features), None
             else:
                 x, center = features[self.levels[0]], self.equalization.center(self.levels[0])
+            bias = None if bias is None else bias.to(weight.dtype)
             matmul_into(as_matrix(out), as_matrix(x), weights[:, :, 0, 0], bias, center)
-            return Scaled(out, scale)
+            return Scaled(out, level)
         (x,) = self._inputs(features)
-        with _deterministic(x.device):
-            weights = to_memory_format(weights, True)
-            out = torch.conv2d(x.to(weight.dtype), weights, bias, padding=shape.padding)
-        return Scaled(to_memory_format(out, True), scale)  # of one channel it may come contiguous
+        out = self._convolve(x.to(weight.dtype), to_memory_format(weights, True), bias)
+        return Scaled(to_memory_format(out, True), level)  # of one channel it may come contiguous
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
+        return torch.conv2d(x, weight, bias, padding=self.shape.padding)
 
     def backward(
         self,
@@ -116,32 +118,49 @@ class LibraryConvolution(TargetResolution):
         weight: Tensor | None,
         gradients: Gradients,
     ) -> None:
-        shape, scale, wanted = self.shape, self._scale, gradients.wanted_of(self.levels)
-        channels = sum(shape.channels[i] for i in self.levels)
-        # Where a tensor is not needed only its shape counts.
+        level, wanted = self._scaled_level, gradients.wanted_of(self.levels)
+        scale = None if level is None else self.equalization.scale(level)
+        x = weights = None
         if gradients.weight is not None:
             x = self._inputs(features)[0].to(grad_output.dtype)
-        else:
-            x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
         if wanted:
             assert weight is not None
             weights = to_memory_format(self._weights(weight, self.levels), True)
-        else:
-            kernel = shape.kernel_size, shape.kernel_size
-            weights = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
-        with _deterministic(grad_output.device):
-            x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
-                grad_output, x, weights, None, [1, 1], [shape.padding] * 2, [1, 1], False, [0, 0],
-                1, [bool(wanted), gradients.weight is not None, False],
-            )  # fmt: skip
-        if gradients.weight is not None:
-            pieces = self._split(_multiplied(w_gradient, scale), 1)
+        x_gradient, taps = self._gradients(grad_output, x, weights)
+        if taps is not None:
+            pieces = self._split(self._multiplied(taps, scale), -1)
             for i, piece in zip(self.levels, pieces, strict=True):
-                gradients.weight[:, shape.slice_of(i)] = piece
-        if wanted and self.equalizes_first:
+                gradients.write_weight(i, slice(None), piece)
+        if x_gradient is None:
+            return
+        if self.equalizes_first:
             self._to_levels(x_gradient, gradients)
-        elif wanted:
-            gradients.found[self.levels[0]] = _multiplied(x_gradient, scale)
+        else:
+            gradients.found[self.levels[0]] = self._multiplied(x_gradient, scale)
+
+    def _multiplied(self, fresh: Tensor, scale: Tensor | None) -> Tensor:
+        """In the accumulation dtype, which is that of ``scale``, and rounded once."""
+        return fresh if scale is None else (fresh * scale).to(fresh.dtype)
+
+    def _gradients(
+        self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the input, if there is a weight, and of the weight, if there is an input: the latter
+        tap-major, (..., C_out, C_in)."""
+        shape = self.shape
+        channels = sum(shape.channels[i] for i in self.levels)
+        wanted = [weight is not None, x is not None, False]
+        # Where a tensor is not needed only its shape counts.
+        if x is None:
+            x = grad_output.new_empty(1).expand(shape.batch, channels, *shape.size)
+        if weight is None:
+            kernel = shape.kernel_size, shape.kernel_size
+            weight = grad_output.new_empty(1).expand(shape.out_channels, channels, *kernel)
+        x_gradient, w_gradient, _ = torch.ops.aten.convolution_backward(
+            grad_output, x, weight, None, [1, 1], [shape.padding] * 2, [1, 1], False, [0, 0],
+            1, wanted,
+        )  # fmt: skip
+        return x_gradient, None if w_gradient is None else w_gradient.permute(2, 3, 0, 1)
 
     def described(self, products: str, sums: str) -> str:
         return (
@@ -151,40 +170,27 @@ class LibraryConvolution(TargetResolution):
         )
 
 
-def _multiplied(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    """In the accumulation dtype, which is that of ``scale``, and rounded once."""
-    return tensor if scale is None else (tensor * scale).to(tensor.dtype)
+class CudnnConvolution(LibraryConvolution):
+    """By settings of the call, and with the weight's gradient from products."""
 
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return cudnn.convolve(x, weight, bias, self.shape.padding)
 
-class _Deterministic:
-    """A context in which cuDNN's convolutions give the same bits every time.
+    def _multiplied(self, fresh: Tensor, scale: Tensor | None) -> Tensor:
+        """In one pass: there PyTorch's kernels take tensors of two dtypes."""
+        return fresh if scale is None else fresh.mul_(scale)
 
-    The setting is the process's, and threads may be inside together: the first to enter keeps what
-    it was, the last to leave restores it.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.inside, self.usual = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.inside == 0:
-                self.usual = torch.backends.cudnn.deterministic
-                torch.backends.cudnn.deterministic = True
-            self.inside += 1
-
-    def __exit__(self, *exc_info: object) -> None:
-        with self.lock:
-            self.inside -= 1
-            if self.inside == 0:
-                torch.backends.cudnn.deterministic = self.usual
-
-
-_DETERMINISTIC = _Deterministic()
-
-
-def _deterministic(device: torch.device) -> AbstractContextManager[None]:
-    return _DETERMINISTIC if device.type == "cuda" else nullcontext()
+    def _gradients(
+        self, grad_output: Tensor, x: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        kernel_size, padding = self.shape.kernel_size, self.shape.padding
+        x_gradient = taps = None
+        if x is not None:
+            taps = cudnn.weight_gradient(grad_output, x, kernel_size, padding)
+        if weight is not None:
+            x_gradient = cudnn.input_gradient(grad_output, weight, padding)
+            x_gradient = to_memory_format(x_gradient, True)
+        return x_gradient, taps
 
 
 # ---- Winograd's algorithm -----------------------------------------------------------------------

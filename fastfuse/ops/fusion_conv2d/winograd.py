@@ -136,7 +136,7 @@ def convolve(
 ) -> None:
     """out = the convolution of inputs, concatenated, with a transformed weight (36, C_out, C_in).
 
-    Images are channels_last, the bias in their dtype.
+    Images are channels_last.
     """
     bias = None if bias is None else bias.to(accumulation_dtype(out.dtype))
     size = (out.shape[2], out.shape[3])

@@ -57,7 +57,7 @@ def lr_ced_block(
         norm_weight, norm_bias, norm2_weight, norm2_bias: (C,).
         fc1_weight, fc1_bias: (hidden, C) and (hidden,); hidden is 4 C in the paper.
         fc2_weight, fc2_bias: (C, hidden) and (C,).
-        layer_scale: (C,), gamma; None: 1.
+        layer_scale: (C,), gamma; None: 1. Vectors are in x's dtype, or float32 beside a narrower x.
         keep: (N,), a constant: the factor of each sample's branch under stochastic depth, already
             divided by the probability to be kept; 0 drops the branch. None: 1.
         dilation: of DW2, in pixels, at least 1.
@@ -67,7 +67,7 @@ def lr_ced_block(
 
     Returns:
         (N, C, H, W) in x's dtype and memory format. Under autocast x and the weights of
-        convolutions and products are cast to its dtype; biases, norms and scale need not be.
+        convolutions and products are cast to its dtype; biases, norms and scale are not.
 
     Raises:
         TypeError: an argument is not a tensor, dilation not an int, or eps not a number.

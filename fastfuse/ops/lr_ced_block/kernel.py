@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias, to_accumulation
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -45,7 +45,8 @@ class _Step:
 
     def forward(self, x: Tensor, keeping: bool) -> tuple[Tensor, Tensor]:
         """The convolution's result, if it is kept, and the step's."""
-        convolved = _convolve(x, self.weight, self.bias, self.dilation)
+        bias = convolution_bias(self.bias, x)
+        convolved = _convolve(x, self.weight, bias, self.dilation)
         # Each pixel is read before it is written: fresh memory is slow.
         out = empty(x.shape, x, torch.channels_last) if keeping else convolved
         torch.ops.fastfuse.layer_norm_into(

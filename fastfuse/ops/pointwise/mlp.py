@@ -16,11 +16,26 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
-from fastfuse.ops.matmul import MatmulRoute, MatmulWeight, RowBuffer
+from fastfuse.ops.matmul import (
+    MatmulRoute,
+    MatmulWeight,
+    RowBuffer,
+    wide_dtype,
+    wide_product,
+)
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Mlp", "MlpGradients", "Norm", "backward", "forward", "mlp_route", "to_accumulation"]
+__all__ = [
+    "Mlp",
+    "MlpGradients",
+    "Norm",
+    "backward",
+    "convolution_bias",
+    "forward",
+    "mlp_route",
+    "to_accumulation",
+]
 
 ROW_MULTIPLE = 128
 
@@ -38,6 +53,11 @@ def to_accumulation(vector: Tensor | None) -> Tensor | None:
     if vector is None:
         return None
     return vector.to(accumulation_dtype(vector.dtype)).contiguous()
+
+
+def convolution_bias(bias: Tensor, x: Tensor) -> Tensor:
+    """The bias as the depthwise convolution of x takes it: the CPU kernels in x's dtype."""
+    return bias.to(x.dtype) if x.device.type == "cpu" else bias
 
 
 @dataclass(frozen=True)
@@ -163,21 +183,22 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
 
 
 class _Sum:
-    """The sum over chunks of products a^T b, in the accumulation dtype if there are several."""
+    """The sum over chunks of products a^T b, in the accumulation dtype if there are several, or if
+    the library gives it."""
 
     def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        self.product = empty((rows, columns), like)
+        self.product = empty((rows, columns), like.new_empty(0, dtype=wide_dtype(like)))
         self.total: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if self.total is None:
-            self.total = torch.mm(a.t(), b, out=self.product)
-        elif self.product.dtype in (torch.float32, torch.float64):
+            self.total = wide_product(a.t(), b, self.product)
+        elif a.dtype in (torch.float32, torch.float64):
             torch.addmm(self.total, a.t(), b, out=self.total)
         else:
             if self.total is self.product:
-                self.total = self.product.float()
-            self.total.add_(torch.mm(a.t(), b, out=self.product))
+                self.total = self.product.to(torch.float32, copy=True)
+            self.total.add_(wide_product(a.t(), b, self.product))
 
     def result(self) -> Tensor:
         return self.product.zero_() if self.total is None else self.total

@@ -87,7 +87,7 @@ def tap_sum(
         check_vector(NAME, "offsets", offsets, taps.shape[1], "one value per channel of taps", taps)
     else:
         (taps,) = cast_for_autocast([taps])
-    height, width = check_size(NAME, size)
+    height, width = check_size(NAME, size, like=taps)
     check_convolved_size(NAME, (height, width), kernel_size, padding)
     return OPERATION.run(
         select(OPERATION, taps), taps.device.type,

@@ -62,7 +62,7 @@ def upsample_argmax(
         raise ValueError(
             f"{NAME}: logits must have at least 1 class; got shape {tuple(logits.shape)}"
         )
-    height, width = check_size(NAME, size)
+    height, width = check_size(NAME, size, like=logits)
     logits = logits.detach()
     backend = select(OPERATION, logits)
     if backend == "reference":

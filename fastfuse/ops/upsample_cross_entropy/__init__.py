@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype, is_transformed, select
 from fastfuse.ops.autocast import without_autocast
-from fastfuse.ops.checks import check_feature_map, check_ints, check_tensor, check_vector
+from fastfuse.ops.checks import (
+    check_count,
+    check_feature_map,
+    check_ints,
+    check_tensor,
+    check_vector,
+)
 from fastfuse.ops.define import Operation
 from fastfuse.ops.upsample_cross_entropy.autograd import forward
 from fastfuse.ops.upsample_cross_entropy.reference import reference
@@ -146,6 +152,7 @@ def _check_target(logits: Tensor, target: Tensor) -> None:
             f"{NAME}: target must be at least 1 pixel high and wide; "
             f"got shape {tuple(target.shape)}"
         )
+    check_count(NAME, "target", "pixels, of all samples,", target.numel(), logits.device)
     if target.dtype != torch.int64:
         name = str(target.dtype).removeprefix("torch.")
         raise ValueError(f"{NAME}: target must be int64; got {name}")

@@ -425,10 +425,37 @@ def test_autocast(any_backend: str, recompute: bool, channels_last: bool, block:
     results = with_gradients(call, inputs, cotangent)
     assert results[0].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in results[1:])
-    doubles = [t.bfloat16().double() for t in inputs]
+    doubles = [(t.bfloat16() if t.dim() > 1 else t).double() for t in inputs]
     expected = with_gradients(block.reference, doubles, cotangent.double(), keep=keep.double())
     for result, exact in zip(results, expected, strict=True):
         assert relative_error(result, exact) <= tolerance(torch.bfloat16, reduction=60, roundings=4)
+
+
+@both_blocks
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_vectors(dtype: torch.dtype, recompute: bool, block: Block) -> None:
+    """Beside narrow images, autocast or not: they are read as they are, and so are gradients."""
+    wide = block.inputs()
+    inputs = [t.to(dtype) if t.dim() > 1 else t for t in wide]
+    (cotangent,) = images((2, 8, 5, 6), dtype=dtype)
+    keep = torch.tensor([0.5, 2.0])
+
+    def call(*tensors: Tensor) -> Tensor:
+        return block.call(*tensors, keep, recompute=recompute)
+
+    def under_autocast(*tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return call(*tensors)
+
+    results = with_gradients(call, inputs, cotangent)
+    again = with_gradients(under_autocast, inputs, cotangent)
+    assert all(torch.equal(a, b) for a, b in zip(again, results, strict=True))
+    assert [g.dtype for g in results[1:]] == [t.dtype for t in inputs]
+    doubles = [t.double() for t in inputs]
+    expected = with_gradients(block.reference, doubles, cotangent.double(), keep=keep.double())
+    for result, exact in zip(results, expected, strict=True):
+        assert relative_error(result, exact) <= tolerance(dtype, reduction=60, roundings=4)
 
 
 @both_blocks

@@ -230,6 +230,18 @@ def test_bad_input_under_autocast(case: str) -> None:
     assert str(raised.value).startswith(f"{OP}: ")
 
 
+def test_a_bias_that_is_too_wide(any_backend: str) -> None:
+    """float32 beside narrow features is right, and the same as under autocast."""
+    features, weight = [f.bfloat16() for f in _levels()], _weight().bfloat16()
+    expected = r"^fusion_conv2d: bias must have the input's dtype bfloat16 or float32; got float64"
+    with pytest.raises(ValueError, match=expected):
+        _call(features, weight, torch.zeros(6).double())
+    bias = torch.randn(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _call(_levels(), weight, bias)
+    assert found.dtype == _call(features, weight, bias).dtype == torch.bfloat16
+
+
 def test_mixed_dtypes_are_fine_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = _call(weight=_weight().half(), bias=torch.zeros(6).bfloat16())
