@@ -37,9 +37,8 @@ _MACS = {
 }
 _TF32_MACS = 200e12
 # Machine code of tap_sum's forward kernel (sm_90, channels_last), for each value of the result and
-# level: 8 k^2 + 9 k instructions in two-byte dtypes, 7 k^2 + 14 k in four-byte ones, as lines
-# through k = 1 and 3.
-_SUM, _SUM_TAP = {2: 7.0, 4: 11.0, 8: 22.0}, {2: 10.2, 4: 10.5, 8: 21.0}
+# level: _SUM + _SUM_TAP k^2 instructions, by bytes of an element, at ratios of 2, 4 and 8.
+_SUM, _SUM_TAP = {2: 12.7, 4: 16.9, 8: 33.8}, {2: 4.5, 4: 4.6, 8: 9.2}
 
 
 def _gpu_costs(itemsize: int, macs: float) -> FusionCosts:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastfuse.ops.launch_triton import Launch, cdiv, planned, power_of_two
 
-__all__ = ["add_partial_sums", "part_of", "partial_sums", "split_of", "splits_of"]
+__all__ = ["add_partial_sums", "are_few", "part_of", "partial_sums", "split_of", "splits_of"]
 
 # Fewer programs leave multiprocessors of today's devices idle; of as many as are wanted each has
 # several, whose loads hide each other's.
@@ -27,9 +27,14 @@ BLOCK = 32  # values of a program that adds them
 NUM_WARPS = 4
 
 
+def are_few(programs: int) -> bool:
+    """Whether they leave multiprocessors idle."""
+    return programs < FEW_PROGRAMS
+
+
 def splits_of(programs: int, rows: int) -> int:
     """Into how many parts to split ``rows`` target rows, where so many programs take all of one."""
-    if programs >= FEW_PROGRAMS:
+    if not are_few(programs):
         return 1
     splits = min(cdiv(WANTED_PROGRAMS, programs), rows, MAX_SPLITS)
     return cdiv(rows, cdiv(rows, splits))  # none is empty

@@ -6,6 +6,7 @@ backward kernel is the gather of the adjoint: programs own tiles of source pixel
 fixed order and without atomics, the target pixels that read them. Both move each byte of the wide
 side once from memory; neighbouring programs find shared rows in the L2 cache.
 """
+# ruff: noqa: RUF005  (kernels keep a block per tap in a tuple, and Triton knows no unpacking)
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fastfuse.ops.bilinear_triton import (
     NUM_WARPS,
+    SPECIALIZED_MULTIPLE,
     check_plane,
     dense_offset,
     load_interpolated,
@@ -31,6 +33,7 @@ from fastfuse.ops.bilinear_triton import (
 from fastfuse.ops.launch_triton import Launch, cdiv, memory_format, planned, power_of_two
 from fastfuse.ops.split_triton import (
     add_partial_sums,
+    are_few,
     part_of,
     partial_sums,
     split_of,
@@ -41,8 +44,9 @@ __all__ = ["backward", "forward"]
 
 NAME = "upsample_equalize_concat"
 
-# Taps summed at once along x: all readers of a source pixel up to a ratio of 8.
-MAX_BLOCK_TAPS = 16
+# Taps summed at once along x: by a thread, where a vector of channels leaves registers for their
+# weights, all readers of a source pixel up to a ratio of 2; by several, up to a ratio of 8.
+MAX_TAPS, MAX_BLOCK_TAPS = 4, 16
 # Four programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
 MAX_REGISTERS = 128
 
@@ -119,8 +123,9 @@ def _backward_kernel(
     ALIGN_CORNERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     SAME_SIZE: tl.constexpr,
+    TAPS: tl.constexpr,  # along x of a thread at once, each for itself
     BLOCK_PIXELS: tl.constexpr,
-    BLOCK_TAPS: tl.constexpr,
+    BLOCK_TAPS: tl.constexpr,  # by threads
     BLOCK_C: tl.constexpr,
 ):
     DTYPE: tl.constexpr = tl.float64 if grad_out.dtype.element_ty == tl.float64 else tl.float32
@@ -143,27 +148,35 @@ def _backward_kernel(
         # The loops run as long as the neediest pixel; the others' surplus is masked.
         rows = tl.max(tl.where(in_pixel, last_y - first_y + 1, 0))
         columns = tl.max(tl.where(in_pixel, last_x - first_x + 1, 0))
-        tap = tl.arange(0, BLOCK_TAPS)[None, :]
-        partial = tl.zeros([BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C], dtype=DTYPE)
         first, end = part_of(split, splits, rows, 1)
-        for row in range(first, end):
-            target_y = first_y + row
-            weight_y = weight_of(target_y, source_y, in_height, height, ALIGN_CORNERS, DTYPE)
-            reads_row = in_pixel & (target_y <= last_y) & (weight_y > 0)  # [BLOCK_PIXELS]
-            row_start = target_y.to(tl.int64) * stride_h
-            for column in range(0, columns, BLOCK_TAPS):
-                target_x = first_x[:, None] + column + tap  # [BLOCK_PIXELS, BLOCK_TAPS]
+        block = tl.arange(0, BLOCK_TAPS)[None, :]
+        partial = tl.zeros([BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C], dtype=DTYPE)
+        for column in range(0, columns, TAPS * BLOCK_TAPS):
+            # Along x: what is read in every row, and its weights.
+            weights, offsets, masks = (0,) * TAPS, (0,) * TAPS, (0,) * TAPS
+            for tap in tl.static_range(TAPS):
+                # [BLOCK_PIXELS, BLOCK_TAPS]
+                target_x = first_x[:, None] + (column + tap * BLOCK_TAPS) + block
                 weight_x = weight_of(
                     target_x, source_x[:, None], in_width, width, ALIGN_CORNERS, DTYPE
                 )
-                reads = reads_row[:, None] & (target_x <= last_x[:, None]) & (weight_x > 0)
-                offset = row_start[:, None] + target_x.to(tl.int64) * stride_w
-                grad = tl.load(
-                    channel_start[None, None, :] + offset[:, :, None],
-                    mask=reads[:, :, None] & in_channel[None, None, :],
-                    other=0.0,
-                )  # [BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C]
-                partial += grad.to(DTYPE) * (weight_x * weight_y[:, None])[:, :, None]
+                weights = weights[1:] + (weight_x,)
+                offsets = offsets[1:] + (target_x.to(tl.int64) * stride_w,)
+                masks = masks[1:] + ((target_x <= last_x[:, None]) & (weight_x > 0),)
+            for row in range(first, end):
+                target_y = first_y + row
+                weight_y = weight_of(target_y, source_y, in_height, height, ALIGN_CORNERS, DTYPE)
+                reads_row = in_pixel & (target_y <= last_y) & (weight_y > 0)  # [BLOCK_PIXELS]
+                row_start = (target_y.to(tl.int64) * stride_h)[:, None]
+                for tap in tl.static_range(TAPS):
+                    grad = tl.load(
+                        channel_start[None, None, :] + (row_start + offsets[tap])[:, :, None],
+                        mask=(reads_row[:, None] & masks[tap])[:, :, None]
+                        & in_channel[None, None, :],
+                        other=0.0,
+                    )  # [BLOCK_PIXELS, BLOCK_TAPS, BLOCK_C]
+                    weight = weights[tap] * weight_y[:, None]
+                    partial += grad.to(DTYPE) * weight[:, :, None]
         total = tl.sum(partial, axis=1)  # [BLOCK_PIXELS, BLOCK_C]
 
     if std is not None:
@@ -252,15 +265,21 @@ def _backward_launch(
     same_size = (in_height, in_width) == (height, width)
     # A source position is read by two times the ratio of targets.
     readers = 1 if same_size else cdiv(2 * width, in_width)
-    block_taps = min(power_of_two(readers), MAX_BLOCK_TAPS)
     pixels = in_height * in_width
-    blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last, block_taps)
+    taps, block_taps = min(readers, MAX_TAPS), 1
+    blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last)
     programs = tiles_of(batch, pixels, channels, blocks)
+    has_vectors = channels_last and channels % SPECIALIZED_MULTIPLE == 0
+    if not has_vectors or are_few(programs):
+        taps, block_taps = 1, min(power_of_two(readers), MAX_BLOCK_TAPS)
+        blocks = tile_shape(pixels, channels, dtype.itemsize, channels_last, block_taps)
+        programs = tiles_of(batch, pixels, channels, blocks)
     splits = 1 if same_size else splits_of(programs, min(cdiv(2 * height, in_height), height))
     constants = {
         "ALIGN_CORNERS": align_corners,
         "CHANNELS_LAST": channels_last,
         "SAME_SIZE": same_size,
+        "TAPS": taps,
         "BLOCK_PIXELS": blocks[0],
         "BLOCK_TAPS": block_taps,
         "BLOCK_C": blocks[1],
