@@ -17,12 +17,14 @@ from measure import Allowance
 __all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "ced_block"
-SHAPES = {  # at 1/4, 1/8 and 1/16 of an image of 512x512
-    "96x128x128": BlockShape(96, 128, 128),
-    "192x64x64": BlockShape(192, 64, 64),
-    "352x32x32": BlockShape(352, 32, 32),
-    "tiny": BlockShape(8, 4, 4),
-}
+SHAPES = ced_blocks.with_batches(
+    {  # at 1/4, 1/8 and 1/16 of an image of 512x512
+        "96x128x128": BlockShape(96, 128, 128),
+        "192x64x64": BlockShape(192, 64, 64),
+        "352x32x32": BlockShape(352, 32, 32),
+        "tiny": BlockShape(8, 4, 4),
+    }
+)
 DETAILED = "192x64x64"
 
 

@@ -17,11 +17,13 @@ from measure import Allowance
 __all__ = ["SHAPES", "Cell", "build", "cells", "work"]
 
 OP = "lr_ced_block"
-SHAPES = {  # at 1/32 of an image of 512x512, and of 800x1280
-    "512x16x16": BlockShape(512, 16, 16, dilation=3),
-    "512x25x40": BlockShape(512, 25, 40, dilation=3),
-    "tiny": BlockShape(8, 4, 4, dilation=3),
-}
+SHAPES = ced_blocks.with_batches(
+    {  # at 1/32 of an image of 512x512, and of 800x1280
+        "512x16x16": BlockShape(512, 16, 16, dilation=3),
+        "512x25x40": BlockShape(512, 25, 40, dilation=3),
+        "tiny": BlockShape(8, 4, 4, dilation=3),
+    }
+)
 DETAILED = "512x25x40"
 
 

@@ -22,7 +22,7 @@ contiguous variants only beside it, for channels_last is the rivals' faster layo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ from counts import kept_bytes
 from measure import Allowance, compare
 from regimes import current_regime
 from torch import Tensor
-from variants import CHANNELS_LAST, EXACT, Variant, random_tensors
+from variants import CHANNELS_LAST, EXACT, TIMED, Variant, random_tensors
 
 import fastfuse
 from fastfuse.ops.ced_block.samples import block_parameters, block_shapes
@@ -58,12 +58,13 @@ KERNEL_SIZE, EPS = 7, 1e-6
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block and its image; ``dilation``: of the second convolution, which LR blocks have."""
+    """A block and its images; ``dilation``: of the second convolution, which LR blocks have."""
 
     channels: int
     height: int
     width: int
     dilation: int | None = None
+    batch: int = 1
 
     @property
     def hidden(self) -> int:
@@ -75,20 +76,35 @@ class BlockShape:
 
     @property
     def image(self) -> tuple[int, int, int, int]:
-        return 1, self.channels, self.height, self.width
+        return self.batch, self.channels, self.height, self.width
 
     @property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         return block_shapes(self.channels, self.hidden, scaled=True, steps=self.steps)
 
 
+BATCH = {"cpu": 1, "cuda": 16}
+
+
+def with_batches(shapes: Mapping[str, BlockShape]) -> dict[str, BlockShape]:
+    """And many images of each but the tiny one."""
+    many = {
+        f"{BATCH['cuda']}x{name}": replace(shape, batch=BATCH["cuda"])
+        for name, shape in shapes.items()
+        if name != TINY
+    }
+    return {**many, **shapes}
+
+
 def cells(
     shapes: Mapping[str, BlockShape], detailed: str, quick: bool, regime: str, device: str
 ) -> list[Cell]:
-    """Of one op. Quick runs measure ``detailed`` forward too."""
+    """Of one op. Quick runs measure ``detailed`` forward too. A GPU has several images of each
+    shape, ``with_batches``."""
     if regime == "huge pages" or (quick and regime != "fresh"):
         return []  # images of fastfuse lie in huge pages anyway
-    main = [shape for shape in shapes if shape != TINY]
+    main = [s for s in shapes if s != TINY and shapes[s].batch == BATCH[device]]
+    detailed = next(s for s in main if shapes[s].image[1:] == shapes[detailed].image[1:])
     if quick:
         modes = (BOTH, FORWARD)
         found = [_quick(detailed, dtype, mode, device) for mode in modes for dtype in DTYPES]
@@ -214,7 +230,8 @@ def moved_bytes(block: BlockShape, dtype: str, mode: str) -> int:
 def conventional_flops(block: BlockShape, mode: str) -> int:
     per_pixel = 2 * 2 * block.channels * block.hidden
     per_pixel += block.steps * 2 * KERNEL_SIZE**2 * block.channels
-    return per_pixel * block.height * block.width * (1 if mode == FORWARD else 3)
+    pixels = block.batch * block.height * block.width
+    return per_pixel * pixels * (1 if mode == FORWARD else 3)
 
 
 def tolerances(block: BlockShape, cell: Cell) -> dict[str, float]:
@@ -228,7 +245,7 @@ def tolerances(block: BlockShape, cell: Cell) -> dict[str, float]:
     found = {"output": tolerance(dtype, roundings=4)}
     if cell.mode == FORWARD:
         return found
-    cancelling = (block.height * block.width) ** 0.5
+    cancelling = (block.batch * block.height * block.width) ** 0.5
     if cell.dtype == "float32":
         of_x = found["output"]
         of_parameters = of_norms = tolerance(dtype, roundings=4, reduction=cancelling)
@@ -270,7 +287,7 @@ def measure_cell(
         tolerances=tolerances(block, cell),
         budget_s=10,
         nbytes=moved_bytes(block, cell.dtype, cell.mode),
-        flops=dict.fromkeys((OURS, KEEPING, *EAGER, *COMPILED), flops),
+        flops=dict.fromkeys((OURS, KEEPING, *EAGER, *COMPILED, *(n + TIMED for n in EAGER)), flops),
         memory=cell.mode == BOTH,
         kept=_kept if cell.mode == BOTH and current_regime() == "fresh" else None,
     )

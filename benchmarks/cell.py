@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from measure import Measurement
 from peak_memory import of_variants
 from regimes import current_regime
-from variants import CHANNELS_LAST, CONTIGUOUS, EXACT, Variant
+from variants import CHANNELS_LAST, CONTIGUOUS, EXACT, TIMED, Variant
 
 __all__ = [
     "BOTH",
@@ -32,6 +33,8 @@ FORWARD, BOTH = "forward", "forward + backward"
 DTYPES = ("float32", "bfloat16")
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 OURS = "fastfuse"
+# Suites whose rivals convolve.
+CONVOLVING = ("ced_block", "depthwise_conv2d", "fusion_conv2d", "lr_ced_block")
 TINY = "tiny"  # the shape whose time is that of checks, choices and autograd
 TINY_ROUNDS = 2000
 
@@ -64,8 +67,22 @@ def tiny_cell(mode: str, rival: str = "eager") -> Cell:
     return Cell(TINY, "float32", mode, ((rival, CONTIGUOUS),), ((OURS, CONTIGUOUS),))
 
 
-def variants_of(cell: Cell, build: Build, device: str) -> list[Variant]:
-    """Ours first; where there are no rivals, eager PyTorch checks them."""
+def _by_timed_algorithms(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with those convolutions of cuDNN that were fastest when it timed them."""
+
+    def run() -> Any:
+        with torch.backends.cudnn.flags(benchmark=True):
+            return call()
+
+    return run
+
+
+def variants_of(cell: Cell, build: Build, device: str, *, convolves: bool = False) -> list[Variant]:
+    """Ours first; where there are no rivals, eager PyTorch checks them.
+
+    On GPUs those that convolve and are not compiled are there a second time, by the algorithms that
+    cuDNN chooses by timing them.
+    """
 
     def variant(name: str, layout: str, **more: Any) -> Variant:
         call = build(name, layout, cell.shape, cell.dtype, cell.mode, device)
@@ -73,7 +90,11 @@ def variants_of(cell: Cell, build: Build, device: str) -> list[Variant]:
 
     variants = [variant(name, layout, rival=False) for name, layout in cell.ours]
     for name, layout in cell.rivals:
-        variants.append(variant(name, layout, optional=name.startswith("compiled")))
+        compiled = name.startswith("compiled")
+        variants.append(variant(name, layout, optional=compiled))
+        if convolves and not compiled and device == "cuda" and cell.shape != TINY:
+            call = _by_timed_algorithms(variants[-1].call)
+            variants.append(replace(variants[-1], name=name + TIMED, call=call))
     if not cell.rivals:
         variants.append(variant("eager", CHANNELS_LAST, timed=False))
     return variants
@@ -105,7 +126,7 @@ def measurement_of(
     names = {"dtype": cell.dtype, "mode": cell.mode, "series": series}
     measures_memory = memory and current_regime() == "fresh"
     measured = Measurement(
-        variants_of(cell, build, device),
+        variants_of(cell, build, device, convolves=op in CONVOLVING),
         info={"op": op, "shape": cell.shape, **(about or {}), **names},
         device=device,
         exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),

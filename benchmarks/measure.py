@@ -107,8 +107,8 @@ def compare(benchmark: Any, measured: Measurement, allowance: Allowance) -> dict
 
     Returns:
         ``benchmark.extra_info``: ``ours`` (title of the faster fastfuse), ``copy_gbs`` (this cell's
-        roof), ``variants`` (median_ms, iqr_ms, speedup of ours over it, gbs, share of the copy
-        roof, gflops, peak_bytes, kept_bytes, wrong), ``left_out``.
+        roof), ``variants`` (median_ms, iqr_ms, host_ms, speedup of ours over it, gbs, share of the
+        copy roof, gflops, peak_bytes, kept_bytes, wrong), ``left_out``.
     """
     allowance.say("checks that the variants agree")
     agreement = check_agreement(
@@ -154,12 +154,14 @@ class Timed:
         call_s: seconds of a call, by its first ones.
         wrong: its tensors that are, and how far they are off.
         seconds: of its call in each round.
+        host_seconds: until it returned to Python.
     """
 
     variant: Variant
     call_s: float
     wrong: str = ""
     seconds: list[float] = field(default_factory=list)
+    host_seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
     @property
@@ -265,6 +267,7 @@ class Rounds:
 
     def _time(self, timed: Timed) -> None:
         timed.seconds.append(self.clock(timed.variant.call))
+        timed.host_seconds.append(self.clock.returned_s)
 
 
 def _settle(timed: Timed, device: str) -> None:
@@ -286,6 +289,13 @@ def settled_call_s(seconds: float) -> float:
     return (calls + 1) * seconds
 
 
+def _host_ms(timed: Timed, measured: Measurement) -> float | None:
+    """Where it is another than the device's."""
+    if measured.device == "cpu" or measured.host:
+        return None
+    return statistics.median(timed.host_seconds) * 1e3
+
+
 def _row(
     timed: Timed, measured: Measurement, ours_s: float, roof: CopyRoof | None
 ) -> dict[str, Any]:
@@ -302,6 +312,7 @@ def _row(
         "median_ms": median * 1e3,
         "iqr_ms": timed.spread * 1e3,
         "min_ms": min(timed.seconds) * 1e3,
+        "host_ms": _host_ms(timed, measured),
         "speedup": median / ours_s,
         "gbs": nbytes / median / 1e9 if nbytes else None,
         "share": nbytes / median / roof.rate if nbytes and roof else None,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import Variant
+from variants import TIMED, Variant
 
 __all__ = ["of_variants", "peak_extra_memory"]
 
@@ -66,7 +66,8 @@ def _server() -> subprocess.Popen[str]:
 def of_variants(
     build: Callable[..., Any], cell: Any, warm_up: Arguments, device: str
 ) -> Callable[[Sequence[Variant]], list[int | None]]:
-    """Peaks of a cell's variants, as ``Measurement`` takes them; None of those that compile.
+    """Peaks of a cell's variants, as ``Measurement`` takes them; None of those that compile or are
+    there twice.
 
     Args:
         build: the suite's function of that name.
@@ -74,7 +75,7 @@ def of_variants(
 
     def memory(variants: Sequence[Variant]) -> list[int | None]:
         where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if not v.optional]
+        known = [v for v in variants if not (v.optional or v.name.endswith(TIMED))]
         cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
         module = build.__module__.rpartition(".")[2]  # pytest imports it as a part of the project
         target = f"{module}:{build.__name__}"

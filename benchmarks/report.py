@@ -163,6 +163,8 @@ def _details(op: str, regime: str, cells: Sequence[dict[str, Any]], rates: Rates
     compute = _any_flops(cells)
     keeps = any(v["kept_bytes"] is not None for c in cells for v in c["variants"])
     columns = ["cell", "variant", "median ms", "spread (IQR) ms", "speedup of fastfuse"]
+    hosts = any(v.get("host_ms") is not None for c in cells for v in c["variants"])
+    columns += ["host ms"] * hosts
     columns += ["GB/s", "of the copy roof"]
     columns += ["GFLOP/s", "of the GEMM rate"] * compute
     columns += ["peak extra MiB"]
@@ -178,6 +180,7 @@ def _details(op: str, regime: str, cells: Sequence[dict[str, Any]], rates: Rates
                     _number(v["median_ms"]),
                     _number(v["iqr_ms"]),
                     _speedup(v, c["ours"]),
+                    *[_number(v.get("host_ms"))] * hosts,
                     _number(v["gbs"]),
                     _percent(v["share"]),
                     *[_number(v["gflops"]), _percent(_gemm_share(c, v, rates))] * compute,

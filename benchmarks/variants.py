@@ -11,9 +11,18 @@ from torch import Tensor
 
 from fastfuse.ops.layout import memory_format
 
-__all__ = ["CHANNELS_LAST", "CONTIGUOUS", "EXACT", "Variant", "random_tensors", "tensors"]
+__all__ = [
+    "CHANNELS_LAST",
+    "CONTIGUOUS",
+    "EXACT",
+    "TIMED",
+    "Variant",
+    "random_tensors",
+    "tensors",
+]
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+TIMED = ", cudnn.benchmark"  # at the end of the names of variants whose algorithms cuDNN timed
 EXACT = "exact"  # the variant that computes in float64
 
 

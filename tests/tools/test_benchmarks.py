@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -139,6 +140,31 @@ def test_float64_does_not_excuse_fastfuse() -> None:
 def test_something_must_be_comparable() -> None:
     with pytest.raises(MismatchError, match="nothing was checked"):
         check_agreement([OURS, _variant(lambda x: x, differs="by definition")], {"output": 1e-6})
+
+
+def test_rivals_that_convolve_are_there_twice_on_a_gpu() -> None:
+    """Once by the algorithms that cuDNN times, whose setting is as it was afterwards."""
+    seen: list[tuple[str, bool]] = []
+
+    def build(name: str, *_: Any) -> Callable[[], Tensor]:
+        return lambda: seen.append((name, torch.backends.cudnn.benchmark)) or torch.ones(1)
+
+    cell = Cell("a shape", "float32", FORWARD, every("eager", "compiled", layouts=LAYOUTS[:1]))
+    before = torch.backends.cudnn.benchmark
+    for variant in variants_of(cell, build, "cuda", convolves=True):
+        variant.call()
+        assert torch.backends.cudnn.benchmark == before
+    assert seen == [("fastfuse", False)] * 2 + [
+        ("eager", False), ("eager", True), ("compiled", False),
+    ]  # fmt: skip
+    assert len(variants_of(cell, build, "cpu", convolves=True)) == 4
+
+
+def test_a_gpu_has_sixteen_images_of_a_block() -> None:
+    for suite, device in product(BLOCKS, ("cpu", "cuda")):
+        of_op = suite.cells(quick=True, regime="fresh", device=device)
+        batches = {suite.SHAPES[cell.shape].batch for cell in of_op if cell.shape != "tiny"}
+        assert batches == {16 if device == "cuda" else 1}
 
 
 def test_an_optional_rival_may_be_missing_and_no_other() -> None:
