@@ -10,12 +10,13 @@
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 #       --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 \
 #       "setuptools>=77" wheel cmake ninja pybind11 rich pytest pytest-benchmark hypothesis \
-#       matplotlib "numpy<2.4"
+#       pytest-xdist matplotlib "numpy<2.4"
 #
-# matplotlib is optional (without it there is no plot). The quick benchmarks of every op are the
-# default; --full takes longer than the rest together, --op verifies and measures only ops of that
-# name. Without --full everything ends within 10 minutes. (The report is written after every cell:
-# what was measured before a limit is in it.)
+# matplotlib (without it there is no plot) and pytest-xdist (without it tests run one after the
+# other) are optional. The quick benchmarks of every op are the default; --full takes longer than
+# the rest together, --op verifies and measures only ops of that name. Without --full everything
+# ends within 9 minutes, for the steps' limits sum up to that. (The report is written after every
+# cell: what was measured before a limit is in it.)
 # --dry-run walks what can run without a GPU: the build, and collecting tests and benchmarks.
 #
 # A step that fails does not stop the others; the exit code then is not zero. OUT_DIR gets gpu.log,
@@ -75,7 +76,7 @@ missing() {
   "$python" - "$@" <<'PYTHON'
 import importlib.util, sys
 
-modules = {"pytest-benchmark": "pytest_benchmark"}
+modules = {"pytest-benchmark": "pytest_benchmark", "pytest-xdist": "xdist"}
 found = (p for p in sys.argv[1:] if importlib.util.find_spec(modules.get(p, p)) is None)
 print(*found)
 PYTHON
@@ -94,11 +95,25 @@ install() { # packages that must be there; then those that may be
     "$python" -m pip install "${from[@]}" "${packages[@]}" || return 1
   fi
   local optional
-  optional=$(missing matplotlib)
-  if [ -n "$optional" ]; then
+  for optional in $(missing matplotlib pytest-xdist); do
     { [ -n "$wheels" ] && "$python" -m pip install "${from[@]}" "$optional"; } ||
-      echo "matplotlib is missing: there will be no plot"
-  fi
+      echo "$optional is missing: there will be no plot, or tests run one after the other"
+  done
+}
+
+# Options that run pytest on several cores, if it can.
+parallel() {
+  local cores
+  cores=$(nproc)
+  [ -n "$(missing pytest-xdist)" ] || echo "-n $((cores < 12 ? cores : 12)) --dist worksteal"
+}
+
+# Small calls of every op under a tool of compute-sanitizer.
+sanitize() {
+  if ! command -v compute-sanitizer > /dev/null; then echo "no compute-sanitizer"; return 0; fi
+  compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 \
+    "$python" -m pytest tests/triton/test_pointwise.py tests/triton/test_tap_sum.py \
+    tests/triton/test_upsample_equalize_concat.py -q -x -m "not slow" -k "integers or split"
 }
 
 tools() {
@@ -107,24 +122,30 @@ tools() {
   "$python" -c 'import sys, torch; print(sys.version, "torch", torch.__version__)'
 }
 
-export -f install missing
+export -f install missing sanitize
 export python site wheels
-step "packages" 45 bash -c install
+step "packages" 40 bash -c install
 tools 2>&1 | tee -a "$log"
-step "build" 100 "$python" setup.py build_ext --inplace
-step "info" 20 "$python" -m fastfuse info
+step "build" 80 "$python" setup.py build_ext --inplace
+step "info" 15 "$python" -m fastfuse info
+read -ra jobs <<< "$(parallel)"
 if $dry_run; then
   step "collect GPU tests" 60 "$python" -m pytest tests -m gpu --collect-only -q
   step "collect benchmarks" 60 "$python" -m pytest benchmarks -o "python_files=bench_*.py" \
     --quick --device cuda --collect-only -q
 else
-  step "GPU tests" 120 "$python" -m pytest tests -m gpu -q
-  step "verify" 60 "$python" -m fastfuse verify --backend triton "${ops[@]}"
+  step "GPU tests" 70 "$python" -m pytest tests -m gpu -q "${jobs[@]}"
+  TRITON_TESTS_ON=device step "Triton tests" 60 \
+    "$python" -m pytest tests/triton -m "not slow" -q "${jobs[@]}"
+  for tool in memcheck racecheck; do
+    TRITON_TESTS_ON=device step "compute-sanitizer $tool" 25 bash -c "sanitize $tool"
+  done
+  step "verify" 40 "$python" -m fastfuse verify --backend triton "${ops[@]}"
   if $full; then
     step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out" "${ops[@]}"
   else
-    step "benchmarks" 240 "$python" benchmarks/report.py --device cuda --out "$out" --quick \
-      --budget 210 "${ops[@]}"
+    step "benchmarks" 180 "$python" benchmarks/report.py --device cuda --out "$out" --quick \
+      --budget 165 "${ops[@]}"
   fi
 fi
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "Sample",
     "below_autograd",
     "no_second_derivative",
+    "steps_of",
 ]
 
 _LIBRARY = torch.library.Library("fastfuse", "FRAGMENT")
@@ -44,6 +46,19 @@ Kernel = Callable[..., Any] | str
 # nothing is recorded. Where it is known that nothing is, this goes past it, as that function itself
 # does. The name is private to PyTorch: without it calls take the longer way.
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
+
+
+# By kind of device, kernels by the names of their ops.
+_STEPS = {"cuda": SimpleNamespace()}
+
+
+def steps_of(device_type: str) -> Any:
+    """Ops for the kernel of another op, which is made of them: as ``torch.ops.fastfuse`` has them.
+
+    On GPUs these are their kernels. Within a kernel nothing is left to the dispatcher to do, and it
+    takes as long as several launches.
+    """
+    return _STEPS.get(device_type, torch.ops.fastfuse)
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,10 @@ class Op:
                     )
                 calls[overload] = call
             if kernel != COMPILED:
-                _LIBRARY.impl(f"{self.name}{overload}", _loaded(kernel), key)
+                function = _loaded(kernel)
+                _LIBRARY.impl(f"{self.name}{overload}", function, key)
+                if key == DISPATCH_KEYS["triton"]:
+                    setattr(_STEPS["cuda"], self.name, function)
             self._calls[backend] = calls[overload]
         if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)

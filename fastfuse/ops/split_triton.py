@@ -22,6 +22,7 @@ __all__ = ["add_partial_sums", "are_few", "part_of", "partial_sums", "split_of",
 # Fewer programs leave multiprocessors of today's devices idle; of as many as are wanted each has
 # several, whose loads hide each other's.
 FEW_PROGRAMS, WANTED_PROGRAMS = 132, 512
+MIN_ROWS = 16  # of fewer a program is soon through
 MAX_SPLITS = 64  # so many partial sums are in flight where they are added
 BLOCK = 32  # values of a program that adds them
 NUM_WARPS = 4
@@ -34,7 +35,7 @@ def are_few(programs: int) -> bool:
 
 def splits_of(programs: int, rows: int) -> int:
     """Into how many parts to split ``rows`` target rows, where so many programs take all of one."""
-    if not are_few(programs):
+    if not are_few(programs) or rows < MIN_ROWS:
         return 1
     splits = min(cdiv(WANTED_PROGRAMS, programs), rows, MAX_SPLITS)
     return cdiv(rows, cdiv(rows, splits))  # none is empty

@@ -722,6 +722,15 @@ def test_paper_figure(tmp_path: Path) -> None:
     assert figure.stat().st_size > 10_000
 
 
+def test_gpu_script_ends_within_nine_minutes() -> None:
+    text = (BENCHMARKS / "gpu.sh").read_text(encoding="utf-8")
+    limits = {name: int(limit) for name, limit in re.findall(r'step "([^"]+)" (\d+)', text)}
+    dry = [name for name in limits if name.startswith("collect")]
+    twice = limits["compute-sanitizer $tool"]  # benchmarks come last: the quick ones' limit counts
+    assert sum(limit for name, limit in limits.items() if name not in dry) + twice <= 540
+    assert limits["benchmarks"] <= 180
+
+
 def test_gpu_script_is_sound() -> None:
     script = BENCHMARKS / "gpu.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.ops.define import steps_of
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
@@ -45,7 +46,8 @@ def forward(
     keeping: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     dw_weight, dw_bias = parameters[0], convolution_bias(parameters[1], x)
-    convolved = torch.ops.fastfuse.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
+    ops = steps_of(x.device.type)
+    convolved = ops.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)
     out = convolved  # each pixel is read before it is written: fresh memory is slow
     mlp = _mlp(x, parameters, keep, *option)
     kept = []
@@ -67,7 +69,7 @@ def backward(
     wants_x: bool,
     wants_parameters: bool,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    ops = torch.ops.fastfuse
+    ops = steps_of(x.device.type)
     dw_weight, dw_bias = parameters[0], convolution_bias(parameters[1], x)
     convolved = (
         kept[0] if kept else ops.depthwise_conv2d(x, dw_weight, dw_bias, None, 1, False, True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastfuse.ops.define import steps_of
 from fastfuse.ops.fusion_conv2d.shape import FusionShape, Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
 from fastfuse.ops.layout import as_image, as_matrix
@@ -59,7 +60,7 @@ class OwnResolution(Strategy):
                     as_matrix(taps).copy_(sums)
                     remainders.append(torch.empty_like(taps))
                     as_matrix(remainders[-1]).copy_(sums - as_matrix(taps))
-            torch.ops.fastfuse.tap_sum_into(
+            steps_of(out.device.type).tap_sum_into(
                 out[:, chunk],
                 [*taps_of_levels.values(), *remainders],
                 scales,
@@ -116,7 +117,7 @@ class OwnResolution(Strategy):
             for i, taps in memory.by_level(chunk).items():
                 if i not in wanted and gradients.weight is None:
                     continue
-                torch.ops.fastfuse.tap_sum_backward_into(
+                steps_of(taps.device.type).tap_sum_backward_into(
                     taps, grad_output[:, chunk], self.equalization.scale(i), *shape.tap_arguments
                 )
                 if i in wanted:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.define import steps_of
 
 __all__ = ["Equalization", "FusionShape", "Gradients"]
 
@@ -158,7 +159,7 @@ class Equalization:
         if center is None:
             return feature
         _, channels, *size = feature.shape
-        return torch.ops.fastfuse.upsample_equalize_concat(
+        return steps_of(feature.device.type).upsample_equalize_concat(
             [feature], *size, center, None, False,
             channels > 1,  # one channel is contiguous too, which PyTorch's sums of products prefer
         )  # fmt: skip

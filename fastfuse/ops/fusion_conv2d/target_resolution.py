@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfuse.ops.define import steps_of
 from fastfuse.ops.fusion_conv2d import cudnn, winograd
 from fastfuse.ops.fusion_conv2d.shape import Gradients
 from fastfuse.ops.fusion_conv2d.strategy import Scaled, Strategy
@@ -39,7 +40,7 @@ class TargetResolution(Strategy):
         """What is convolved: equalized, or less the means."""
         if not self.equalizes_first:
             return [self.equalization.centered(features[i], i) for i in self.levels]
-        fused = torch.ops.fastfuse.upsample_equalize_concat(
+        fused = steps_of(features[0].device.type).upsample_equalize_concat(
             [features[i] for i in self.levels],
             *self.shape.size,
             *self.equalization.mean_and_std(self.levels),
@@ -61,7 +62,7 @@ class TargetResolution(Strategy):
     def _to_levels(self, gradient: Tensor, gradients: Gradients) -> None:
         """The gradient of upsampled, equalized, concatenated levels goes to those that want it."""
         wanted, shape = gradients.wanted_of(self.levels), self.shape
-        pieces = torch.ops.fastfuse.upsample_equalize_concat_backward(
+        pieces = steps_of(gradient.device.type).upsample_equalize_concat_backward(
             gradient,
             [sum(shape.channels[j] for j in self.levels if j < i) for i in wanted],
             [shape.channels[i] for i in wanted],

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfuse.ops.define import steps_of
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
@@ -32,7 +33,7 @@ def _convolve(
     addend: Tensor | None = None,
     flip: bool = False,
 ) -> Tensor:
-    return torch.ops.fastfuse.depthwise_conv2d(x, weight, bias, addend, dilation, flip, True)
+    return steps_of(x.device.type).depthwise_conv2d(x, weight, bias, addend, dilation, flip, True)
 
 
 class _Step:
@@ -49,7 +50,7 @@ class _Step:
         convolved = _convolve(x, self.weight, bias, self.dilation)
         # Each pixel is read before it is written: fresh memory is slow.
         out = empty(x.shape, x, torch.channels_last) if keeping else convolved
-        torch.ops.fastfuse.layer_norm_into(
+        steps_of(x.device.type).layer_norm_into(
             as_matrix(out), as_matrix(convolved), self.norm.weight, self.norm.bias, self.norm.eps,
             as_matrix(x), True,
         )  # fmt: skip
@@ -67,7 +68,7 @@ class _Step:
         """The gradients of x and of the four parameters; overwrites ``convolved`` unless kept."""
         norm_sums = [self.norm.weight.new_zeros(x.shape[1]) for _ in range(2)]
         grad_convolved = empty(x.shape, x, torch.channels_last) if kept else convolved
-        torch.ops.fastfuse.layer_norm_backward_into(
+        steps_of(x.device.type).layer_norm_backward_into(
             as_matrix(grad_convolved), *norm_sums, as_matrix(grad), as_matrix(convolved),
             self.norm.weight, self.norm.bias, self.norm.eps, True,
         )  # fmt: skip
@@ -78,7 +79,7 @@ class _Step:
             )
         if not wants_parameters:
             return grad_x, [None] * 4
-        of_convolution = torch.ops.fastfuse.depthwise_conv2d_backward_weight(
+        of_convolution = steps_of(x.device.type).depthwise_conv2d_backward_weight(
             grad_convolved, x, self.weight.shape[2], self.dilation
         )
         return grad_x, [*of_convolution, *norm_sums]

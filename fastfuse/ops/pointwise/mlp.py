@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
+from fastfuse.ops.define import steps_of
 from fastfuse.ops.matmul import (
     MatmulRoute,
     MatmulWeight,
@@ -146,7 +147,8 @@ def _normalized(inputs: Tensor, norm: Norm | None, buffer: Tensor) -> Tensor:
     if norm is None:
         return inputs
     out = buffer[: inputs.shape[0]]
-    torch.ops.fastfuse.layer_norm_into(out, inputs, norm.weight, norm.bias, norm.eps, None, False)
+    ops = steps_of(out.device.type)
+    ops.layer_norm_into(out, inputs, norm.weight, norm.bias, norm.eps, None, False)
     return out
 
 
@@ -155,7 +157,7 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
 
     ``kept`` (rows, hidden) receives the hidden tensor before its bias, for :func:`backward`.
     """
-    ops = torch.ops.fastfuse
+    ops = steps_of(x.device.type)
     hidden, channels = mlp.fc1_weight.shape
     chunks = _Chunks(x, hidden)
     normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
@@ -219,7 +221,7 @@ def backward(
     of fc2_weight is scale * G, and that of the scale the rows' sums of fc2_weight * G: no product
     is computed twice.
     """
-    ops = torch.ops.fastfuse
+    ops = steps_of(grad.device.type)
     hidden, channels = mlp.fc1_weight.shape
     accumulation = mlp.fc1_bias
     chunks = _Chunks(grad, hidden)

@@ -121,8 +121,10 @@ def _add_level(
             target_y = y + run + (ky - padding)
             sample = _sample_inside(target_y, in_height, height, ALIGN_CORNERS, DTYPE)
             lower, _, weight, inside = sample  # scalars
-            value = _blend(rows, lower - first, weight, scale)
-            totals = totals[1:] + (tl.where(inside, totals[0] + value, totals[0]),)
+            total = totals[0]
+            if inside:
+                total += _blend(rows, lower - first, weight, scale)
+            totals = totals[1:] + (total,)
     return totals
 
 
@@ -220,22 +222,7 @@ def forward_kernel(
     out += image.to(tl.int64) * stride_n
     out_offset = (x.to(tl.int64) * stride_w)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
 
-    # Start from what is there.
     totals = (tl.zeros([BLOCK_X, BLOCK_C], dtype=DTYPE),) * RUN
-    for run in tl.static_range(RUN):
-        total = totals[0]
-        if ACCUMULATE:
-            row = tl.minimum(y + run, out_height - 1)
-            start = out + row.to(tl.int64) * stride_h
-            total = tl.load(start + out_offset, mask=inside, other=0.0).to(DTYPE)
-            if scales is not None:
-                total *= tl.load(scales).to(DTYPE)
-        if bias is not None:
-            pointer = bias + tl.broadcast_to(channel[None, :], inside.shape)
-            total += tl.load(pointer, mask=inside, other=0.0).to(DTYPE)
-        totals = totals[1:] + (total,)
-
-    # Add the taps.
     if offsets is not None:
         totals = _add_offsets(
             totals, offsets, x, y, channel, channels, height, width, kernel_size, padding
@@ -253,12 +240,19 @@ def forward_kernel(
                 width, kernel_size, padding, ROWS[level], COLUMNS[level], ALIGN_CORNERS,
             )  # fmt: skip
 
-    # Store.
+    # Add what is there, and store.
     for run in tl.static_range(RUN):
         # A condition would make the compiler put off the sums until there.
         start = out + (y + run).to(tl.int64) * stride_h
         mask = inside & (y + run < out_height)
-        tl.store(start + out_offset, totals[run].to(out.dtype.element_ty), mask=mask)
+        total = totals[run]
+        if ACCUMULATE:
+            there = tl.load(start + out_offset, mask=mask, other=0.0).to(DTYPE)
+            total += there if scales is None else there * tl.load(scales).to(DTYPE)
+        if bias is not None:
+            pointer = bias + tl.broadcast_to(channel[None, :], inside.shape)
+            total += tl.load(pointer, mask=inside, other=0.0).to(DTYPE)
+        tl.store(start + out_offset, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
