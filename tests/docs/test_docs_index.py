@@ -31,8 +31,8 @@ def kernels(op: str) -> dict[str, str]:
 
 
 def calls(source: str) -> set[str]:
-    """The ops that it calls: of PyTorch's, or by the ``Op`` of another room."""
-    found = set(re.findall(r"\bops\.(?:fastfuse\.)?(\w+)\(", source))
+    """The ops that it calls: as its steps, of PyTorch's, or by the ``Op`` of another room."""
+    found = set(re.findall(r"\b(?:ops|steps_of\([\w.\[\]]+\))\.(?:fastfuse\.)?(\w+)\(", source))
     for room, names in re.findall(
         r"^from fastfuse\.ops\.(\w+)\.autograd import (.*)", source, re.M
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,15 +13,24 @@ pytest.importorskip("triton", reason="triton is not installed")
 from fastfuse.ops import launch_triton
 from fastfuse.ops.launch_triton import Launch, forget_plans, planned
 
+STREAM = 5
+
 
 class Compiled:
     """Stands in for what a kernel was compiled to."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.told: list[tuple[Any, ...]] = []  # by Triton's own look-ups
+
+    def run(self, x: int, y: int, z: int, *arguments: Any) -> None:
+        assert arguments[:6] == (STREAM, "function", "metadata", None, None, None)
+        self.calls.append(((x, y, z), arguments[6:]))
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *values: self.calls.append((grid, values))
+        return lambda *values: self.told.append((grid, values))
 
 
 class Kernel:
@@ -40,7 +50,24 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(launch_triton, "CompiledKernel", Compiled)
+    active = SimpleNamespace(get_current_stream=lambda device: STREAM)
+    monkeypatch.setattr(launch_triton, "driver", SimpleNamespace(active=active))
     return Kernel()
+
+
+def test_who_asked_to_be_told_of_launches_is(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launch = Launch(kernel, 7, torch.device("cpu"), (16,), {"BLOCK": 4})
+    tensors = torch.empty(64), (), None
+    for _ in range(2):
+        launch(*tensors)
+    (compiled,) = kernel.compiled
+    assert (len(compiled.calls), len(compiled.told)) == (1, 0)
+    hook = SimpleNamespace(calls=[print])
+    monkeypatch.setattr(launch_triton.knobs.runtime, "launch_enter_hook", hook)
+    launch(*tensors)
+    assert (len(compiled.calls), len(compiled.told)) == (1, 1)
 
 
 def test_compiled_for_dtypes_alignments_strides_and_what_is_there(kernel: Kernel) -> None:

@@ -241,6 +241,7 @@ def forward_kernel(
             )  # fmt: skip
 
     # Add what is there, and store.
+    base = tl.load(scales).to(DTYPE) if ACCUMULATE and scales is not None else None
     for run in tl.static_range(RUN):
         # A condition would make the compiler put off the sums until there.
         start = out + (y + run).to(tl.int64) * stride_h
@@ -248,7 +249,7 @@ def forward_kernel(
         total = totals[run]
         if ACCUMULATE:
             there = tl.load(start + out_offset, mask=mask, other=0.0).to(DTYPE)
-            total += there if scales is None else there * tl.load(scales).to(DTYPE)
+            total += there if base is None else there * base
         if bias is not None:
             pointer = bias + tl.broadcast_to(channel[None, :], inside.shape)
             total += tl.load(pointer, mask=inside, other=0.0).to(DTYPE)

@@ -49,6 +49,7 @@ NAME = "upsample_equalize_concat"
 MAX_TAPS, MAX_BLOCK_TAPS = 4, 16
 # Four programs per multiprocessor. Without a limit the assembler may spill to reach one it likes.
 MAX_REGISTERS = 128
+MAX_REGISTERS_OF_FEW = 168  # three, where there are few programs, or every value has its address
 
 
 @triton.jit(do_not_specialize=["level", "in_height", "in_width", "height", "width"])
@@ -284,7 +285,7 @@ def _backward_launch(
         "BLOCK_TAPS": block_taps,
         "BLOCK_C": blocks[1],
         "num_warps": NUM_WARPS,
-        "maxnreg": MAX_REGISTERS,
+        "maxnreg": MAX_REGISTERS_OF_FEW if channels_last and block_taps > 1 else MAX_REGISTERS,
     }
     integers = (
         level, offset, channels, in_height, in_width, pixels, height, width, *stride, splits,
