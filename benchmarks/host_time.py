@@ -1,6 +1,6 @@
 """Host microseconds and launches of the Triton path, without a device.
 
-    python benchmarks/host_time.py
+    python benchmarks/host_time.py [--rounds N]
 
 Triton's own dispatch and launcher run as on a GPU, over a libcuda whose launch only counts. Tensors
 are tiny and on the CPU, so PyTorch's allocations and products are those of a CPU: what a call takes
@@ -10,6 +10,7 @@ compilations.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -127,6 +128,9 @@ def _timed(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200, help="the best of so many counts")
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -160,14 +164,14 @@ def main() -> None:
     print(f"{'':36}{'forward':>16}{'with backward':>20}")
     for name, (op, inputs) in calls.items():
         with torch.no_grad():
-            forward = microseconds(lambda op=op, inputs=inputs: op(*inputs))
+            forward = microseconds(lambda op=op, inputs=inputs: op(*inputs), rounds)
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
         cotangent = torch.ones_like(op(*inputs))
 
         def step(op: Any = op, leaves: Any = leaves, cotangent: Any = cotangent) -> None:
             torch.autograd.grad(op(*leaves), leaves, cotangent)
 
-        both = microseconds(step, 60)
+        both = microseconds(step, max(rounds // 3, 1))
         row = f"{forward[0]:11.1f} {forward[1]:4}{both[0]:15.1f} {both[1]:4}"
         print(f"{name:36}{row}", flush=True)
 

@@ -722,6 +722,26 @@ def test_paper_figure(tmp_path: Path) -> None:
     assert figure.stat().st_size > 10_000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_launches_over_a_driver_that_only_counts() -> None:
+    """Forward and with backward; times are not held to anything, nor is what is printed of them."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, str(BENCHMARKS / "host_time.py"), "--rounds", "1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    row = re.compile(r"^(.*?)  +[\d.]+ +(\d+) +[\d.]+ +(\d+)$", re.MULTILINE)
+    launches = {name: (int(forward), int(both)) for name, forward, both in row.findall(run.stdout)}
+    assert launches == {
+        "upsample_equalize_concat, 4 levels": (4, 8),
+        "upsample_add": (1, 2),
+        "depthwise_conv2d": (1, 4),
+        "ced_block": (4, 15),
+        "fusion_conv2d, 4 levels": (1, 4),
+        "fusion_conv2d, equalized": (5, 12),
+        "upsample_cross_entropy": (1, 2),
+    }
+
+
 def test_gpu_script_ends_within_nine_minutes() -> None:
     text = (BENCHMARKS / "gpu.sh").read_text(encoding="utf-8")
     limits = {name: int(limit) for name, limit in re.findall(r'step "([^"]+)" (\d+)', text)}
