@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import ContextDecorator
@@ -162,8 +163,9 @@ def _gpu_failure(device: torch.device) -> str | None:
         return f"expected compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     found = ""
     try:
-        version: str = importlib.import_module("triton").__version__
-        if tuple(int(number) for number in version.split(".")[:2]) < _MIN_TRITON:
+        version = str(getattr(importlib.import_module("triton"), "__version__", "no version"))
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers is None or (int(numbers[1]), int(numbers[2])) < _MIN_TRITON:
             found = version
     except ImportError as error:
         found = f"{type(error).__name__}: {error}"

@@ -43,15 +43,15 @@ class Conv2d(nn.Conv2d):
         dilation = depthwise_dilation(self, weight)
         if dilation is not None:
             return depthwise_conv2d(x, weight, bias, dilation=dilation)
+        dtype = cast_dtype(x)
+        if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
+            return self._conv_forward(x, weight, bias)  # PyTorch's error, whatever the size
         padding = dense_padding(self, weight)
         if padding is not None and convolves_single(x, weight, padding):
             return fusion_conv2d([x], weight, bias, padding=padding)
-        dtype = cast_dtype(x)
         product_dtype = policy_of(x.device.type).product_dtype(dtype)
         if product_dtype == dtype or requested_backend() == "reference":
             return self._conv_forward(x, weight, bias)
-        if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
-            return self._conv_forward(x, weight, bias)  # PyTorch's error
         with without_autocast(x.device.type):
             bias = None if bias is None else bias.to(dtype).to(product_dtype)
             weight = weight.to(dtype).to(product_dtype)

@@ -48,6 +48,14 @@ OLD: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         lambda patch: patch.setattr("triton.__version__", "3.5.1+git"),
         r"expected the package triton 3\.6 or newer .*, got 3\.5\.1\+git",
     ),
+    "a triton of no number": (
+        lambda patch: patch.setattr("triton.__version__", "main"),
+        r"expected the package triton 3\.6 or newer .*, got main",
+    ),
+    "a triton of no version": (
+        lambda patch: patch.delattr("triton.__version__"),
+        r"expected the package triton 3\.6 or newer .*, got no version",
+    ),
     "no triton": (
         lambda patch: patch.setitem(sys.modules, "triton", None),
         r"expected the package triton 3\.6 or newer .*, got ModuleNotFoundError",

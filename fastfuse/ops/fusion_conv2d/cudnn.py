@@ -83,7 +83,8 @@ def weight_gradient(grad_output: Tensor, x: Tensor, kernel_size: int, padding: i
     Both images are laid out on one grid, a little wider and higher than they are, with zeros
     beside them. There a tap's shift is a number of pixels, over the ends of rows too, so that its
     gradient is one product of two ranges of pixels; no patch is copied. The zeros to the right of a
-    row serve as those to the left of the next, those below an image as those above the next.
+    row serve as those to the left of the next, those below an image as those above the next. An
+    infinity meets them: it makes NaNs of taps that would not have read it.
     """
     batch, channels, height, width = x.shape
     _, out_channels, out_height, out_width = grad_output.shape
