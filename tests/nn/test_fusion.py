@@ -336,3 +336,14 @@ def test_conv2d_reads_a_parametrized_weight_once(stride: int, dtype: torch.dtype
     for module in (ours, plain):
         module(x)
     assert torch.equal(ours.parametrizations.weight[0]._u, plain.parametrizations.weight[0]._u)
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_convolution_of_mixed_dtypes_is_refused_at_every_size(size: int) -> None:
+    conv = Conv2d(128, 128, 3, padding=1)
+    conv.weight.data = conv.weight.data.bfloat16()
+    x = torch.randn(1, 128, size, size, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="bias type"):
+        conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
