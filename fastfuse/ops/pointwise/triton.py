@@ -39,8 +39,11 @@ VALUES, MAX_WARPS = 8, 16
 TILES = 4
 # Elsewhere a row is cut: into 128 bytes of float32 (a cache line), or more if it divides it.
 MIN_BLOCK_CHANNELS, MAX_BLOCK_CHANNELS = 32, 256
-# Programs that write sums of columns, if there are so many rows: as many as today's devices hold.
-SUM_PROGRAMS = 1024
+# Programs that write sums of columns, if there are so many rows: five per multiprocessor of today's
+# devices, that all run at once.
+SUM_PROGRAMS = 640
+# As many as there are: without a limit the assembler may spill to reach more programs.
+MAX_REGISTERS = 255
 # Adding these up: rows of sums in flight, and channels of one program.
 ADDED_ROWS, ADDED_CHANNELS = 128, 32
 
@@ -109,6 +112,8 @@ def _summing_launches(
         block_r, block_c, warps = _row_blocks(channels)
         constants = {"EPS": whole_rows[0], "GELU": whole_rows[1]}
     constants |= {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    if whole_rows is None:
+        constants["maxnreg"] = MAX_REGISTERS
     channel_blocks = cdiv(channels, block_c)
     rows_per_block, blocks = _rows_per_block(rows, channel_blocks, block_r)
     integers = (rows, channels, rows_per_block, *others)
