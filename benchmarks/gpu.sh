@@ -34,6 +34,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=true ;;
     --full) full=true ;;
     --op) [ $# -gt 1 ] || usage; ops+=(--op "$2"); shift ;;
+    --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"; exit 0 ;;
     --wheels) [ $# -gt 1 ] || usage; wheels=$(realpath "$2"); shift ;;
     -*) usage ;;
     *) [ -z "$out" ] || usage; out="$1" ;;

@@ -183,6 +183,11 @@ def main() -> None:
         call = measured(case, layout, dtype, ARCHITECTURES if is_whole else (COUNTED_ON,))
         report["calls"][name] = call
         print_call(name, call, time.perf_counter() - start, arguments.accesses)
+    if not report["calls"]:
+        names = ", ".join(name for name, _ in calls())
+        parser.error(
+            f"no call has {arguments.only!r} in its name and these dtypes; there are {names}"
+        )
     if is_whole:
         save(report, BASELINE)
         PAGE.write_text(page(report), encoding="utf-8")

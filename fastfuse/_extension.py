@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from types import ModuleType
 
 import torch  # noqa: F401  (its libraries must be loaded before the module that links to them)
@@ -28,9 +29,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
         else:
             loaded = importlib.import_module("fastfuse._C")
     except ImportError as error:
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}{_advice()}"
     loaded.isa()  # a FASTFUSE_ISA that cannot run here must not pass unnoticed
     return loaded, None
+
+
+def _advice() -> str:
+    """Where the source tree is imported, which hides what was installed from it."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "csrc").is_dir():
+        return ""
+    return f" (imported from the source tree {root}: leave it, or install with pip's --editable)"
 
 
 module: ModuleType | None

@@ -157,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("bench", help="run the benchmark suite, write a report")
     command.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
     command.add_argument(
-        "--budget", type=float, metavar="SECONDS", help="time that a quick run has (default: 330)"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="time that a quick run has, 60 at least (default: 330)",
     )
     add_op_choice(command, *_WHOLE)
     command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")

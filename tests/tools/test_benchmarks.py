@@ -757,3 +757,8 @@ def test_gpu_script_is_sound() -> None:
     usage = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
     assert "usage:" in usage.stderr
+    usage = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True)
+    assert usage.returncode == 0
+    assert usage.stdout.startswith("Builds, checks and measures fastfuse")
+    assert "--wheels DIR" in usage.stdout
+    assert "set -uo" not in usage.stdout
