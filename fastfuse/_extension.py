@@ -29,15 +29,15 @@ def _load() -> tuple[ModuleType | None, str | None]:
         else:
             loaded = importlib.import_module("fastfuse._C")
     except ImportError as error:
-        return None, f"{type(error).__name__}: {error}{_advice()}"
+        return None, f"{type(error).__name__}: {error}{_advice(error)}"
     loaded.isa()  # a FASTFUSE_ISA that cannot run here must not pass unnoticed
     return loaded, None
 
 
-def _advice() -> str:
+def _advice(error: ImportError) -> str:
     """Where the source tree is imported, which hides what was installed from it."""
     root = Path(__file__).resolve().parent.parent
-    if not (root / "csrc").is_dir():
+    if not isinstance(error, ModuleNotFoundError) or not (root / "csrc").is_dir():
         return ""
     return f" (imported from the source tree {root}: leave it, or install with pip's --editable)"
 

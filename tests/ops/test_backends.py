@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,18 @@ def test_a_broken_compiled_module_shows_the_loaders_words(tmp_path: Path) -> Non
     run = python(CALL, FASTFUSE_EXTENSION=str(broken))
     assert run.returncode == 0, run.stderr
     assert "invalid ELF header" in run.stdout or "file too short" in run.stdout
+    assert "source tree" not in run.stdout
+
+
+def test_a_source_tree_that_hides_what_was_installed(tmp_path: Path) -> None:
+    """What its clone's folder imports after ``pip install .``."""
+    package = Path(fastfuse.__file__).parent
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(package, tmp_path / "fastfuse", ignore=ignored)
+    (tmp_path / "csrc").mkdir()
+    run = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CALL}")
+    assert run.returncode == 0, run.stderr
+    assert f"imported from the source tree {tmp_path}: leave it" in run.stdout
 
 
 def test_environment_chooses_the_backend() -> None:
