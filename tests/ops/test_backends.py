@@ -145,7 +145,12 @@ def test_a_source_tree_that_hides_what_was_installed(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("_C*", "__pycache__")
     shutil.copytree(package, tmp_path / "fastfuse", ignore=ignored)
     (tmp_path / "csrc").mkdir()
-    run = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CALL}")
+    alone = (  # without the finder of an editable installation
+        "import sys\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "sys.meta_path = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+    )
+    run = python(alone + CALL)
     assert run.returncode == 0, run.stderr
     assert f"imported from the source tree {tmp_path}: leave it" in run.stdout
 
