@@ -104,6 +104,7 @@ from fastfuse.ops import define  # noqa: E402
 
 backends._REFUSALS["triton"] = lambda tensor: None
 define._STEPS["cpu"] = define._STEPS["cuda"]
+define._KERNELS["cpu"] = define._KERNELS["cuda"]
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment]
 
 launches = ctypes.c_longlong.in_dll(_library, "launches")

@@ -9,11 +9,11 @@ runs where forward did.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,8 +48,40 @@ Kernel = Callable[..., Any] | str
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
-# By kind of device, kernels by the names of their ops.
+# By kind of device, the kernels that are functions of Python, by the names of their overloads; as
+# steps of other ops, those of GPUs.
 _STEPS = {"cuda": SimpleNamespace()}
+_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"cpu": {}, "cuda": vars(_STEPS["cuda"])}
+
+# What the dispatcher adds to the keys of every call, in inference mode and else: nothing more while
+# there is no mode of Python's, no transform, and no batched gradient.
+_INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_ORDINARY = _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView)
+# What a kernel may be given as it is: others, such as numpy's ints, the dispatcher converts.
+_TENSORS = (Tensor, torch.nn.Parameter)
+_NUMBERS = (int, bool, float, NoneType)
+
+
+def _nothing_to_dispatch(arguments: Iterable[Any]) -> bool:
+    """Whether nothing is to see or to change a call of these arguments: no mode, no transform, no
+    profiler, no class of tensors but PyTorch's own."""
+    return (
+        torch._C._dispatch_tls_local_include_set() in (_ORDINARY, _INFERENCE)
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._autograd._profiler_enabled()
+        and _are_plain(arguments)
+    )
+
+
+def _are_plain(values: Iterable[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind in _TENSORS:
+            if value.is_neg() or value._is_zerotensor():  # not the values that its memory has
+                return False
+        elif kind not in _NUMBERS and not (kind in (list, tuple) and _are_plain(value)):
+            return False
+    return True
 
 
 def steps_of(device_type: str) -> Any:
@@ -122,8 +154,7 @@ class Op:
             if kernel != COMPILED:
                 function = _loaded(kernel)
                 _LIBRARY.impl(f"{self.name}{overload}", function, key)
-                if key == DISPATCH_KEYS["triton"]:
-                    setattr(_STEPS["cuda"], self.name, function)
+                _KERNELS[key.lower()][f"{self.name}{overload}"] = function
             self._calls[backend] = calls[overload]
         if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
@@ -139,6 +170,8 @@ class _Call:
         self.target = target
         self.backend = backend
         self.derivative = derivative
+        overload = target._overloadname
+        self.name = target._opname + ("" if overload == "default" else f".{overload}")
         # A class of its own, for a tensor's grad_fn has its name.
         name = "".join(word.capitalize() for word in target._opname.split("_"))
         self.recorded: Any = type(name, (_Recorded,), {})
@@ -150,7 +183,18 @@ class _Call:
             needs, places, tensors = _needs(arguments)
             if any(tensor.requires_grad for tensor in tensors):
                 return self.recorded.apply(self, arguments, needs, places, *tensors)
+        return self.run(arguments)
+
+    def run(self, arguments: tuple[Any, ...]) -> Any:
+        """Without autograd. The dispatcher takes 10 us and more of host time to come from Python to
+        Python, which is saved where it has nothing to do."""
         with below_autograd():
+            first = arguments[0]
+            if type(first) in (list, tuple):
+                first = first[0]
+            kernel = _KERNELS.get(first.device.type, {}).get(self.name)
+            if kernel is not None and _nothing_to_dispatch(arguments):
+                return kernel(*arguments)
             return self.target(*arguments)
 
     def save(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -190,8 +234,7 @@ class _Recorded(torch.autograd.Function):
         places: Sequence[tuple[int, int]],
         *tensors: Tensor,
     ) -> Any:
-        with below_autograd():
-            output = call.target(*arguments)
+        output = call.run(arguments)
         ctx.call, ctx.backend, ctx.needs, ctx.places = call, call.backend, needs, places
         call.derivative.save(ctx, arguments, output)  # type: ignore[union-attr]
         return tuple(output) if isinstance(output, list) else output

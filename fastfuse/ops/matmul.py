@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
-@dataclass(frozen=True)
-class MatmulRoute:
+class MatmulRoute(NamedTuple):
     """How products with a weight are computed: in which dtype, and by which library."""
 
     dtype: torch.dtype
@@ -62,7 +61,8 @@ class MatmulWeight:
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         route = MatmulRoute.of(weight.device.type, weight.dtype, rows)
-        weight = weight.to(route.dtype)
+        if weight.dtype != route.dtype:
+            weight = weight.to(route.dtype)
         self.dtype, self.outputs = weight.dtype, weight.shape[0]
         self.takes_out = route.library == "torch.mm" or not weight.numel()
         if self.takes_out:
@@ -114,7 +114,7 @@ class RowBuffer:
     def __init__(self, rows: int, like: Tensor, dtype: torch.dtype) -> None:
         self.memory: Tensor | None = None
         if like.dtype != dtype:
-            self.memory = empty((rows, like.shape[1]), like.new_empty(0, dtype=dtype))
+            self.memory = empty((rows, like.shape[1]), like, dtype=dtype)
 
     def room(self, rows: Tensor) -> Tensor:
         """Memory for what becomes ``rows`` by :meth:`write`: themselves, if they have the dtype."""

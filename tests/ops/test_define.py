@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastfuse import backends
@@ -91,6 +93,65 @@ def test_contracts(backend: str) -> None:
     with FlopCounterMode(display=False) as counter:
         call(*differentiable)
     assert counter.get_total_flops() == 21
+
+
+class Counted(Tensor):
+    """A class of tensors of a user's, who sees what is called."""
+
+    seen = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen += 1
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_is_called_past_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("the dispatcher was called")
+
+    monkeypatch.setattr(scaled_sum["cpu"], "target", refuse)
+    images, scale = inputs()
+    scaled_sum["cpu"](images, scale, [1, 2]).sum().backward()
+    with torch.no_grad():
+        scaled_sum["cpu"](images, None, (1, 2))
+    negative = torch.conj(torch.ones(2, 3, dtype=torch.complex128)).imag
+    for converted in (
+        (images, scale, [np.int64(1)]),
+        (images, scale, np.array([1])),
+        ([negative], scale, []),
+        ([images[0], torch._efficientzerotensor(2, 3)], scale, []),
+    ):
+        with pytest.raises(AssertionError, match="the dispatcher"):
+            scaled_sum["cpu"](*converted)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_who_watches_ops_sees_them(grad: bool) -> None:
+    images, scale = inputs()
+    with torch.set_grad_enabled(grad):
+        with Seen() as seen:
+            scaled_sum["cpu"](images, scale, [])
+        assert "test_scaled_sum" in seen.names
+        with torch.profiler.profile() as profile:
+            scaled_sum["cpu"](images, scale, [])
+        assert "fastfuse::test_scaled_sum" in {event.name for event in profile.events()}
+        with torch.device("cpu"):  # a mode of functions
+            scaled_sum["cpu"](images, scale, [])
+        Counted.seen = 0
+        own = [image.detach().as_subclass(Counted) for image in images]
+        assert isinstance(scaled_sum["cpu"](own, scale.detach(), []), Counted)
+        assert Counted.seen
 
 
 def test_a_graph_names_the_backend() -> None:

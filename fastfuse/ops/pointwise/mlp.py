@@ -9,13 +9,11 @@ not multiply are converted to float32 a chunk at a time, and results rounded onc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import steps_of
 from fastfuse.ops.matmul import (
     MatmulRoute,
@@ -53,7 +51,9 @@ def to_accumulation(vector: Tensor | None) -> Tensor | None:
     """A vector as the pointwise steps take it: contiguous, in the accumulation dtype."""
     if vector is None:
         return None
-    return vector.to(accumulation_dtype(vector.dtype)).contiguous()
+    if vector.dtype not in (torch.float32, torch.float64):
+        vector = vector.float()
+    return vector.contiguous()
 
 
 def convolution_bias(bias: Tensor, x: Tensor) -> Tensor:
@@ -61,15 +61,13 @@ def convolution_bias(bias: Tensor, x: Tensor) -> Tensor:
     return bias.to(x.dtype) if x.device.type == "cpu" else bias
 
 
-@dataclass(frozen=True)
-class Norm:
+class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
 
 
-@dataclass(frozen=True)
-class Mlp:
+class Mlp(NamedTuple):
     """Matrices in the dtype of images, vectors in the accumulation dtype.
 
     Attributes:
@@ -86,8 +84,7 @@ class Mlp:
     pixels: int
 
 
-@dataclass(frozen=True)
-class MlpGradients:
+class MlpGradients(NamedTuple):
     """Of vectors in the accumulation dtype; of matrices too where they sum several chunks."""
 
     norm_weight: Tensor | None
@@ -128,8 +125,7 @@ class _Chunks:
             yield slice(first, min(first + self.length, self.rows))
 
     def memory(self, *widths: int) -> list[Tensor]:
-        like = self.matrix.new_empty(0, dtype=self.dtype)
-        return [empty((self.length, width), like) for width in widths]
+        return [empty((self.length, width), self.matrix, dtype=self.dtype) for width in widths]
 
     def buffers(self, matrices: Sequence[Tensor | None]) -> list[RowBuffer]:
         """For each of some matrices of one dtype; none needs one that is not there."""
@@ -189,7 +185,7 @@ class _Sum:
     the library gives it."""
 
     def __init__(self, rows: int, columns: int, like: Tensor) -> None:
-        self.product = empty((rows, columns), like.new_empty(0, dtype=wide_dtype(like)))
+        self.product = empty((rows, columns), like, dtype=wide_dtype(like))
         self.total: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
