@@ -1,0 +1,48 @@
+// Elements of tensors in registers: values are float32, memory has any dtype.
+#pragma once
+
+#include "cuda/runtime.h"
+
+namespace fastfuse::cuda {
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// N neighbouring elements, moved by one access; their address is a multiple of their size.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T values[N];
+};
+
+template <int N, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[N]) {
+  const auto vector = *reinterpret_cast<const Vector<T, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(vector.values[i]);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(const float (&from)[N], T* to) {
+  Vector<T, N> vector;
+#pragma unroll
+  for (int i = 0; i < N; ++i) vector.values[i] = narrow<T>(from[i]);
+  *reinterpret_cast<Vector<T, N>*>(to) = vector;
+}
+
+}  // namespace fastfuse::cuda
