@@ -17,9 +17,21 @@ def widen_bfloat16(bits: Array) -> Array:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def _to_float32(values: Array) -> Array:
+    """Of float64 rounded to odd, so that a second rounding to fewer bits is as one."""
+    nearest = values.astype(np.float32)
+    if values.dtype != np.float64:
+        return nearest
+    lost = values - nearest
+    even = nearest.view(np.int32) % 2 == 0
+    inexact = even & (lost != 0) & np.isfinite(lost)
+    toward = np.copysign(np.float32(np.inf), lost.astype(np.float32))
+    return np.where(inexact, np.nextafter(nearest, toward), nearest)
+
+
 def round_bfloat16(values: Array) -> Array:
     """The bits of bfloat16, to nearest even."""
-    values = np.asarray(values, dtype=np.float32)
+    values = _to_float32(np.asarray(values))
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     return np.where(np.isnan(values), BFLOAT16_NAN, rounded.astype(np.uint16))
@@ -43,7 +55,7 @@ def _two_product(a: Array, b: Array) -> tuple[Array, Array]:
     )
 
 
-def _add_to_odd(a: Array, b: Array) -> Array:
+def add_to_odd(a: Array, b: Array) -> Array:
     """``a + b`` in float64, rounded to odd: it remembers on which side of a tie it was."""
     total, lost = _two_sum(a, b)
     even = total.view(np.int64) % 2 == 0
@@ -61,9 +73,9 @@ def fma(x: Array, y: Array, z: Array) -> Array:
     with np.errstate(all="ignore"):
         if x.dtype != np.float64:
             wide_x, wide_y, wide_z = (a.astype(np.float64) for a in (x, y, z))
-            return _add_to_odd(wide_x * wide_y, wide_z).astype(x.dtype)
+            return add_to_odd(wide_x * wide_y, wide_z).astype(x.dtype)
         product, product_rest = _two_product(x, y)
         addend, addend_rest = _two_sum(z, product_rest)
         total, total_rest = _two_sum(product, addend)
-        once = total + _add_to_odd(addend_rest, total_rest)
+        once = total + add_to_odd(addend_rest, total_rest)
         return np.where(np.isfinite(once), once, x * y + z)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rounding import fma, round_bfloat16, widen_bfloat16
+from rounding import add_to_odd, fma, round_bfloat16, widen_bfloat16
 
 from ptx.parse import BITS
 
@@ -90,6 +90,7 @@ def _copysign(sign: Array, magnitude: Array) -> Array:
 
 
 _divide, _sqrt, _exp2 = (_in_float64(f) for f in (np.divide, np.sqrt, np.exp2))
+_rsqrt = _in_float64(lambda a: 1 / np.sqrt(a))
 
 FLOATS: dict[str, Function] = {
     "add": np.add,
@@ -103,8 +104,15 @@ FLOATS: dict[str, Function] = {
     "div.rn": _divide,
     "div.full": _divide,
     "rcp.approx.ftz.f64": flushing(_coarse_reciprocal),
+    "div.full.ftz": flushing(_divide),
+    "rcp.approx.ftz": flushing(_in_float64(np.reciprocal)),
+    "rcp.approx": _in_float64(np.reciprocal),
     "rcp.rn": _in_float64(np.reciprocal),
     "sqrt.rn": _sqrt,
+    "sqrt.approx": _sqrt,
+    "rsqrt.approx": _rsqrt,
+    "rsqrt.approx.ftz": flushing(_rsqrt),
+    "tanh.approx": _in_float64(np.tanh),
     "sqrt.approx.ftz": flushing(_sqrt),
     "ex2.approx": _exp2,
     "ex2.approx.ftz": flushing(_exp2),
@@ -114,6 +122,21 @@ FLOATS: dict[str, Function] = {
     "abs": np.abs,
     "abs.ftz": flushing(np.abs),
     "copysign": _copysign,
+    "min": np.fmin,
+    "max": np.fmax,
+    "min.NaN": np.minimum,
+    "max.NaN": np.maximum,
+}
+
+# Of numbers of 16 bits, in float64: exact, or rounded to odd, so that one rounding is left.
+HALVES: dict[str, Function] = {
+    **{name: add_to_odd for name in ("add", "add.rn")},
+    **{name: lambda a, b: add_to_odd(a, -b) for name in ("sub", "sub.rn")},
+    **{name: np.multiply for name in ("mul", "mul.rn")},
+    "fma.rn": lambda a, b, c: add_to_odd(a * b, c),
+    "fma.rn.relu": lambda a, b, c: np.fmax(add_to_odd(a * b, c), 0),
+    "neg": np.negative,
+    "abs": np.abs,
     "min": np.fmin,
     "max": np.fmax,
     "min.NaN": np.minimum,
@@ -152,8 +175,22 @@ def _wide(a: Array) -> Array:
 
 
 def _high(a: Array, b: Array) -> Array:
-    """The upper half of a product of 32 bits or less."""
+    """The upper half of a product."""
+    if _bits(a) == 64:
+        return _high_of_64(a, b)
     return (_wide(a) * _wide(b) >> _wide(a).dtype.type(_bits(a))).astype(a.dtype)
+
+
+def _high_of_64(a: Array, b: Array) -> Array:
+    """By halves of the numbers; what signed ones lack is subtracted."""
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    x, y = a.astype(np.uint64), b.astype(np.uint64)
+    middle = (x >> half) * (y & low) + ((x & low) * (y & low) >> half)
+    other = (x & low) * (y >> half) + (middle & low)
+    high = (x >> half) * (y >> half) + (middle >> half) + (other >> half)
+    if a.dtype.kind == "i":
+        high = high - np.where(a < 0, y, np.uint64(0)) - np.where(b < 0, x, np.uint64(0))
+    return high.astype(a.dtype)
 
 
 def _quotient(a: Array, b: Array) -> Array:
@@ -170,6 +207,7 @@ INTEGERS: dict[str, Function] = {
     "mul.hi": _high,
     "mul.wide": lambda a, b: _wide(a) * _wide(b),
     "mad.lo": lambda a, b, c: a * b + c,
+    "mad.hi": lambda a, b, c: _high(a, b) + c,
     "mad.wide": lambda a, b, c: _wide(a) * _wide(b) + c,
     "div": _quotient,
     "rem": lambda a, b: a - _quotient(a, b) * b,
@@ -202,6 +240,7 @@ COMPARISONS: dict[str, Function] = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
+    **{"lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal},  # unsigned
     "equ": lambda a, b: ~((a < b) | (a > b)),
     "neu": np.not_equal,
     "ltu": lambda a, b: ~(a >= b),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ptx.instructions import WARP
+from ptx.context import WARP
 from ptx.parse import Instruction
 
 Array = npt.NDArray[Any]

@@ -13,13 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ptx.arithmetic import UNSIGNED
-from ptx.instructions import WARP, Lanes, Step, partners, step
+from ptx.context import WARP, Lanes, Step, partners
+from ptx.copies import Copies
+from ptx.instructions import step
 from ptx.memory import AccessError, Layout, Memory, who
 from ptx.parse import BITS, Instruction, Kernel, PTXError
 
 Array = npt.NDArray[Any]
 
 MAX_STEPS = 10**6  # more instructions than any test's kernel runs
+SPACES = {"global", "shared", "param"}
+CELL = 4  # bytes; asynchronous copies have as many or more
 
 
 class GlobalMemory(Protocol):
@@ -43,7 +47,7 @@ class Observer(Protocol):
 class Machine:
     """Blocks of a kernel, given by their numbers, that run at once.
 
-    ``arguments`` are bits. Registers, like shared memory, are all ones before they are written: NaN
+    ``arguments`` are bits, as an integer or as bytes. Registers, like shared memory, are all ones before they are written: NaN
     of every type, addresses of nothing. An array of registers has a value of every thread, or one
     if that is all threads'.
     """
@@ -53,7 +57,7 @@ class Machine:
     def __init__(
         self,
         kernel: Kernel,
-        arguments: Sequence[int],
+        arguments: Sequence[int | bytes],
         grid: tuple[int, int, int],
         blocks: Array,
         memory: GlobalMemory,
@@ -68,26 +72,27 @@ class Machine:
         self._block, self._thread = lane // kernel.threads, lane % kernel.threads
         self._warp = lane // WARP
         self._number = blocks[self._block]
-        x, y, _ = grid
+        block = (*kernel.block, 1, 1)[:3]
         self.special = {
             name: np.asarray(value).reshape(-1).astype(np.uint32)
             for name, value in {
-                "%tid.x": self._thread,
-                "%ntid.x": kernel.threads,
-                "%ctaid.x": self._number % x,
-                "%ctaid.y": self._number // x % y,
-                "%ctaid.z": self._number // (x * y),
-                **{f"%nctaid.{axis}": size for axis, size in zip("xyz", grid, strict=True)},
+                "%laneid": self._thread % WARP,
+                **_by_axis("%tid", _along(self._thread, block)),
+                **_by_axis("%ntid", block),
+                **_by_axis("%ctaid", _along(self._number, grid)),
+                **_by_axis("%nctaid", grid),
             }.items()
         }
         self.parameters = {
-            name: np.array([bits & 2**64 - 1], np.uint64)
-            for name, bits in zip(kernel.parameters, arguments, strict=True)
+            name: _bytes(argument, kernel.parameters[name])
+            for name, argument in zip(kernel.parameters, arguments, strict=True)
         }
         self.registers: dict[str, Array] = {
             name: ~np.zeros(1, UNSIGNED[bits]) for name, bits in kernel.registers.items()
         }
+        shared_size += kernel.shared_bytes
         self._shared_size = shared_size
+        self.copies = Copies(self)
         self._epoch = np.zeros(len(blocks), np.int64)  # barriers that a block has passed
         shared = Layout()
         self._shared_places = np.array(
@@ -137,7 +142,7 @@ class Machine:
         """The memory, places in it, and the threads that access them."""
         threads = np.arange(self.lanes) if lanes is None else np.flatnonzero(lanes)
         addresses = addresses[threads]
-        is_global = space == "global"
+        is_global = self._is_global(space, addresses)
         offsets = addresses - (self.GLOBAL_BASE if is_global else self.SHARED_BASE)
         if self._observer is not None:
             self._observer.accesses(space, offsets, size, threads)
@@ -147,6 +152,14 @@ class Machine:
         places = self._shared_places[self._block[threads]] + offsets
         return self._shared, np.where(inside, places, -16), threads
 
+    def _is_global(self, space: str, addresses: Array) -> bool:
+        if space != "generic":
+            return space == "global"
+        are_global = addresses >= self.GLOBAL_BASE
+        if are_global.any() != are_global.all():
+            raise PTXError("threads access different spaces at once")
+        return bool(are_global.any())
+
     def _who(self, threads: Array) -> Array:
         block = self._block[threads]
         warp = self._thread[threads] // WARP
@@ -154,11 +167,24 @@ class Machine:
 
     def _fault(self, bad: AccessError, space: str, addresses: Array, threads: Array) -> PTXError:
         thread = threads[bad.index]
-        base = self.GLOBAL_BASE if space == "global" else self.SHARED_BASE
+        base = self.GLOBAL_BASE if self._is_global(space, addresses) else self.SHARED_BASE
         return PTXError(
             f"thread {self._thread[thread]} of block {self._number[thread]} {bad.reason}, "
             f"at {space} address {addresses[thread] - base:#x}"
         )
+
+    def begin_copies(self, addresses: Array, size: int, lanes: Lanes) -> None:
+        """Asynchronous ones, to shared memory."""
+        _, places, threads = self._access("shared", addresses, size, lanes)
+        try:
+            self._shared.begin_copies(places, size, self._who(threads))
+        except AccessError as bad:
+            raise self._fault(bad, "shared", addresses, threads) from None
+
+    def end_copies(self, addresses: Array, values: Array, threads: Array) -> None:
+        """Of threads by their numbers; an element is a copy."""
+        places = self._shared_places[self._block[threads]] + addresses - self.SHARED_BASE
+        self._shared.end_copies(places, values.shape[1], values, self._who(threads))
 
     # Control
 
@@ -216,7 +242,7 @@ class Machine:
             (label,) = instruction.operands
             yield from self._go(self.kernel.labels[label], active)
             yield from self._go(at + 1, threads & ~active)
-        elif instruction.opcode == "ret":
+        elif instruction.opcode in ("ret", "exit"):
             yield from self._go(at + 1, threads & ~active)
         else:
             if at not in self._steps:
@@ -231,19 +257,39 @@ class Machine:
             yield to, threads
 
 
+def _along(numbers: Array, sizes: Sequence[int]) -> tuple[Array, ...]:
+    """Coordinates of numbered threads or blocks."""
+    x, y, _ = sizes
+    return numbers % x, numbers // x % y, numbers // (x * y)
+
+
+def _by_axis(name: str, values: Sequence[Any]) -> dict[str, Any]:
+    return {f"{name}.{axis}": value for axis, value in zip("xyz", values, strict=True)}
+
+
+def _bytes(argument: int | bytes, size: int) -> bytes:
+    if isinstance(argument, bytes):
+        if len(argument) != size:
+            raise PTXError(f"an argument has {len(argument)} bytes; the kernel takes {size}")
+        return argument
+    return (argument & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+
 def _cell(kernel: Kernel, space: str) -> int:
     """The fewest bytes that one value of a space has."""
-    sizes = [
-        2 if "matrix" in i.opcode else BITS[i.opcode.split(".")[-1]] // 8
-        for i in kernel.instructions
-        if f".{space}" in i.opcode
-    ]
-    return min(sizes, default=1)
+    smallest = CELL
+    for instruction in kernel.instructions:
+        name, *modifiers = instruction.opcode.split(".")
+        if "matrix" in name:
+            smallest = min(smallest, 2)
+        elif name in ("ld", "st") and (space in modifiers or not SPACES & set(modifiers)):
+            smallest = min(smallest, BITS[modifiers[-1]] // 8)
+    return smallest
 
 
 def run(
     kernel: Kernel,
-    arguments: Sequence[int],
+    arguments: Sequence[int | bytes],
     grid: Sequence[int],
     layout: Layout,
     shared_size: int = 0,

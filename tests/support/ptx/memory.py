@@ -64,6 +64,7 @@ class Memory:
         )
         self._writer = np.full(len(self._valid), NOBODY)
         self._reader = self._writer.copy()
+        self._pending = np.zeros(len(self._valid), bool)  # an asynchronous copy is to write it
 
     @property
     def written_bytes(self) -> Array:
@@ -72,6 +73,7 @@ class Memory:
     def load(self, places: Array, size: int, who: Array) -> Array:
         """The bytes at places, # [places, size]"""
         cells = self._cells(places, size)
+        _check(~self._pending[cells], "reads what an asynchronous copy still brings")
         _check(self._written[cells], "reads what nobody wrote")
         who = who[:, None]
         _check(~_unordered(self._writer[cells], who), "reads in a race with a write")
@@ -85,6 +87,7 @@ class Memory:
         """Stores bytes, # [places, size]. Several may write the same."""
         cells = self._cells(places, size)
         who = who[:, None]
+        _check(~self._pending[cells], "writes where an asynchronous copy does")
         _check(~self._is_read_by_others(cells, who), "writes in a race with a read")
         data, rows = self.data.reshape(-1, size), places // size
         same = (data[rows] == values).all(axis=1, keepdims=True)
@@ -93,6 +96,19 @@ class Memory:
         _check(data[rows] == values, "writes where another thread writes something else")
         self._writer[cells] = who
         self._written[cells] = True
+
+    def begin_copies(self, places: Array, size: int, who: Array) -> None:
+        """Until they end nobody may access their bytes."""
+        cells = self._cells(places, size)
+        who = who[:, None]
+        _check(~self._pending[cells], "copies to where another copy does")
+        _check(~self._is_read_by_others(cells, who), "copies in a race with a read")
+        _check(~_unordered(self._writer[cells], who), "copies in a race with a write")
+        self._pending[cells] = True
+
+    def end_copies(self, places: Array, size: int, values: Array, who: Array) -> None:
+        self._pending[self._cells(places, size)] = False
+        self.store(places, size, values, who)
 
     def _is_read_by_others(self, cells: Array, who: Array) -> Array:
         """In global memory by other blocks: Triton lets several warps of a block read an element

@@ -1,0 +1,95 @@
+"""One call of a C interface, run everywhere: emulated in many orders, and as nvcc's PTX.
+
+    for way in ways(Program("tap_sum"), call, inputs=[x, weight], outputs=[out]):
+        assert torch.equal(out, expected), way
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import numpy as np
+from ptx.machine import Machine, run
+from ptx.memory import ALIGNMENT, Layout
+from ptx.parse import Kernel, PTXError, parse
+from torch import Tensor
+
+from cuda.emulation import Call, Emulator, Launch, Storage, storages
+from cuda.sources import Program
+
+ARCHS = ("sm_80", "sm_90a")
+SEEDS = range(20)
+
+
+def ways(
+    program: Program,
+    call: Call,
+    inputs: Iterable[Tensor],
+    outputs: Iterable[Tensor],
+    seeds: Iterable[int] = SEEDS,
+    archs: Sequence[str] = ARCHS,
+) -> Iterator[str]:
+    """Runs the call; each time outputs have what a way computed of fresh memory.
+
+    Faults are raised as ``EmulationError`` and ``PTXError``.
+    """
+    emulator = emulated(program)
+    read, written = storages(inputs, is_written=True), storages(outputs, is_written=False)
+    for seed in seeds:
+        for storage in written:
+            storage.forget()
+        emulator.run(call, [*read, *written], seed)
+        yield f"{program.name}, emulated, seed {seed}"
+    launches = emulator.launches(call)
+    for arch in archs:
+        for storage in written:
+            storage.forget()
+        for launch in launches:
+            run_ptx(program, arch, launch, [*read, *written])
+        yield f"{program.name}, PTX for {arch}"
+
+
+@cache
+def emulated(program: Program) -> Emulator:
+    return Emulator(program.library())
+
+
+@cache
+def _kernel(program: Program, arch: str, name: str) -> Kernel:
+    return parse(program.ptx(arch), name)
+
+
+def run_ptx(program: Program, arch: str, launch: Launch, memory: Sequence[Storage]) -> None:
+    """A launch on the memory, which has its results."""
+    kernel = _kernel(program, arch, launch.kernel)
+    if np.prod(launch.block) > kernel.threads:
+        raise PTXError(f"{kernel.name} has up to {kernel.threads} threads; launched {launch.block}")
+    kernel = dataclasses.replace(kernel, block=launch.block)
+    layout = Layout()
+    places = [
+        layout.place(
+            storage.data,
+            storage.valid.astype(bool),
+            storage.written.astype(bool),
+            storage.address % ALIGNMENT,
+        )
+        for storage in memory
+    ]
+    arguments = [_moved(argument, memory, places) for argument in launch.arguments]
+    after = run(kernel, arguments, launch.grid, layout, launch.shared_bytes)
+    for storage, place in zip(memory, places, strict=True):
+        there = slice(place, place + storage.size)
+        storage.data[:] = after.data[there]
+        storage.written |= after.written_bytes[there]
+
+
+def _moved(argument: bytes, memory: Sequence[Storage], places: Sequence[int]) -> bytes:
+    """An argument whose addresses are those of the machine's memory."""
+    words = np.frombuffer(argument[: len(argument) // 8 * 8], np.uint64).copy()
+    for i, word in enumerate(words.tolist()):
+        for storage, place in zip(memory, places, strict=True):
+            if storage.address <= word < storage.address + storage.size:
+                words[i] = Machine.GLOBAL_BASE + place + word - storage.address
+    return words.tobytes() + argument[len(words) * 8 :]
