@@ -338,7 +338,7 @@ FAULTS = {
     "unwritten": ("mov.b32 %r1, memory;\nld.shared.b32 %r2, [%r1];", "reads what nobody wrote"),
     "an unknown opcode": ("frobnicate.b32 %r1, %r2;", "unknown instruction frobnicate.b32"),
     "an unknown modifier": ("add.sat.f32 %r1, %r1, %r2;", "unknown instruction add.sat.f32"),
-    "a third operand": ("setp.lt.and.s32 %p1, %r1, %r2, %p2;", "unknown instruction setp.lt.and"),
+    "a third operand": ("setp.lt.s32 %p1, %r1, %r2, %p2;", "unknown instruction setp.lt.s32"),
     "an unknown operand": ("mov.u32 %r1, %clock;", "unknown operand %clock"),
     "an endless loop": ("$loop:\nbra.uni $loop;", "does not end"),
 }  # fmt: skip

@@ -71,9 +71,9 @@ class Context:
         return lambda: decoded
 
     def _constant(self, operand: str, kind: str) -> Array:
-        symbols = self.machine.kernel.symbols
+        symbols = self.machine.symbols
         if operand in symbols:
-            number = self.machine.SHARED_BASE + symbols[operand]
+            number = symbols[operand]
         elif found := NUMBER.fullmatch(operand):
             number = int(found["bits"], 16) if found["bits"] else int(found["integer"], 0)
         else:
@@ -98,12 +98,17 @@ class Context:
         return write
 
     def address(self, operand: str) -> Read:
-        """A function that gives the addresses of all threads."""
+        """A function that gives the addresses of all threads, or one for all."""
         base, _, offset = operand.strip("[] ").partition("+")
-        base, machine = base.strip(), self.machine
-        width = machine.kernel.registers.get(base, 64)  # else a constant
+        base = base.strip()
+        width = self.machine.kernel.registers.get(base, 64)  # else a constant
         read, added = self.read(base, f"u{width}"), int(offset or "0", 0)
-        return lambda: machine.of_all(read()).astype(np.int64) + added
+        return lambda: read().astype(np.int64) + added
+
+    def addresses(self, operand: str) -> Read:
+        """A function that gives the address of every thread."""
+        address, of_all = self.address(operand), self.machine.of_all
+        return lambda: of_all(address())
 
 
 def partners(instruction: Instruction) -> str | None:

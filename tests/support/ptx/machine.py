@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 
 MAX_STEPS = 10**6  # more instructions than any test's kernel runs
 SPACES = {"global", "shared", "param"}
+PARAMETER_ALIGNMENT = 16
 CELL = 4  # bytes; asynchronous copies have as many or more
 
 
@@ -52,7 +53,7 @@ class Machine:
     if that is all threads'.
     """
 
-    GLOBAL_BASE, SHARED_BASE = 1 << 36, 1 << 24
+    GLOBAL_BASE, SHARED_BASE, PARAMETER_BASE = 1 << 36, 1 << 24, 1 << 20
 
     def __init__(
         self,
@@ -83,10 +84,15 @@ class Machine:
                 **_by_axis("%nctaid", grid),
             }.items()
         }
-        self.parameters = {
-            name: _bytes(argument, kernel.parameters[name])
-            for name, argument in zip(kernel.parameters, arguments, strict=True)
+        self.symbols = {
+            name: self.SHARED_BASE + offset for name, offset in kernel.symbols.items()
         }
+        parameters = b""
+        for (name, size), argument in zip(kernel.parameters.items(), arguments, strict=True):
+            parameters += bytes(-len(parameters) % PARAMETER_ALIGNMENT)
+            self.symbols[name] = self.PARAMETER_BASE + len(parameters)
+            parameters += _bytes(argument, size)
+        self.parameters: Array = np.frombuffer(parameters, np.uint8)
         self.registers: dict[str, Array] = {
             name: ~np.zeros(1, UNSIGNED[bits]) for name, bits in kernel.registers.items()
         }

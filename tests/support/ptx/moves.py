@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.arithmetic import UNSIGNED, decode
-from ptx.context import WARP, Array, Context, Lanes, Step
+from ptx.context import WARP, Array, Context, Lanes, Step, Write
 from ptx.parse import BITS, PTXError, members
 
 # What caches are told.
@@ -32,19 +32,10 @@ def _load(context: Context) -> Step:
     size = BITS[kind] // 8
     writes = [context.write(register, kind) for register in members(target)]
     if space == "param":
-        name, _, offset = source.strip("[] ").partition("+")
-        begin = int(offset or "0", 0)
-        held = context.machine.parameters[name][begin : begin + count * size]
-        values = decode(np.frombuffer(held, UNSIGNED[8 * size]), kind)
-
-        def load_parameter(lanes: Lanes) -> None:
-            for i, write in enumerate(writes):
-                write(values[i : i + 1], lanes)
-
-        if len(values) != count or len(writes) != count:
+        if len(writes) != count:
             raise context.unknown()
-        return load_parameter
-    address = context.address(source)
+        return _load_parameter(context, size, writes)
+    address = context.addresses(source)
 
     def load(lanes: Lanes) -> None:
         loaded = context.machine.load(space, address(), count * size, lanes)
@@ -54,11 +45,30 @@ def _load(context: Context) -> Step:
     return load
 
 
+def _load_parameter(context: Context, size: int, writes: list[Write]) -> Step:
+    """Values of one address are one for all threads."""
+    machine, address = context.machine, context.address(context.operands[1])
+    kind = context.kind if context.kind[0] == "s" else f"b{8 * size}"
+
+    def load(lanes: Lanes) -> None:
+        places = address() - machine.PARAMETER_BASE
+        if lanes is not None and len(places) > 1:
+            places = np.where(lanes, places, 0)
+        end = len(machine.parameters) - size * len(writes)
+        if places.min() < 0 or places.max() > end:
+            raise PTXError("reads beyond the parameters")
+        bytes_ = machine.parameters[places[:, None] + np.arange(size * len(writes))]
+        for write, values in zip(writes, bytes_.view(UNSIGNED[8 * size]).T, strict=True):
+            write(decode(values, kind), lanes)
+
+    return load
+
+
 def _store(context: Context) -> Step:
     target, source = context.operands
     space, count = _vector(context)
     reads = [context.read(register, f"b{BITS[context.kind]}") for register in members(source)]
-    address = context.address(target)
+    address = context.addresses(target)
 
     def store(lanes: Lanes) -> None:
         values = np.stack([context.machine.of_all(read()) for read in reads], axis=1)
@@ -83,7 +93,7 @@ def _copy(context: Context) -> Step:
         raise context.unknown()
     target, source, count, *given = context.operands
     size, read = int(count), context.read(given[0], "u32") if given else None
-    to, of = context.address(target), context.address(source)
+    to, of = context.addresses(target), context.addresses(source)
 
     def copy(lanes: Lanes) -> None:
         lanes = np.ones(machine.lanes, bool) if lanes is None else lanes
@@ -118,7 +128,7 @@ def _matrix(context: Context) -> Step:
     names, machine = members(registers), context.machine
     transposed = ["trans"] if "trans" in context.modifiers else []
     context.expect("sync", "aligned", "m8n8", f"x{len(names)}", *transposed, "shared")
-    address = context.address(rows)
+    address = context.addresses(rows)
     reads = [context.read(name, "b32") for name in names]
     writes = [context.write(name, "b32") for name in names]
     lane = np.arange(machine.lanes) % WARP
