@@ -32,6 +32,7 @@ __all__ = [
     "Operation",
     "Sample",
     "below_autograd",
+    "kernels_of",
     "no_second_derivative",
     "steps_of",
 ]
@@ -279,6 +280,12 @@ def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], 
         else:
             needs.append(False)
     return needs, places, tensors
+
+
+def kernels_of(op: str, function: str) -> dict[str, Kernel]:
+    """Of an op that C++ runs on CPUs, on GPUs a function of ``cuda.py`` and of ``triton.py``."""
+    gpus = {backend: f"fastfuse.ops.{op}.{backend}:{function}" for backend in _STEPS}
+    return {"cpu": COMPILED, **gpus}
 
 
 def _loaded(kernel: Kernel, backend: str) -> Callable[..., Any]:

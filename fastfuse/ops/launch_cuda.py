@@ -16,14 +16,48 @@ import torch
 from torch import Tensor
 
 from fastfuse import _cuda
+from fastfuse.backends import requested_backend
+from fastfuse.ops.policy import policy_of
 
-__all__ = ["DTYPES", "Launch", "pointers"]
+__all__ = [
+    "ALIGNMENT", "DTYPES", "MAX_IMAGES", "MAX_LEVELS", "ImageStrides", "Launch", "are_aligned",
+    "are_vectors", "is_preferred", "pointers",
+]  # fmt: skip
 
 # As csrc/cuda/runtime.h numbers them.
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ALIGNMENT = 16  # bytes of the widest access
 MAX_LEVELS = 8
+MAX_IMAGES = 65535  # of a grid's third dimension
 
 _Levels = ctypes.c_void_p * MAX_LEVELS
+
+
+class ImageStrides(ctypes.Structure):
+    """Of an image in channels_last, in elements."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("image", "row", "pixel")]
+
+    @classmethod
+    def of(cls, stride: Sequence[int]) -> ImageStrides:
+        return cls(stride[0], stride[2], stride[3])
+
+
+def is_preferred(op: str) -> bool:
+    """Whether CUDA C++ runs an op where it covers it: asked for by name, or by the policy."""
+    if _cuda.library is None:
+        return False
+    return requested_backend() == "cuda" or op in policy_of("cuda").cuda_ops
+
+
+def are_vectors(channels: int, stride: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether vectors of channels can be accessed at once in every pixel of an image."""
+    vector = ALIGNMENT // dtype.itemsize
+    return stride[1] == 1 and not any(n % vector for n in (channels, *stride[:1], *stride[2:]))
+
+
+def are_aligned(*tensors: Tensor | None) -> bool:
+    return not any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors)
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:
