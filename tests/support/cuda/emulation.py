@@ -4,57 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
+from ptx.storages import Storage
 
-Array = npt.NDArray[Any]
 # Calls a function of the library with pointers of tensors; gives its error, 0 for none.
 Call = Callable[[ctypes.CDLL], int]
 
 
 class EmulationError(Exception):
     """What is wrong with a kernel, and where."""
-
-
-class Storage:
-    """The memory of a tensor, or of several that share it."""
-
-    def __init__(self, views: Sequence[Tensor], is_written: bool) -> None:
-        storage = views[0].untyped_storage()
-        self.address, self.size = storage.data_ptr(), storage.nbytes()
-        self.data: Array = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * self.size).from_address(self.address)
-        )
-        self.valid = np.zeros(self.size, np.uint8)  # whether a byte is an element's
-        for view in views:
-            self._mark(view)
-        self.written = np.full(self.size, is_written, np.uint8)
-
-    def _mark(self, view: Tensor) -> None:
-        size = view.element_size()
-        begin = self.valid[view.storage_offset() * size :]
-        strides = (*(stride * size for stride in view.stride()), 1)
-        if view.numel() > 0:
-            np.lib.stride_tricks.as_strided(begin, (*view.shape, size), strides)[...] = 1
-
-    def forget(self) -> None:
-        """As fresh memory is: all ones are NaN of every type."""
-        self.data[self.valid != 0] = 0xFF
-        self.written[:] = 0
-
-
-def storages(tensors: Iterable[Tensor], is_written: bool) -> list[Storage]:
-    views: dict[int, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.untyped_storage().nbytes() > 0:
-            views.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    return [Storage(of_one, is_written) for of_one in views.values()]
 
 
 @dataclass(frozen=True)

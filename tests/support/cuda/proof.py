@@ -11,12 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 
 import numpy as np
-from ptx.machine import Machine, run
-from ptx.memory import ALIGNMENT, Layout
 from ptx.parse import Kernel, PTXError, parse
+from ptx.storages import Storage, run_on, storages
 from torch import Tensor
 
-from cuda.emulation import Call, Emulator, Launch, Storage, storages
+from cuda.emulation import Call, Emulator, Launch
 from cuda.sources import Program
 
 ARCHS = ("sm_80", "sm_90a")
@@ -36,7 +35,7 @@ def ways(
     Faults are raised as ``EmulationError`` and ``PTXError``.
     """
     emulator = emulated(program)
-    read, written = storages(inputs, is_written=True), storages(outputs, is_written=False)
+    read, written = storages(inputs), storages(outputs)
     for seed in seeds:
         for storage in written:
             storage.forget()
@@ -67,29 +66,4 @@ def run_ptx(program: Program, arch: str, launch: Launch, memory: Sequence[Storag
     if np.prod(launch.block) > kernel.threads:
         raise PTXError(f"{kernel.name} has up to {kernel.threads} threads; launched {launch.block}")
     kernel = dataclasses.replace(kernel, block=launch.block)
-    layout = Layout()
-    places = [
-        layout.place(
-            storage.data,
-            storage.valid.astype(bool),
-            storage.written.astype(bool),
-            storage.address % ALIGNMENT,
-        )
-        for storage in memory
-    ]
-    arguments = [_moved(argument, memory, places) for argument in launch.arguments]
-    after = run(kernel, arguments, launch.grid, layout, launch.shared_bytes)
-    for storage, place in zip(memory, places, strict=True):
-        there = slice(place, place + storage.size)
-        storage.data[:] = after.data[there]
-        storage.written |= after.written_bytes[there]
-
-
-def _moved(argument: bytes, memory: Sequence[Storage], places: Sequence[int]) -> bytes:
-    """An argument whose addresses are those of the machine's memory."""
-    words = np.frombuffer(argument[: len(argument) // 8 * 8], np.uint64).copy()
-    for i, word in enumerate(words.tolist()):
-        for storage, place in zip(memory, places, strict=True):
-            if storage.address <= word < storage.address + storage.size:
-                words[i] = Machine.GLOBAL_BASE + place + word - storage.address
-    return words.tobytes() + argument[len(words) * 8 :]
+    run_on(memory, kernel, launch.arguments, launch.grid, launch.shared_bytes)
