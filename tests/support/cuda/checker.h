@@ -10,8 +10,8 @@
 
 #include "fibers.h"
 
-// Of this library: what lies between them is no tensor's.
-extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, _end;
+// Where this library begins, and its variables; shared ones are among them.
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start, __bss_start;
 
 namespace fastfuse::emulator {
 
@@ -29,11 +29,13 @@ struct Byte {
   bool pending = false;       // an asynchronous copy is to write it
 };
 
+enum class Space { kGlobal, kShared, kGuard };  // a guard tells whether a variable is initialised
+
 // Memory of a kernel; of each of its bytes one of `valid`, `written` and `bytes`.
 struct Region {
   char* begin;
   size_t size;
-  bool is_shared;
+  Space space;
   const uint8_t* valid;  // null: all
   uint8_t* written;      // of shared memory the region's own, as are `bytes`
   Byte* bytes;
@@ -43,29 +45,30 @@ constexpr int kMaxRegions = 256;
 inline Region regions[kMaxRegions];
 inline int region_count = 0;
 
-UNCHECKED inline bool has(const Region& region, const char* address) {
-  return address >= region.begin && address < region.begin + region.size;
+UNCHECKED inline bool is_within(const char* address, const void* begin, size_t size) {
+  return size_t(address - static_cast<const char*>(begin)) < size;
 }
 
 UNCHECKED inline Region* region_of(const char* address) {
   static int last = 0;
-  if (last < region_count && has(regions[last], address)) return &regions[last];
+  if (last < region_count && is_within(address, regions[last].begin, regions[last].size)) return &regions[last];
   for (last = 0; last < region_count; ++last)
-    if (has(regions[last], address)) return &regions[last];
+    if (is_within(address, regions[last].begin, regions[last].size)) return &regions[last];
   return nullptr;
 }
 
-UNCHECKED inline void add_region(void* begin, size_t size, bool is_shared, const uint8_t* valid,
-                                 uint8_t* written) {
+UNCHECKED inline void add_region(void* begin, size_t size, Space space,
+                                 const uint8_t* valid = nullptr, uint8_t* written = nullptr) {
   if (region_count == kMaxRegions) return stop("too many tensors or shared variables");
-  regions[region_count++] = {static_cast<char*>(begin), size, is_shared, valid,
-                             is_shared ? new uint8_t[size] : written, new Byte[size]};
+  regions[region_count++] = {static_cast<char*>(begin), size, space, valid,
+                             space == Space::kShared ? new uint8_t[size] : written,
+                             new Byte[size]};
 }
 
 UNCHECKED inline void drop_region() {
   const Region& region = regions[--region_count];
   delete[] region.bytes;
-  if (region.is_shared) delete[] region.written;
+  if (region.space == Space::kShared) delete[] region.written;
 }
 
 UNCHECKED inline Access access_of_current() {
@@ -120,17 +123,20 @@ UNCHECKED inline void report(const char* what, const char* address, size_t size,
     std::snprintf(place, sizeof place, "%zu bytes at no tensor's address", size);
   else
     std::snprintf(place, sizeof place, "%zu bytes at %s address %#zx of %#zx", size,
-                  region->is_shared ? "shared" : "global", size_t(address - region->begin),
+                  region->space == Space::kShared ? "shared" : "global", size_t(address - region->begin),
                   region->size);
-  stop(std::string(what) + ", " + place, code);
+  stop((std::string(what) + ", " + place).c_str(), code);
 }
 
-// Of a kernel's own variables, constants and arguments.
+// Of a kernel's own variables, constants, arguments, and what the language has.
 UNCHECKED inline bool is_private(const char* address) {
-  const char* arguments = static_cast<const char*>(kernel_arguments);
-  return (address >= current->stack() && address < current->stack() + kStack) ||
-         (address >= &__ehdr_start && address < &_end) ||
-         (address >= arguments && address < arguments + kernel_arguments_bytes);
+  return is_within(address, current->stack(), kStack) ||
+         is_within(address, &__ehdr_start, &__bss_start - &__ehdr_start) ||
+         is_within(address, kernel_arguments, kernel_arguments_bytes) ||
+         is_within(address, &threadIdx, sizeof threadIdx) ||
+         is_within(address, &blockIdx, sizeof blockIdx) ||
+         is_within(address, &blockDim, sizeof blockDim) ||
+         is_within(address, &gridDim, sizeof gridDim);
 }
 
 UNCHECKED inline void check(const void* at, size_t size, bool writes, const void* code,
@@ -143,6 +149,7 @@ UNCHECKED inline void check(const void* at, size_t size, bool writes, const void
     if (!is_private(address)) report("is out of bounds", address, size, nullptr, code);
     return;
   }
+  if (region->space == Space::kGuard) return;
   const size_t first = address - region->begin;
   if (first + size > region->size) report("is out of bounds", address, size, region, code);
   if (is_aligned && size <= 16 && (size & (size - 1)) == 0 && size_t(address) % size != 0)
@@ -186,7 +193,7 @@ UNCHECKED inline void end_copy(const Copy& copy) {
 UNCHECKED inline void clear_shared() {
   for (int i = 0; i < region_count; ++i) {
     const Region& region = regions[i];
-    if (!region.is_shared) continue;
+    if (region.space != Space::kShared) continue;
     std::fill_n(region.written, region.size, 0);
     std::fill_n(region.bytes, region.size, Byte());
     std::memset(region.begin, 0xff, region.size);

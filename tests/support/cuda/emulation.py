@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ptx.storages import Storage
 
 # Calls a function of the library with pointers of tensors; gives its error, 0 for none.
 Call = Callable[[ctypes.CDLL], int]
+VARIABLE = re.compile(r"_Z(GV)?ZN8fastfuse4cuda")
 
 
 class EmulationError(Exception):
@@ -49,10 +51,10 @@ class Emulator:
             ["nm", "-f", "sysv", "--defined-only", path], capture_output=True, text=True, check=True
         )
         rows = [[word.strip() for word in line.split("|")] for line in symbols.stdout.splitlines()]
-        self._shared = [  # static variables of functions
-            (int(row[1], 16), int(row[4], 16))
+        self._variables = [  # static ones of functions, and their guards: where, size, which
+            (int(row[1], 16), int(row[4], 16), int(found[1] is not None))
             for row in rows
-            if len(row) == 7 and row[6] == ".bss" and row[0].startswith("_ZZN8fastfuse4cuda")
+            if len(row) == 7 and row[6] == ".bss" and (found := VARIABLE.match(row[0]))
         ]
 
     def run(self, call: Call, memory: Iterable[Storage], seed: int) -> None:
@@ -78,8 +80,10 @@ class Emulator:
 
     def _begin(self, memory: Iterable[Storage], seed: int, records_only: bool) -> None:
         self.library.fastfuse_emulator_begin(seed, int(records_only))
-        for offset, size in self._shared:
-            self.library.fastfuse_emulator_shared(ctypes.c_size_t(offset), ctypes.c_size_t(size))
+        for offset, size, is_guard in self._variables:
+            self.library.fastfuse_emulator_variable(
+                ctypes.c_size_t(offset), ctypes.c_size_t(size), is_guard
+            )
         for storage in memory:
             self.library.fastfuse_emulator_tensor(
                 ctypes.c_void_p(storage.address),

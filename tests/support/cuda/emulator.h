@@ -58,7 +58,7 @@ UNCHECKED inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes) {
   blockDim = block;
   thread_count = block.x * block.y * block.z;
   dynamic_memory = static_cast<char*>(std::aligned_alloc(128, (shared_bytes + 255) / 128 * 128));
-  add_region(dynamic_memory, shared_bytes, true, nullptr, nullptr);
+  add_region(dynamic_memory, shared_bytes, Space::kShared);
   launch_epoch = ++epoch;
   std::vector<int> blocks(size_t(grid.x) * grid.y * grid.z);
   for (size_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
@@ -245,11 +245,14 @@ __attribute__((weak)) UNCHECKED void fastfuse_emulator_begin(uint32_t seed, int 
 __attribute__((weak)) UNCHECKED void fastfuse_emulator_tensor(void* begin, size_t size,
                                                               const uint8_t* valid,
                                                               uint8_t* written) {
-  fastfuse::emulator::add_region(begin, size, false, valid, written);
+  using namespace fastfuse::emulator;
+  add_region(begin, size, Space::kGlobal, valid, written);
 }
-// A __shared__ variable, by its distance from the library's begin.
-__attribute__((weak)) UNCHECKED void fastfuse_emulator_shared(size_t offset, size_t size) {
-  fastfuse::emulator::add_region(&__ehdr_start + offset, size, true, nullptr, nullptr);
+// A __shared__ variable or its guard, by the distance from the library's begin.
+__attribute__((weak)) UNCHECKED void fastfuse_emulator_variable(size_t offset, size_t size,
+                                                                int is_guard) {
+  using namespace fastfuse::emulator;
+  add_region(&__ehdr_start + offset, size, is_guard ? Space::kGuard : Space::kShared);
 }
 __attribute__((weak)) UNCHECKED const char* fastfuse_emulator_launches() {
   return fastfuse::emulator::launches.c_str();

@@ -99,7 +99,8 @@ UNCHECKED inline std::string thread_name() {
 }
 
 // Keeps the first fault. A thread never returns from it.
-UNCHECKED inline void stop(const std::string& what, const void* code = nullptr) {
+UNCHECKED inline void stop(const char* what, const void* code = nullptr) {
+  const Inside inside;
   if (fault.empty()) {
     fault = current ? thread_name() + " " + what : what;
     fault_code = code;
@@ -174,7 +175,7 @@ UNCHECKED inline void pass_barrier() {
     Thread& thread = threads[i];
     if (thread.state == State::kEnded) continue;
     if (line != 0 && line != thread.line)
-      return stop("threads of a block wait at different barriers" + where_threads_wait());
+      return stop(("threads of a block wait at different barriers" + where_threads_wait()).c_str());
     line = thread.line;
     passed_predicates += thread.predicate != 0;
     ++passed_threads;
@@ -203,7 +204,7 @@ UNCHECKED inline void run_block() {
     }
     if (alive == 0) break;
     if (ready.empty() && at_barrier < alive)
-      stop("threads wait for each other for ever" + where_threads_wait());
+      stop(("threads wait for each other for ever" + where_threads_wait()).c_str());
     else if (ready.empty())
       pass_barrier();
     put_in_order(ready);
@@ -237,15 +238,16 @@ UNCHECKED inline bool meet(uint32_t mask, int line) {
   for (int i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1)) continue;
     if (first + i >= thread_count || threads[first + i].state == State::kEnded)
-      stop("waits for a lane that has ended, at line " + std::to_string(line));
+      stop(("waits for a lane that has ended, at line " + std::to_string(line)).c_str());
     const Thread& other = threads[first + i];
     if (other.state != State::kAtWarp) {
       yield();
       return false;
     }
     if (other.mask != mask || other.line != line)
-      stop("meets lanes that wait elsewhere, at line " + std::to_string(line) + " and " +
-           std::to_string(other.line));
+      stop(("meets lanes that wait elsewhere, at line " + std::to_string(line) + " and " +
+            std::to_string(other.line))
+               .c_str());
   }
   for (int i = 0; i < kWarp; ++i)
     if (mask >> i & 1) threads[first + i].state = State::kRuns;

@@ -1,7 +1,7 @@
 """One call of a C interface, run everywhere: emulated in many orders, and as nvcc's PTX.
 
-    for way in ways(Program("tap_sum"), call, inputs=[x, weight], outputs=[out]):
-        assert torch.equal(out, expected), way
+for way in ways(Program("tap_sum"), call, inputs=[x, weight], outputs=[out]):
+    assert torch.equal(out, expected), way
 """
 
 from __future__ import annotations

@@ -22,14 +22,14 @@ Texts = dict[str, str]  # of files, by the name that includes have for them
 Edit = Callable[[Texts], Texts]
 
 
-class MissingCompiler(Exception):
+class MissingCompilerError(Exception):
     """Why nothing can be compiled here."""
 
 
 def nvcc() -> Path:
     found = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if found is None:
-        raise MissingCompiler("needs nvcc, of CUDA 12.8 or later; it is not on the PATH")
+        raise MissingCompilerError("needs nvcc, of CUDA 12.8 or later; it is not on the PATH")
     return Path(found)
 
 
@@ -38,7 +38,7 @@ def include_directory() -> Path:
     for directory in (nvcc().resolve().parents[1], Path("/usr/local/cuda")):
         if (directory / "include" / "cuda_bf16.h").exists():
             return directory / "include"
-    raise MissingCompiler("needs the headers of CUDA beside nvcc; there is no cuda_bf16.h")
+    raise MissingCompilerError("needs the headers of CUDA beside nvcc; there is no cuda_bf16.h")
 
 
 def _read(name: str) -> str | None:

@@ -130,11 +130,10 @@ FLOATS: dict[str, Function] = {
 
 # Of numbers of 16 bits, in float64: exact, or rounded to odd, so that one rounding is left.
 HALVES: dict[str, Function] = {
-    **{name: add_to_odd for name in ("add", "add.rn")},
-    **{name: lambda a, b: add_to_odd(a, -b) for name in ("sub", "sub.rn")},
-    **{name: np.multiply for name in ("mul", "mul.rn")},
+    **dict.fromkeys(("add", "add.rn"), add_to_odd),
+    **dict.fromkeys(("sub", "sub.rn"), lambda a, b: add_to_odd(a, -b)),
+    **dict.fromkeys(("mul", "mul.rn"), np.multiply),
     "fma.rn": lambda a, b, c: add_to_odd(a * b, c),
-    "fma.rn.relu": lambda a, b, c: np.fmax(add_to_odd(a * b, c), 0),
     "neg": np.negative,
     "abs": np.abs,
     "min": np.fmin,

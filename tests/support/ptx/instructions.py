@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from ptx.machine import Machine
 
 OPCODES: dict[str, Callable[[Context], Step]] = {
-    **moves.OPCODES, **threads.OPCODES, **values.OPCODES
+    **moves.OPCODES,
+    **threads.OPCODES,
+    **values.OPCODES,
 }
 
 

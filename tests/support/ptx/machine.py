@@ -48,9 +48,9 @@ class Observer(Protocol):
 class Machine:
     """Blocks of a kernel, given by their numbers, that run at once.
 
-    ``arguments`` are bits, as an integer or as bytes. Registers, like shared memory, are all ones before they are written: NaN
-    of every type, addresses of nothing. An array of registers has a value of every thread, or one
-    if that is all threads'.
+    ``arguments`` are bits, as an integer or as bytes. Registers, like shared memory, are all ones
+    before they are written: NaN of every type, addresses of nothing. An array of registers has a
+    value of every thread, or one if that is all threads'.
     """
 
     GLOBAL_BASE, SHARED_BASE, PARAMETER_BASE = 1 << 36, 1 << 24, 1 << 20
@@ -84,9 +84,7 @@ class Machine:
                 **_by_axis("%nctaid", grid),
             }.items()
         }
-        self.symbols = {
-            name: self.SHARED_BASE + offset for name, offset in kernel.symbols.items()
-        }
+        self.symbols = {name: self.SHARED_BASE + offset for name, offset in kernel.symbols.items()}
         parameters = b""
         for (name, size), argument in zip(kernel.parameters.items(), arguments, strict=True):
             parameters += bytes(-len(parameters) % PARAMETER_ALIGNMENT)

@@ -15,9 +15,7 @@ BITS = {
 }
 NAME = r"%?[\w$]+"
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{\n")
-MEMORY = re.compile(
-    rf"(\.extern )?\.shared (?:\.align (\d+) )?\.(\w+) ({NAME})(?:\[(\d*)\])?"
-)
+MEMORY = re.compile(rf"(\.extern )?\.shared (?:\.align (\d+) )?\.(\w+) ({NAME})(?:\[(\d*)\])?")
 
 
 class PTXError(Exception):
@@ -124,7 +122,9 @@ class _Reader:
             else:
                 statement, semicolon, line = line.partition(";")
                 if not semicolon:
-                    raise PTXError(f"{self._kernel.name}, line {number}: half a statement: {statement}")
+                    raise PTXError(
+                        f"{self._kernel.name}, line {number}: half a statement: {statement}"
+                    )
                 self.statement(" ".join(statement.split()), number)
 
     def statement(self, statement: str, line: int) -> None:

@@ -168,5 +168,3 @@ OPCODES: dict[str, Callable[[Context], Step]] = {
     "redux": _reduce,
     "mma": _multiply,
 }
-
-
