@@ -51,7 +51,8 @@ UNCHECKED inline bool is_within(const char* address, const void* begin, size_t s
 
 UNCHECKED inline Region* region_of(const char* address) {
   static int last = 0;
-  if (last < region_count && is_within(address, regions[last].begin, regions[last].size)) return &regions[last];
+  if (last < region_count && is_within(address, regions[last].begin, regions[last].size))
+    return &regions[last];
   for (last = 0; last < region_count; ++last)
     if (is_within(address, regions[last].begin, regions[last].size)) return &regions[last];
   return nullptr;
@@ -60,7 +61,10 @@ UNCHECKED inline Region* region_of(const char* address) {
 UNCHECKED inline void add_region(void* begin, size_t size, Space space,
                                  const uint8_t* valid = nullptr, uint8_t* written = nullptr) {
   if (region_count == kMaxRegions) return stop("too many tensors or shared variables");
-  regions[region_count++] = {static_cast<char*>(begin), size, space, valid,
+  regions[region_count++] = {static_cast<char*>(begin),
+                             size,
+                             space,
+                             valid,
                              space == Space::kShared ? new uint8_t[size] : written,
                              new Byte[size]};
 }
@@ -123,8 +127,8 @@ UNCHECKED inline void report(const char* what, const char* address, size_t size,
     std::snprintf(place, sizeof place, "%zu bytes at no tensor's address", size);
   else
     std::snprintf(place, sizeof place, "%zu bytes at %s address %#zx of %#zx", size,
-                  region->space == Space::kShared ? "shared" : "global", size_t(address - region->begin),
-                  region->size);
+                  region->space == Space::kShared ? "shared" : "global",
+                  size_t(address - region->begin), region->size);
   stop((std::string(what) + ", " + place).c_str(), code);
 }
 
@@ -203,14 +207,14 @@ UNCHECKED inline void clear_shared() {
 }  // namespace fastfuse::emulator
 
 // As gcc's -fsanitize=thread calls them.
-#define FASTFUSE_HOOK(name, size, writes, is_aligned)                                            \
-  extern "C" __attribute__((weak)) UNCHECKED void __tsan_##name(void* at) {                      \
-    fastfuse::emulator::check(at, size, writes, __builtin_return_address(0), is_aligned);        \
+#define FASTFUSE_HOOK(name, size, writes, is_aligned)                                     \
+  extern "C" __attribute__((weak)) UNCHECKED void __tsan_##name(void* at) {               \
+    fastfuse::emulator::check(at, size, writes, __builtin_return_address(0), is_aligned); \
   }
-#define FASTFUSE_HOOKS(size)                                                                     \
-  FASTFUSE_HOOK(read##size, size, false, true)                                                   \
-  FASTFUSE_HOOK(write##size, size, true, true)                                                   \
-  FASTFUSE_HOOK(unaligned_read##size, size, false, false)                                        \
+#define FASTFUSE_HOOKS(size)                              \
+  FASTFUSE_HOOK(read##size, size, false, true)            \
+  FASTFUSE_HOOK(write##size, size, true, true)            \
+  FASTFUSE_HOOK(unaligned_read##size, size, false, false) \
   FASTFUSE_HOOK(unaligned_write##size, size, true, false)
 FASTFUSE_HOOKS(1)
 FASTFUSE_HOOKS(2)

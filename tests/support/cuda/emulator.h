@@ -218,8 +218,7 @@ UNCHECKED T __shfl_down_sync(uint32_t mask, T value, unsigned lanes, int width =
   const bool there = other < (lane / width + 1) * width;
   return fastfuse::emulator::exchange(mask, value, there ? other : lane, line);
 }
-UNCHECKED inline uint32_t __ballot_sync(uint32_t mask, int predicate,
-                                        int line = __builtin_LINE()) {
+UNCHECKED inline uint32_t __ballot_sync(uint32_t mask, int predicate, int line = __builtin_LINE()) {
   return fastfuse::emulator::ballot(mask, predicate, line);
 }
 UNCHECKED inline int __any_sync(uint32_t mask, int predicate, int line = __builtin_LINE()) {

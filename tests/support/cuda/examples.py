@@ -12,7 +12,7 @@ from ptx.parse import PTXError
 from torch import Tensor
 
 from cuda.emulation import Call, EmulationError
-from cuda.proof import ways
+from cuda.proof import ARCHS, SEEDS, ways
 from cuda.sources import Edit, MissingCompilerError, Program, nvcc
 from fastfuse.ops.launch_cuda import DTYPES
 
@@ -42,16 +42,18 @@ class Example:
     outputs: Sequence[Tensor]
     expected: Sequence[Tensor]
 
-    def check(self, edit: Edit = dict, **where: Sequence[object]) -> None:
-        """Everywhere, or where ``ways`` is told."""
-        for way in ways(Program(self.name, edit), self.call, self.inputs, self.outputs, **where):
+    def check(
+        self, edit: Edit = dict, seeds: Sequence[int] = SEEDS, archs: Sequence[str] = ARCHS
+    ) -> None:
+        program = Program(self.name, edit)
+        for way in ways(program, self.call, self.inputs, self.outputs, seeds, archs):
             for output, expected in zip(self.outputs, self.expected, strict=True):
                 assert torch.equal(output, expected), way
 
-    def finds(self, edit: Edit, **where: Sequence[object]) -> str:
+    def finds(self, edit: Edit, seeds: Sequence[int], archs: Sequence[str]) -> str:
         """What tells that the program is wrong: a fault, or where its values are."""
         with pytest.raises((EmulationError, PTXError, AssertionError)) as found:
-            self.check(edit, **where)
+            self.check(edit, seeds, archs)
         return str(found.value)
 
 

@@ -65,7 +65,7 @@ inline int passed_predicates = 0, passed_threads = 0;  // of the last barrier
 inline uint32_t epoch = 1, block_epoch = 1, launch_epoch = 1;
 inline uint32_t phases[kMaxThreads / kWarp];  // of a warp: times that all its lanes have met
 
-inline std::string fault;  // empty: none
+inline std::string fault;      // empty: none
 inline bool is_inside = true;  // the emulator itself runs: its accesses are not looked at
 inline const void* fault_code = nullptr;
 
@@ -131,8 +131,7 @@ UNCHECKED inline void make_stacks() {
 UNCHECKED inline void resume(Thread& thread) {
   current = &thread;
   const unsigned rank = thread.rank;
-  threadIdx = {rank % blockDim.x, rank / blockDim.x % blockDim.y,
-               rank / (blockDim.x * blockDim.y)};
+  threadIdx = {rank % blockDim.x, rank / blockDim.x % blockDim.y, rank / (blockDim.x * blockDim.y)};
   if (_setjmp(scheduler) == 0) {
     if (thread.started) _longjmp(thread.context, 1);
     thread.started = true;

@@ -49,8 +49,8 @@ def resources(program: Program, arch: str) -> dict[str, Resources]:
     """By the mangled name."""
     usage = _dumped(program, arch, "-res-usage")
     found = {
-        name: Resources(*map(int, numbers))
-        for name, *numbers in re.findall(
+        name: Resources(int(registers), int(stack), int(shared))
+        for name, registers, stack, shared in re.findall(
             r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
         )
     }

@@ -121,7 +121,13 @@ class Program:
         )
 
     def _nvcc(self, kind: str, arch: str) -> Path:
-        command = [nvcc(), "-std=c++17", "-O3", f"-I{self.directory / 'source'}", *self.flags]
+        command: list[str | Path] = [
+            nvcc(),
+            "-std=c++17",
+            "-O3",
+            f"-I{self.directory / 'source'}",
+            *self.flags,
+        ]
         return _compile(
             [*command, f"-arch={arch}", f"-{kind}", self._file, "-o"],
             self.directory / f"{arch}.{kind}",

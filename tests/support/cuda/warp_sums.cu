@@ -11,9 +11,8 @@ __device__ float warp_sum(float x) {
 }
 
 // Of each row: the sum, how many are negative, whether any is zero, the prefix sums of each warp.
-__global__ void __launch_bounds__(kBlock)
-    warp_sums(const float* input, int length, float* sums, int* counts, int* zeros,
-              float* prefixes) {
+__global__ void __launch_bounds__(kBlock) warp_sums(const float* input, int length, float* sums,
+                                                    int* counts, int* zeros, float* prefixes) {
   __shared__ float of_warps[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float x = threadIdx.x < length ? input[blockIdx.x * length + threadIdx.x] : 1.0f;
@@ -43,8 +42,7 @@ __global__ void __launch_bounds__(kBlock)
 }  // namespace fastfuse::cuda
 
 FASTFUSE_API int fastfuse_warp_sums(const float* input, int rows, int length, float* sums,
-                                    int* counts, int* zeros, float* prefixes,
-                                    cudaStream_t stream) {
+                                    int* counts, int* zeros, float* prefixes, cudaStream_t stream) {
   using namespace fastfuse::cuda;
   return launch(warp_sums, rows, kBlock, 0, stream, input, length, sums, counts, zeros, prefixes);
 }
