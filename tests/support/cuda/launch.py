@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -47,7 +47,7 @@ class Launcher(ExitStack):
     def __enter__(self) -> Launcher:
         patch = self.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(backends, "_requested", "cuda")
-        patch.setattr(_cuda, "library", self)  # there is one
+        patch.setattr(_cuda, "library", _Library(self._program))
         patch.setattr(launch_cuda.Launch, "_launch", lambda launch, a: self.launch(launch, a))
         for module in _users():
             patch.setattr(module, "pointers", tuple)
@@ -55,8 +55,7 @@ class Launcher(ExitStack):
         return self
 
     def launch(self, launch: launch_cuda.Launch, arguments: Sequence[Argument]) -> None:
-        name = _program_of(launch.function)
-        program = self._programs.get(name, Program(name))
+        program = self._program(launch.function)
         groups = [a if isinstance(a, tuple) else (a,) for a in arguments]
         tensors = [t for group in groups for t in group if isinstance(t, Tensor)]
         memory = storages([t for t in tensors if t.numel() > 0], self._fresh.written)
@@ -70,6 +69,10 @@ class Launcher(ExitStack):
         self.launched.append(launch.function)
         self._run(program, call, memory)
 
+    def _program(self, function: str) -> Program:
+        name = _program_of(function)
+        return self._programs.get(name, Program(name))
+
     def _run(self, program: Program, call: Any, memory: list[Storage]) -> None:
         emulator = emulated(program)
         if self._seed is not None:
@@ -77,6 +80,16 @@ class Launcher(ExitStack):
         elif self._arch is not None:
             for made in emulator.launches(call):
                 run_ptx(program, self._arch, made, memory)
+
+
+class _Library:
+    """What has the functions that launch nothing."""
+
+    def __init__(self, program_of: Callable[[str], Program]) -> None:
+        self._program_of = program_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(emulated(self._program_of(name)).library, name)
 
 
 def _pointer(argument: Argument) -> Any:
