@@ -89,13 +89,14 @@ test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 	    --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
 
-# The fast Triton tests again, on the PTX that kernels compile to for each of these GPUs.
+# The fast Triton tests again, on the PTX that kernels compile to for each of these GPUs; CUDA C++.
 GPUS := sm_80 sm_90
 test-gpu-proof: $(BUILT)
 	@for gpu in $(GPUS); do \
 	    echo "PTX for $$gpu"; TRITON_TESTS_ON=$$gpu $(PYTEST) tests/triton -m "not slow" || exit; \
 	done
 	$(PYTEST) tests/triton/test_ptx_mutations.py
+	$(PYTEST) tests/cuda
 
 # What can be counted of the Triton kernels without a device; the host's time is printed alone.
 gpu-report: $(BUILT)

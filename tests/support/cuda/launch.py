@@ -20,7 +20,7 @@ from ptx.storages import FreshMemory, Storage, storages
 from torch import Tensor
 
 from cuda.proof import emulated, run_ptx
-from cuda.sources import ROOT, Program
+from cuda.sources import INCLUDES, ROOT, Program
 from fastfuse import _cuda, backends
 from fastfuse.ops import launch_cuda
 
@@ -114,7 +114,8 @@ def _program_of(function: str) -> str:
     """The .cu file that defines it."""
     (path,) = [
         path
-        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for directory in INCLUDES
+        for path in (directory / "cuda").glob("*.cu")
         if f" {function}(" in path.read_text(encoding="utf-8")
     ]
     return path.stem
