@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from cuda.sources import MissingCompilerError, Program
+from cuda.sources import MissingCompilerError, Program, write
 
 SPILLS = ("STL", "LDL")  # to and from local memory
 
@@ -69,5 +69,5 @@ def _dumped(program: Program, arch: str, what: str) -> str:
     if not kept.exists():
         command = [str(cuobjdump()), what, str(cubin)]
         dumped = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        kept.write_text(dumped, encoding="utf-8")
+        write(kept, dumped)
     return kept.read_text(encoding="utf-8")

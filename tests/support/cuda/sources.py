@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,16 +63,34 @@ def _closure(name: str) -> Texts:
     return texts
 
 
-def _compile(command: Sequence[str | Path], made: Path) -> Path:
-    """Runs a command that ends in "-o"; what it makes is there whole or not at all."""
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all: several processes may make the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _hash(*said: object) -> str:
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+@cache
+def _version(compiler: str | Path) -> str:
+    command = [str(compiler), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _compile(command: Sequence[str | Path], directory: Path, name: str, also: str = "") -> Path:
+    """Runs a command that ends in "-o"; ``also`` is what it reads besides."""
+    words = list(map(str, command))
+    made = directory / f"{_hash(words, _version(words[0]), also)}-{name}"
     if made.exists():
         return made
     partial = made.with_name(f"{made.name}.{os.getpid()}")
-    result = subprocess.run(
-        [*map(str, command), str(partial)], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*words, str(partial)], capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}:\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"{' '.join(words)}:\n{result.stdout}{result.stderr}")
     partial.replace(made)
     return made
 
@@ -92,15 +110,10 @@ class Program:
     @cached_property
     def directory(self) -> Path:
         """Has the sources as they are compiled, and what was made of them."""
-        emulator = {p.name: p.read_text(encoding="utf-8") for p in sorted(EMULATOR.glob("*.h"))}
-        said = repr((sorted(self.texts.items()), sorted(emulator.items()), self.flags))
-        key = hashlib.sha256(said.encode()).hexdigest()[:24]
-        directory = CACHE / f"{self.name}-{key}"
+        directory = CACHE / f"{self.name}-{_hash(sorted(self.texts.items()))}"
         for name, text in self.texts.items():
-            path = directory / "source" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                path.write_text(text, encoding="utf-8")
+            if not (path := directory / "source" / name).exists():
+                write(path, text)
         return directory
 
     @property
@@ -109,29 +122,24 @@ class Program:
 
     def library(self) -> Path:
         """Emulated by the CPU."""
-        compiler = os.environ.get("CXX", "g++")
-        base = [compiler, "-std=c++17", "-g1", "-fPIC", "-fno-gnu-unique"]
-        base += ["-O1", "-fno-threadsafe-statics", "-fsanitize=thread", "-Wno-unknown-pragmas"]
-        base += [f"-I{self.directory / 'source'}", f"-I{EMULATOR}"]
-        base += ["-isystem", str(include_directory()), "-DFASTFUSE_EMULATED", *self.flags]
-        made = _compile([*base, "-x", "c++", "-c", self._file, "-o"], self.directory / "made.o")
+        emulator = "".join(p.read_text(encoding="utf-8") for p in sorted(EMULATOR.glob("*.h")))
+        command: list[str | Path] = [
+            os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-fPIC", "-fno-gnu-unique",
+            "-fno-threadsafe-statics", "-fsanitize=thread", "-Wno-unknown-pragmas",
+            "-DFASTFUSE_EMULATED", f"-I{self.directory / 'source'}", f"-I{EMULATOR}",
+            "-isystem", include_directory(), *self.flags, "-x", "c++", "-c", self._file, "-o",
+        ]  # fmt: skip
+        made = _compile(command, self.directory, "emulated.o", emulator)
         # Not the sanitizer's own library: the checker has its hooks.
-        return _compile(
-            [compiler, "-shared", "-Wl,-Bsymbolic", made, "-o"], self.directory / "emulated.so"
-        )
+        command = [command[0], "-shared", "-Wl,-Bsymbolic", made, "-o"]
+        return _compile(command, self.directory, "emulated.so")
 
     def _nvcc(self, kind: str, arch: str) -> Path:
         command: list[str | Path] = [
-            nvcc(),
-            "-std=c++17",
-            "-O3",
-            f"-I{self.directory / 'source'}",
-            *self.flags,
-        ]
-        return _compile(
-            [*command, f"-arch={arch}", f"-{kind}", self._file, "-o"],
-            self.directory / f"{arch}.{kind}",
-        )
+            nvcc(), "-std=c++17", "-O3", f"-I{self.directory / 'source'}", *self.flags,
+            f"-arch={arch}", f"-{kind}", self._file, "-o",
+        ]  # fmt: skip
+        return _compile(command, self.directory, f"{arch}.{kind}")
 
     def ptx(self, arch: str) -> str:
         return self._nvcc("ptx", arch).read_text(encoding="utf-8")

@@ -86,8 +86,6 @@ FASTFUSE_API int fastfuse_staged_depthwise(int dtype, const void* input, const v
                                            void* output, int images, int height, int width,
                                            int channels, cudaStream_t stream) {
   using namespace fastfuse::cuda;
-  const auto run_for = dtype == kFloat32    ? run<float>
-                       : dtype == kBFloat16 ? run<__nv_bfloat16>
-                                            : run<__half>;
+  const auto run_for = dtype == kFloat32 ? run<float> : run<__nv_bfloat16>;
   return run_for(input, weight, output, images, {height, width, channels}, stream);
 }
