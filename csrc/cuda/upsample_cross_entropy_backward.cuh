@@ -1,0 +1,361 @@
+// The gradient of the logits.
+//
+// With v, L, t of a target pixel, g its gradient, class weights w and smoothing e:
+//   d / d v[c] = exp(v[c] - L) f - (1 - e) g w[t] [c = t] - e / C g w[c],
+//   f = (1 - e) g w[t] + e / C g sum w,
+// and that of a source pixel is the weighted sum over the target pixels that read it. A block has a
+// tile of source pixels, whose gradient it sums in shared memory, every value in an order of its
+// own: first what labels take away, a thread a pixel, then the exponentials, a lane a class.
+// Warps walk over cells, and a cell's exponentials count for its four corners.
+#pragma once
+
+#include "cuda/upsample_cross_entropy_forward.cuh"
+
+namespace fastfuse::cuda {
+
+constexpr int kTileX = 8;  // source pixels
+constexpr int kCellsX = kTileX + 1;
+constexpr int kMaxGroups = 8;  // warps that have 32 classes each
+
+// Base-2 logarithms. Exponentials are made of products where those of a cell are within kLeast of
+// the largest log-sum-exp there, and these are within kSpread of each other: so that a product of
+// R - 1 ratios and f is finite. Where all are below kNothing they are nothing.
+constexpr float kLeast = -70, kSpread = 25, kNothing = -66;
+
+struct CrossEntropyBackward {
+  void* grad_logits;
+  LogitsStrides out;
+  const void* logits;
+  LogitsStrides strides;
+  CrossEntropyTarget target;
+  const float* logsumexp;
+  const float* grad;
+  int64_t grad_image, grad_row, grad_column;
+  int classes, in_height, in_width;
+  int tile_rows;  // source pixels
+  int tiles_y, tiles_x;
+  int groups, splits;  // warps by classes, and by rows of cells
+  int classes_innermost;
+};
+
+// Shared memory: sums (pixel, class); of target pixels by cells f, what the label takes away, the
+// gradient if there is smoothing, the label; of cells the largest log-sum-exp; of source pixels the
+// sum of gradients.
+template <int R>
+struct BackwardTile {
+  static constexpr int kFactors = R * R + 4, kOthers = R * R + 1;  // no bank conflicts
+  float *sums, *factors, *taken, *grads, *references, *grad_sums;
+  int16_t* labels;
+
+  __host__ __device__ static constexpr size_t bytes(int rows, int classes, bool smooths) {
+    const size_t cells = size_t(rows + 1) * kCellsX;
+    return 4 * (size_t(rows) * kTileX * (classes + 1) +
+                cells * (kFactors + kOthers * (smooths ? 2 : 1) + 1)) +
+           2 * cells * kOthers;
+  }
+  __device__ BackwardTile(float* memory, int rows, int classes, bool smooths) {
+    const int cells = (rows + 1) * kCellsX;
+    factors = memory;  // at multiples of 16 bytes
+    sums = factors + cells * kFactors;
+    taken = sums + rows * kTileX * classes;
+    grads = taken + cells * kOthers;
+    references = grads + (smooths ? cells * kOthers : 0);
+    grad_sums = references + cells;
+    labels = reinterpret_cast<int16_t*>(grad_sums + rows * kTileX);
+  }
+};
+
+// Where a block is: its first source pixel, and how many it has.
+struct BackwardPlace {
+  int64_t image;
+  int y, x, rows, columns;
+};
+
+// The largest log-sum-exp of a cell, in base 2; NaN if others are too far below.
+template <int R>
+__device__ __forceinline__ float reference_of(const CrossEntropyBackward& args, int64_t image,
+                                              int cell_y, int cell_x) {
+  const int height = R * args.in_height, width = R * args.in_width;
+  float top = -INFINITY, low = INFINITY;
+  for (int j = 0; j < R; ++j) {
+    const int y = clamp(R * cell_y - R / 2 + j, height);
+    const float* row = args.logsumexp + (image * height + y) * width;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const float value = row[clamp(R * cell_x - R / 2 + i, width)];
+      top = fmaxf(top, value);
+      low = fminf(low, value);
+    }
+  }
+  return (top - low) * kLog2E <= kSpread ? top * kLog2E : NAN;
+}
+
+// What one target pixel does, to shared memory.
+template <int R>
+__device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
+                                           const BackwardTile<R>& tile, int64_t image, int cell,
+                                           int k, int y, int x) {
+  const int height = R * args.in_height, width = R * args.in_width;
+  float factor = 0, taken = 0, g = 0;
+  int64_t label = 0;
+  if (y >= 0 && y < height && x >= 0 && x < width) {
+    const int64_t at = (image * height + y) * width + x;
+    const CrossEntropyTarget& target = args.target;
+    label = target.labels[at];
+    const bool is_class = label >= 0 && label < args.classes;
+    g = label == target.ignore_index ? 0
+        : is_class ? args.grad[image * args.grad_image + y * args.grad_row + x * args.grad_column]
+                   : NAN;
+    if (!is_class) label = 0;
+    taken = g;
+    if (target.weight) taken *= target.weight[label];
+    factor = taken;
+    if (target.smoothing > 0) {
+      taken *= 1 - target.smoothing;
+      const float factors = target.weight_sum ? *target.weight_sum : args.classes;
+      factor = fmaf(g * (target.smoothing / args.classes), factors, taken);
+    }
+    const float reference = tile.references[cell];
+    if (!isnan(reference)) factor *= exp2_fast(fmaf(-kLog2E, args.logsumexp[at], reference));
+  }
+  tile.factors[cell * tile.kFactors + k] = factor;
+  tile.taken[cell * tile.kOthers + k] = taken;
+  tile.labels[cell * tile.kOthers + k] = static_cast<int16_t>(label);
+  if (args.target.smoothing > 0) tile.grads[cell * tile.kOthers + k] = g;
+}
+
+// Of a target pixel, the i-th of the 2 R around a source pixel.
+template <int R>
+__device__ __forceinline__ float adjoint_weight(int i, int source, int size) {
+  const bool is_before = i < R;
+  const bool is_border = is_before ? source == 0 : source == size - 1;
+  return is_border ? 1 : is_before ? weight_of<R>(i) : 1 - weight_of<R>(i - R);
+}
+
+// Takes from a source pixel's sums what the labels around it take, one after the other; gives the
+// weighted sum of gradients.
+template <int R>
+__device__ __forceinline__ float take_labels(const CrossEntropyBackward& args,
+                                             const BackwardTile<R>& tile, int row, int column,
+                                             int y, int x, float* sums) {
+  float total = 0;
+  for (int j = 0; j < 2 * R; ++j) {
+    const float weight_y = adjoint_weight<R>(j, y, args.in_height);
+#pragma unroll
+    for (int i = 0; i < 2 * R; ++i) {
+      const float weight = weight_y * adjoint_weight<R>(i, x, args.in_width);
+      const int cell = (row + j / R) * kCellsX + column + i / R;
+      const int at = cell * tile.kOthers + j % R * R + i % R;
+      sums[tile.labels[at]] -= weight * tile.taken[at];
+      if (args.target.smoothing > 0) total = fmaf(weight, tile.grads[at], total);
+    }
+  }
+  return total;
+}
+
+// Sums over a cell's pixels of f exp(v - L): those, times the column i, times R less the row j, and
+// times both. A polynomial in the ratio of neighbours and its derivative give a row.
+struct Moments {
+  float all = 0, by_column = 0, by_row = 0, by_both = 0;
+
+  __device__ __forceinline__ void add_row(float row, float row_by_column) {
+    all += row;
+    by_column += row_by_column;
+    end_row();
+  }
+  __device__ __forceinline__ void end_row() {
+    by_row += all;
+    by_both += by_column;
+  }
+};
+
+template <int R>
+__device__ __forceinline__ Moments moments(const Corners& at, float reference,
+                                           const float* factors) {
+  Moments sums;
+  for_rows<R, R>(exponents<R>(at, reference), 0, [&](int j, float first, float ratio) {
+    float factor[R];
+    load<(R < 4 ? R : 4)>(factors + j * R, reinterpret_cast<float(&)[R < 4 ? R : 4]>(factor));
+    if constexpr (R > 4) load<4>(factors + j * R + 4, reinterpret_cast<float(&)[4]>(factor[4]));
+    float value = factor[R - 1], derivative = value;
+#pragma unroll
+    for (int i = R - 2; i >= 1; --i) {
+      value = fmaf(value, ratio, factor[i]);
+      derivative = fmaf(derivative, ratio, value);
+    }
+    value = fmaf(value, ratio, factor[0]);
+    sums.all = fmaf(first, value, sums.all);
+    sums.by_column = fmaf(first * ratio, derivative, sums.by_column);
+    sums.end_row();
+  });
+  return sums;
+}
+
+// The same, an exponential for each pixel.
+template <int R>
+__device__ __noinline__ Moments moments_directly(const Corners& at, float reference,
+                                                 const float* factors,
+                                                 const CrossEntropyBackward& args, int64_t image,
+                                                 int cell_y, int cell_x) {
+  Moments sums;
+  if (R * fmaxf(fmaxf(at.a, at.b), fmaxf(at.c, at.d)) - reference < kNothing) return sums;
+  const int height = R * args.in_height, width = R * args.in_width;
+  for (int j = 0; j < R; ++j) {
+    const int y = clamp(R * cell_y - R / 2 + j, height);
+    float row = 0, row_by_column = 0;
+    for (int i = 0; i < R; ++i) {
+      const int x = clamp(R * cell_x - R / 2 + i, width);
+      const float value = R * between(at, weight_of<R>(j), weight_of<R>(i));
+      const float log2_sum = isnan(reference)
+                                 ? kLog2E * args.logsumexp[(image * height + y) * width + x]
+                                 : reference;
+      const float term = factors[j * R + i] * exp2_fast(value - log2_sum);
+      row += term;
+      row_by_column = fmaf(i, term, row_by_column);
+    }
+    sums.add_row(row, row_by_column);
+  }
+  return sums;
+}
+
+// What the moments of a cell are for its corners.
+template <int R>
+__device__ __forceinline__ Corners to_corners(const Moments& sums) {
+  constexpr float kStep = 1.0f / R, kHalf = 0.5f / R;
+  const float right = fmaf(kStep, sums.by_column, kHalf * sums.all);
+  const float right_by_row = fmaf(kStep, sums.by_both, kHalf * sums.by_row);
+  const float above = fmaf(kStep, sums.by_row, -kHalf * sums.all);
+  const float b = fmaf(kStep, right_by_row, -kHalf * right), a = above - b;
+  return {a, b, sums.all - right - a, right - b};
+}
+
+// A class of the tile's cells begin .. end, row by row.
+template <class T, int R>
+__device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
+                                          const BackwardPlace& place, const BackwardTile<R>& tile,
+                                          int class_, int begin, int end) {
+  const bool is_class = class_ < args.classes;
+  const T* logits = static_cast<const T*>(args.logits) + place.image * args.strides.image +
+                    min(class_, args.classes - 1) * args.strides.channel;
+  const int row_floats = kTileX * args.classes;
+  for (int row = begin; row < max(end, begin + 1); ++row) {
+    if (row < end) {
+      const int y = place.y + row;  // of the cells
+      const T* above = logits + clamp(y - 1, args.in_height) * args.strides.row;
+      const T* below = logits + clamp(y, args.in_height) * args.strides.row;
+      // Of the tile or, at the image's border, the pixels that stand for those beyond it.
+      const bool has_above = is_class && (row > 0 || y == 0);
+      const bool has_below = is_class && (row < place.rows || y == args.in_height);
+      float* sums = tile.sums + class_;
+      float* sums_above = sums + max(row - 1, 0) * row_floats;
+      float* sums_below = sums + min(row, place.rows - 1) * row_floats;
+      const auto add = [&](int column, float to_above, float to_below) {
+        if (has_above) sums_above[column * args.classes] += to_above;
+        if (has_below) sums_below[column * args.classes] += to_below;
+      };
+      const auto offset = [&](int column) {
+        return clamp(place.x + column, args.in_width) * args.strides.column;
+      };
+      Corners at{};
+      at.b = widen(above[offset(-1)]) * kScale<R>;
+      at.d = widen(below[offset(-1)]) * kScale<R>;
+      float low = fminf(at.b, at.d);
+      T next_above = above[offset(0)], next_below = below[offset(0)];
+      float carried_above = 0, carried_below = 0;  // what the cell before has for its right side
+#pragma unroll 1
+      for (int column = 0; column <= place.columns; ++column) {
+        at = {at.b, widen(next_above) * kScale<R>, at.d, widen(next_below) * kScale<R>};
+        next_above = above[offset(column + 1)];
+        next_below = below[offset(column + 1)];
+        const int cell = row * kCellsX + column;
+        const float* factors = tile.factors + cell * tile.kFactors;
+        const float reference = tile.references[cell], low_left = low;
+        low = fminf(at.b, at.d);
+        const Moments found =
+            fmaf(R, fminf(low_left, low), -reference) >= kLeast
+                ? moments<R>(at, reference, factors)
+                : moments_directly<R>(at, reference, factors, args, place.image, y,
+                                      place.x + column);
+        const Corners to = to_corners<R>(found);
+        if (column > 0 || place.x == 0)
+          add(max(column - 1, 0), carried_above + to.a, carried_below + to.c);
+        carried_above = to.b;
+        carried_below = to.d;
+      }
+      if (place.x + place.columns == args.in_width)
+        add(place.columns - 1, carried_above, carried_below);
+    }
+    // The row above the first is also the last one of the split above, which has two rows at least.
+    if (row == begin && args.splits > 1) __syncthreads();
+  }
+}
+
+template <class T, int R>
+__device__ __forceinline__ void store_sum(const CrossEntropyBackward& args,
+                                          const BackwardPlace& place, const BackwardTile<R>& tile,
+                                          int row, int column, int class_) {
+  const int p = row * kTileX + column;
+  float sum = tile.sums[p * args.classes + class_];
+  const CrossEntropyTarget& target = args.target;
+  if (target.smoothing > 0) {
+    const float share = target.smoothing / args.classes;
+    sum -= tile.grad_sums[p] * (target.weight ? share * target.weight[class_] : share);
+  }
+  T* out = static_cast<T*>(args.grad_logits) + place.image * args.out.image;
+  out[(place.y + row) * args.out.row + (place.x + column) * args.out.column +
+      class_ * args.out.channel] = narrow<T>(sum);
+}
+
+template <class T, int R>
+__global__ void __launch_bounds__(32 * kMaxGroups)
+    upsample_cross_entropy_backward(const CrossEntropyBackward args) {
+  const int tile_x = blockIdx.x % args.tiles_x, tile_y = blockIdx.x / args.tiles_x % args.tiles_y;
+  const BackwardPlace place{blockIdx.x / args.tiles_x / args.tiles_y, tile_y * args.tile_rows,
+                            tile_x * kTileX,
+                            min(args.tile_rows, args.in_height - tile_y * args.tile_rows),
+                            min(kTileX, args.in_width - tile_x * kTileX)};
+  const bool smooths = args.target.smoothing > 0;
+  const BackwardTile<R> tile(dynamic_shared<float>(), args.tile_rows, args.classes, smooths);
+  const int threads = blockDim.x, cells = (place.rows + 1) * kCellsX;
+
+  for (int i = threadIdx.x; i < place.rows * kTileX * args.classes; i += threads) tile.sums[i] = 0;
+  for (int cell = threadIdx.x; cell < cells; cell += threads)
+    tile.references[cell] = reference_of<R>(args, place.image, place.y + cell / kCellsX,
+                                            place.x + cell % kCellsX);
+  __syncthreads();
+  // Threads lie along a row of the target.
+  for (int k = threadIdx.x; k < cells * R * R; k += threads) {
+    const int row = k / (R * kCellsX), column = k % (R * kCellsX);
+    load_pixel<R>(args, tile, place.image, row / R * kCellsX + column / R,
+                  row % R * R + column % R, R * place.y - R / 2 + row,
+                  R * place.x - R / 2 + column);
+  }
+  __syncthreads();
+  for (int p = threadIdx.x; p < place.rows * kTileX; p += threads) {
+    const int row = p / kTileX, column = p % kTileX;
+    if (column >= place.columns) continue;
+    tile.grad_sums[p] = take_labels<R>(args, tile, row, column, place.y + row, place.x + column,
+                                       tile.sums + p * args.classes);
+  }
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int split_rows = max(2, (place.rows + args.splits) / args.splits);
+  const int begin = min(warp / args.groups * split_rows, place.rows + 1);
+  const int end = min(begin + split_rows, place.rows + 1);
+  for (int class_ = warp % args.groups * 32; class_ < args.classes; class_ += 32 * args.groups)
+    walk_rows<T, R>(args, place, tile, class_ + lane, begin, end);
+  __syncthreads();
+
+  // Threads lie along what is contiguous: classes, or a row.
+  const int values = place.rows * kTileX * args.classes;
+  for (int i = threadIdx.x; i < values; i += threads) {
+    const int p = args.classes_innermost ? i / args.classes
+                                         : i / (kTileX * args.classes) * kTileX + i % kTileX;
+    const int class_ = args.classes_innermost ? i % args.classes : i / kTileX % args.classes;
+    if (p % kTileX < place.columns)
+      store_sum<T>(args, place, tile, p / kTileX, p % kTileX, class_);
+  }
+}
+
+}  // namespace fastfuse::cuda
