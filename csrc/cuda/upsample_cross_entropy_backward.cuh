@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
       factor = fmaf(g * (target.smoothing / args.classes), factors, taken);
     }
     const float reference = tile.references[cell];
-    if (!isnan(reference)) factor *= exp2_fast(fmaf(-kLog2E, args.logsumexp[at], reference));
+    if (reference == reference) factor *= exp2_fast(fmaf(-kLog2E, args.logsumexp[at], reference));
   }
   tile.factors[cell * tile.kFactors + k] = factor;
   tile.taken[cell * tile.kOthers + k] = taken;
@@ -193,7 +193,7 @@ __device__ __forceinline__ Moments moments(const Corners& at, float reference,
 
 // The same, an exponential for each pixel.
 template <int R>
-__device__ __noinline__ Moments moments_directly(const Corners& at, float reference,
+__device__ Moments moments_directly(const Corners& at, float reference,
                                                  const float* factors,
                                                  const CrossEntropyBackward& args, int64_t image,
                                                  int cell_y, int cell_x) {
@@ -206,7 +206,7 @@ __device__ __noinline__ Moments moments_directly(const Corners& at, float refere
     for (int i = 0; i < R; ++i) {
       const int x = clamp(R * cell_x - R / 2 + i, width);
       const float value = R * between(at, weight_of<R>(j), weight_of<R>(i));
-      const float log2_sum = isnan(reference)
+      const float log2_sum = reference != reference
                                  ? kLog2E * args.logsumexp[(image * height + y) * width + x]
                                  : reference;
       const float term = factors[j * R + i] * exp2_fast(value - log2_sum);

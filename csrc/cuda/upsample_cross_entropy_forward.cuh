@@ -92,7 +92,7 @@ __device__ __forceinline__ Corners corners(const float* pixel, int pitch) {
 // log2 of the sum of exponentials of a pixel between `values` and its neighbours, whatever they
 // are.
 template <int R>
-__device__ __noinline__ float log2_sum_exp(const float* values, int pitch, int classes,
+__device__ float log2_sum_exp(const float* values, int pitch, int classes,
                                            float weight_y, float weight_x) {
   float top = -INFINITY, sum = 0;
   for (int c = 0; c < classes; ++c)
