@@ -200,9 +200,11 @@ __device__ Moments moments_directly(const Corners& at, float reference,
   Moments sums;
   if (R * fmaxf(fmaxf(at.a, at.b), fmaxf(at.c, at.d)) - reference < kNothing) return sums;
   const int height = R * args.in_height, width = R * args.in_width;
+#pragma unroll 1
   for (int j = 0; j < R; ++j) {
     const int y = clamp(R * cell_y - R / 2 + j, height);
     float row = 0, row_by_column = 0;
+#pragma unroll 1
     for (int i = 0; i < R; ++i) {
       const int x = clamp(R * cell_x - R / 2 + i, width);
       const float value = R * between(at, weight_of<R>(j), weight_of<R>(i));
@@ -307,7 +309,7 @@ __device__ __forceinline__ void store_sum(const CrossEntropyBackward& args,
 }
 
 template <class T, int R>
-__global__ void __launch_bounds__(32 * kMaxGroups)
+__global__ void __launch_bounds__(32 * kMaxGroups, 3)
     upsample_cross_entropy_backward(const CrossEntropyBackward args) {
   const int tile_x = blockIdx.x % args.tiles_x, tile_y = blockIdx.x / args.tiles_x % args.tiles_y;
   const BackwardPlace place{blockIdx.x / args.tiles_x / args.tiles_y, tile_y * args.tile_rows,

@@ -95,34 +95,49 @@ template <int R>
 __device__ float log2_sum_exp(const float* values, int pitch, int classes,
                                            float weight_y, float weight_x) {
   float top = -INFINITY, sum = 0;
+#pragma unroll 1
   for (int c = 0; c < classes; ++c)
     top = fmaxf(top, between(corners(values + c, pitch), weight_y, weight_x));
+#pragma unroll 1
   for (int c = 0; c < classes; ++c)
     sum += exp2_fast(R * (between(corners(values + c, pitch), weight_y, weight_x) - top));
   return fmaf(R, top, log2f(sum));
 }
 
-// The tile's source pixels (rows x columns) to shared memory, in float32.
+// The tile's source pixels (rows x columns), of which the first is (y, x), to shared memory.
 template <class T, bool kClassesInnermost>
 __device__ __forceinline__ void load_tile(const CrossEntropyForward& args, const T* image, int y,
                                           int x, int rows, int columns, float* values) {
   // Threads lie along what is contiguous: classes, or eight columns.
-  constexpr int kPixels = kClassesInnermost ? 1 : 8, kClasses = 32 / kPixels;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int kPixels = kClassesInnermost ? 1 : 8, kClasses = 32 / kPixels, kAtOnce = 5;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = lane / kPixels;
+  const T* from = image + clamp(y, args.in_height) * args.strides.row +
+                  clamp(x, args.in_width) * args.strides.column + begin * args.strides.channel;
+  const int row_stride = args.strides.row, column_stride = args.strides.column;
+  const int64_t stride = kClassesInnermost ? kClasses : kClasses * args.strides.channel;
   for (int p = warp * kPixels + lane % kPixels; p < rows * kTileWidth;
        p += kForwardThreads / 32 * kPixels) {
     const int row = p / kTileWidth, column = p % kTileWidth;
     if (column >= columns) continue;
-    const T* from = image + clamp(y + row, args.in_height) * args.strides.row +
-                    clamp(x + column, args.in_width) * args.strides.column;
-    float* to = values + p * args.pitch;
-    const int64_t stride = kClassesInnermost ? 1 : args.strides.channel;
-#pragma unroll 5
-    for (int c = lane / kPixels; c < args.classes; c += kClasses) to[c] = widen(from[c * stride]);
+    const T* pixel = from + (clamp(y + row, args.in_height) - max(y, 0)) * row_stride +
+                     (clamp(x + column, args.in_width) - max(x, 0)) * column_stride;
+    float* to = values + p * args.pitch + begin;
+    for (int left = args.classes - begin; left > 0; left -= kAtOnce * kClasses) {
+      T loaded[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (i * kClasses < left) loaded[i] = pixel[i * stride];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (i * kClasses < left) to[i * kClasses] = widen(loaded[i]);
+      pixel += kAtOnce * stride;
+      to += kAtOnce * kClasses;
+    }
+    if (begin == 0 && args.classes % 2 != 0)  // the pair of the last
+      values[p * args.pitch + args.classes] = values[p * args.pitch];
   }
 }
 
-template <int R>
 struct PixelNumbers {
   float *top, *lowest, *weighted;  // of each source pixel
 };
@@ -130,35 +145,37 @@ struct PixelNumbers {
 // Takes the largest logit off those of each pixel, and scales them.
 template <int R>
 __device__ __forceinline__ void shift_pixels(const CrossEntropyForward& args, int rows,
-                                             int columns, float* values, PixelNumbers<R> numbers) {
-  const int lane = threadIdx.x % kLanes, pixels = rows * kTileWidth;
+                                             int columns, float* values, PixelNumbers numbers) {
+  const int lane = threadIdx.x % kLanes, classes = args.classes;
   constexpr int kPixels = kForwardThreads / kLanes;
-  for (int first = 0; first < pixels; first += kPixels) {
+  for (int first = 0; first < rows * kTileWidth; first += kPixels) {
     const int p = first + threadIdx.x / kLanes;
-    const bool there = p < pixels && p % kTileWidth < columns;
+    const bool there = p < rows * kTileWidth && p % kTileWidth < columns;
     float* pixel = values + p * args.pitch;
-    const int begin = there ? 2 * lane : args.classes;
+    const int begin = there ? 2 * lane : classes;
     float top = -INFINITY, lowest = INFINITY, weighted = 0;
-    for (int c = begin; c < args.classes; c += kStep) {
-      top = fmaxf(top, pixel[c]);
-      if (c + 1 < args.classes) top = fmaxf(top, pixel[c + 1]);
+#pragma unroll 4
+    for (int c = begin; c < classes; c += kStep) {
+      float pair[2];
+      load(pixel + c, pair);  // of an odd number of classes, the first is there twice
+      top = fmaxf(top, fmaxf(pair[0], pair[1]));
     }
     for (int lanes = 1; lanes < kLanes; lanes *= 2)
       top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
-    for (int c = begin; c < args.classes; c += kStep) {
+#pragma unroll 4
+    for (int c = begin; c < classes; c += kStep) {
       float pair[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool is_class = c + i < args.classes;
-        pair[i] = is_class ? (pixel[c + i] - top) * kScale<R> : kNoClass;
-        if (is_class) {
-          lowest = fminf(lowest, pair[i]);
-          if (args.target.smoothing > 0)
-            weighted += (args.target.weight ? args.target.weight[c + i] : 1) * pair[i];
-        }
-      }
+      load(pixel + c, pair);
+      pair[0] = (pair[0] - top) * kScale<R>;
+      pair[1] = (pair[1] - top) * kScale<R>;
+      lowest = fminf(lowest, fminf(pair[0], pair[1]));
+      if (c + 1 >= classes) pair[1] = kNoClass;
       store(pair, pixel + c);
     }
+    if (args.target.smoothing > 0)
+      for (int c = begin; c < classes; c += kStep)
+        for (int i = c; i < min(c + 2, classes); ++i)
+          weighted = fmaf(args.target.weight ? args.target.weight[i] : 1, pixel[i], weighted);
     for (int lanes = 1; lanes < kLanes; lanes *= 2) {
       lowest = fminf(lowest, __shfl_xor_sync(~0u, lowest, lanes));
       weighted += __shfl_xor_sync(~0u, weighted, lanes);
@@ -192,7 +209,7 @@ __device__ __forceinline__ float loss_of(const CrossEntropyTarget& target, int c
 }
 
 template <class T, int R, bool kClassesInnermost>
-__global__ void __launch_bounds__(kForwardThreads, R > 4 ? 2 : 3)
+__global__ void __launch_bounds__(kForwardThreads, R > 4 ? 2 : 4)
     upsample_cross_entropy_forward(const CrossEntropyForward args) {
   constexpr int kRows = kRowsAtOnce<R>, kParts = R / kRows;
   constexpr int kPixels = kRows * R / kLanes;  // of a thread in the end, in one row
@@ -205,7 +222,7 @@ __global__ void __launch_bounds__(kForwardThreads, R > 4 ? 2 : 3)
   const int pixels = (args.tile_rows + 1) * kTileWidth, pitch = args.pitch;
   float* values = dynamic_shared<float>();
   float* top = values + pixels * pitch;
-  const PixelNumbers<R> numbers{top, top + pixels, top + 2 * pixels};
+  const PixelNumbers numbers{top, top + pixels, top + 2 * pixels};
 
   load_tile<T, kClassesInnermost>(
       args, static_cast<const T*>(args.logits) + image * args.strides.image, cell_y - 1, cell_x - 1,
