@@ -15,7 +15,7 @@ namespace fastfuse::cuda {
 
 constexpr int kTileX = 8;  // source pixels
 constexpr int kCellsX = kTileX + 1;
-constexpr int kMaxGroups = 8;  // warps that have 32 classes each
+constexpr int kMaxWarps = 10, kMaxGroups = 8;  // of a block, and those that have their own classes
 
 // Base-2 logarithms. Exponentials are made of products where those of a cell are within kLeast of
 // the largest log-sum-exp there, and these are within kSpread of each other: so that a product of
@@ -238,8 +238,11 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
                                           int class_, int begin, int end) {
   const bool is_class = class_ < args.classes;
   const T* logits = static_cast<const T*>(args.logits) + place.image * args.strides.image +
-                    min(class_, args.classes - 1) * args.strides.channel;
-  const int row_floats = kTileX * args.classes;
+                    min(class_, args.classes - 1) * args.strides.channel +
+                    place.x * args.strides.column;
+  const int stride = args.strides.column, classes = args.classes;
+  // The columns of a row that there are, counted from the tile's first.
+  const int first_column = place.x == 0 ? 0 : -1, last_column = args.in_width - 1 - place.x;
   for (int row = begin; row < max(end, begin + 1); ++row) {
     if (row < end) {
       const int y = place.y + row;  // of the cells
@@ -248,68 +251,84 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
       // Of the tile or, at the image's border, the pixels that stand for those beyond it.
       const bool has_above = is_class && (row > 0 || y == 0);
       const bool has_below = is_class && (row < place.rows || y == args.in_height);
-      float* sums = tile.sums + class_;
-      float* sums_above = sums + max(row - 1, 0) * row_floats;
-      float* sums_below = sums + min(row, place.rows - 1) * row_floats;
-      const auto add = [&](int column, float to_above, float to_below) {
-        if (has_above) sums_above[column * args.classes] += to_above;
-        if (has_below) sums_below[column * args.classes] += to_below;
-      };
-      const auto offset = [&](int column) {
-        return clamp(place.x + column, args.in_width) * args.strides.column;
+      float* sums_above = tile.sums + max(row - 1, 0) * kTileX * classes + class_;
+      float* sums_below = tile.sums + min(row, place.rows - 1) * kTileX * classes + class_;
+      const auto add = [&](float to_above, float to_below) {
+        if (has_above) *sums_above += to_above;
+        if (has_below) *sums_below += to_below;
+        sums_above += classes;
+        sums_below += classes;
       };
       Corners at{};
-      at.b = widen(above[offset(-1)]) * kScale<R>;
-      at.d = widen(below[offset(-1)]) * kScale<R>;
+      at.b = widen(above[first_column * stride]) * kScale<R>;
+      at.d = widen(below[first_column * stride]) * kScale<R>;
       float low = fminf(at.b, at.d);
-      T next_above = above[offset(0)], next_below = below[offset(0)];
+      T next_above = above[0], next_below = below[0];
       float carried_above = 0, carried_below = 0;  // what the cell before has for its right side
+      const float* factors = tile.factors + row * kCellsX * tile.kFactors;
+      const float* references = tile.references + row * kCellsX;
 #pragma unroll 1
       for (int column = 0; column <= place.columns; ++column) {
         at = {at.b, widen(next_above) * kScale<R>, at.d, widen(next_below) * kScale<R>};
-        next_above = above[offset(column + 1)];
-        next_below = below[offset(column + 1)];
-        const int cell = row * kCellsX + column;
-        const float* factors = tile.factors + cell * tile.kFactors;
-        const float reference = tile.references[cell], low_left = low;
+        const int next = min(column + 1, last_column) * stride;
+        next_above = above[next];
+        next_below = below[next];
+        const float reference = *references, low_left = low;
         low = fminf(at.b, at.d);
         const Moments found =
             fmaf(R, fminf(low_left, low), -reference) >= kLeast
                 ? moments<R>(at, reference, factors)
                 : moments_directly<R>(at, reference, factors, args, place.image, y,
                                       place.x + column);
-        const Corners to = to_corners<R>(found);
-        if (column > 0 || place.x == 0)
-          add(max(column - 1, 0), carried_above + to.a, carried_below + to.c);
+        Corners to = to_corners<R>(found);
+        if (column > 0) {
+          add(carried_above + to.a, carried_below + to.c);
+        } else if (place.x == 0) {  // the first pixel is on both sides
+          to.b += to.a;
+          to.d += to.c;
+        }
         carried_above = to.b;
         carried_below = to.d;
+        factors += tile.kFactors;
+        ++references;
       }
-      if (place.x + place.columns == args.in_width)
-        add(place.columns - 1, carried_above, carried_below);
+      if (place.columns == last_column + 1) {  // so is the last
+        sums_above -= classes;
+        sums_below -= classes;
+        add(carried_above, carried_below);
+      }
     }
     // The row above the first is also the last one of the split above, which has two rows at least.
     if (row == begin && args.splits > 1) __syncthreads();
   }
 }
 
+// The tile's gradient to memory; threads lie along what is contiguous, classes or a row.
 template <class T, int R>
-__device__ __forceinline__ void store_sum(const CrossEntropyBackward& args,
-                                          const BackwardPlace& place, const BackwardTile<R>& tile,
-                                          int row, int column, int class_) {
-  const int p = row * kTileX + column;
-  float sum = tile.sums[p * args.classes + class_];
-  const CrossEntropyTarget& target = args.target;
-  if (target.smoothing > 0) {
-    const float share = target.smoothing / args.classes;
-    sum -= tile.grad_sums[p] * (target.weight ? share * target.weight[class_] : share);
+__device__ __forceinline__ void store_sums(const CrossEntropyBackward& args,
+                                           const BackwardPlace& place,
+                                           const BackwardTile<R>& tile) {
+  const int across = args.classes_innermost ? 1 : kTileX;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float* weight = args.target.weight;
+  const float share = args.target.smoothing / args.classes;
+  T* out = static_cast<T*>(args.grad_logits) + place.image * args.out.image +
+           place.y * args.out.row + place.x * args.out.column;
+  for (int p = warp * across + lane % across; p < place.rows * kTileX;
+       p += blockDim.x / 32 * across) {
+    const int row = p / kTileX, column = p % kTileX;
+    if (column >= place.columns) continue;
+    const float* sums = tile.sums + p * args.classes;
+    const float taken = args.target.smoothing > 0 ? share * tile.grad_sums[p] : 0;
+    T* to = out + row * args.out.row + column * args.out.column;
+#pragma unroll 4
+    for (int c = lane / across; c < args.classes; c += 32 / across)
+      to[c * args.out.channel] = narrow<T>(sums[c] - (weight ? taken * weight[c] : taken));
   }
-  T* out = static_cast<T*>(args.grad_logits) + place.image * args.out.image;
-  out[(place.y + row) * args.out.row + (place.x + column) * args.out.column +
-      class_ * args.out.channel] = narrow<T>(sum);
 }
 
 template <class T, int R>
-__global__ void __launch_bounds__(32 * kMaxGroups, 3)
+__global__ void __launch_bounds__(32 * kMaxWarps, 2)
     upsample_cross_entropy_backward(const CrossEntropyBackward args) {
   const int tile_x = blockIdx.x % args.tiles_x, tile_y = blockIdx.x / args.tiles_x % args.tiles_y;
   const BackwardPlace place{blockIdx.x / args.tiles_x / args.tiles_y, tile_y * args.tile_rows,
@@ -320,7 +339,9 @@ __global__ void __launch_bounds__(32 * kMaxGroups, 3)
   const BackwardTile<R> tile(dynamic_shared<float>(), args.tile_rows, args.classes, smooths);
   const int threads = blockDim.x, cells = (place.rows + 1) * kCellsX;
 
-  for (int i = threadIdx.x; i < place.rows * kTileX * args.classes; i += threads) tile.sums[i] = 0;
+  constexpr float kZeros[4] = {};
+  for (int i = 4 * threadIdx.x; i < place.rows * kTileX * args.classes; i += 4 * threads)
+    store(kZeros, tile.sums + i);
   for (int cell = threadIdx.x; cell < cells; cell += threads)
     tile.references[cell] = reference_of<R>(args, place.image, place.y + cell / kCellsX,
                                             place.x + cell % kCellsX);
@@ -349,15 +370,7 @@ __global__ void __launch_bounds__(32 * kMaxGroups, 3)
     walk_rows<T, R>(args, place, tile, class_ + lane, begin, end);
   __syncthreads();
 
-  // Threads lie along what is contiguous: classes, or a row.
-  const int values = place.rows * kTileX * args.classes;
-  for (int i = threadIdx.x; i < values; i += threads) {
-    const int p = args.classes_innermost ? i / args.classes
-                                         : i / (kTileX * args.classes) * kTileX + i % kTileX;
-    const int class_ = args.classes_innermost ? i % args.classes : i / kTileX % args.classes;
-    if (p % kTileX < place.columns)
-      store_sum<T>(args, place, tile, p / kTileX, p % kTileX, class_);
-  }
+  store_sums<T>(args, place, tile);
 }
 
 }  // namespace fastfuse::cuda

@@ -209,7 +209,7 @@ __device__ __forceinline__ float loss_of(const CrossEntropyTarget& target, int c
 }
 
 template <class T, int R, bool kClassesInnermost>
-__global__ void __launch_bounds__(kForwardThreads, R > 4 ? 2 : 4)
+__global__ void __launch_bounds__(kForwardThreads, R > 4 ? 3 : 4)
     upsample_cross_entropy_forward(const CrossEntropyForward args) {
   constexpr int kRows = kRowsAtOnce<R>, kParts = R / kRows;
   constexpr int kPixels = kRows * R / kLanes;  // of a thread in the end, in one row
