@@ -65,21 +65,28 @@ struct BackwardTile {
   }
 };
 
-// Where a block is: its first source pixel, and how many it has.
+// Of factors, so that weights of pixels, times 2 R along either axis, are integers.
+template <int R>
+constexpr float kFactorScale = 0.25f / (R * R);
+
+// Where a block is: its first source pixel, how many it has, and target pixels of its image.
 struct BackwardPlace {
   int64_t image;
   int y, x, rows, columns;
+  const int64_t* labels;
+  const float* logsumexp;
+  const float* grad;
 };
 
 // The largest log-sum-exp of a cell, in base 2; NaN if others are too far below.
 template <int R>
-__device__ __forceinline__ float reference_of(const CrossEntropyBackward& args, int64_t image,
-                                              int cell_y, int cell_x) {
+__device__ __forceinline__ float reference_of(const CrossEntropyBackward& args,
+                                              const float* logsumexp, int cell_y, int cell_x) {
   const int height = R * args.in_height, width = R * args.in_width;
   float top = -INFINITY, low = INFINITY;
+#pragma unroll 2
   for (int j = 0; j < R; ++j) {
-    const int y = clamp(R * cell_y - R / 2 + j, height);
-    const float* row = args.logsumexp + (image * height + y) * width;
+    const float* row = logsumexp + clamp(R * cell_y - R / 2 + j, height) * width;
 #pragma unroll
     for (int i = 0; i < R; ++i) {
       const float value = row[clamp(R * cell_x - R / 2 + i, width)];
@@ -90,23 +97,23 @@ __device__ __forceinline__ float reference_of(const CrossEntropyBackward& args, 
   return (top - low) * kLog2E <= kSpread ? top * kLog2E : NAN;
 }
 
-// What one target pixel does, to shared memory.
+// What one target pixel does, to shared memory: the k-th of a cell.
 template <int R>
 __device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
-                                           const BackwardTile<R>& tile, int64_t image, int cell,
-                                           int k, int y, int x) {
+                                           const BackwardPlace& place,
+                                           const BackwardTile<R>& tile, int cell, int k, int y,
+                                           int x) {
   const int height = R * args.in_height, width = R * args.in_width;
   float factor = 0, taken = 0, g = 0;
-  int64_t label = 0;
+  int label = 0;
   if (y >= 0 && y < height && x >= 0 && x < width) {
-    const int64_t at = (image * height + y) * width + x;
     const CrossEntropyTarget& target = args.target;
-    label = target.labels[at];
-    const bool is_class = label >= 0 && label < args.classes;
-    g = label == target.ignore_index ? 0
-        : is_class ? args.grad[image * args.grad_image + y * args.grad_row + x * args.grad_column]
-                   : NAN;
-    if (!is_class) label = 0;
+    const int at = y * width + x;
+    const int64_t found = place.labels[at];
+    const bool is_class = found >= 0 && found < args.classes;
+    if (is_class) label = static_cast<int>(found);
+    if (found != target.ignore_index)
+      g = is_class ? place.grad[y * args.grad_row + x * args.grad_column] : NAN;
     taken = g;
     if (target.weight) taken *= target.weight[label];
     factor = taken;
@@ -116,9 +123,10 @@ __device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
       factor = fmaf(g * (target.smoothing / args.classes), factors, taken);
     }
     const float reference = tile.references[cell];
-    if (reference == reference) factor *= exp2_fast(fmaf(-kLog2E, args.logsumexp[at], reference));
+    if (reference == reference)
+      factor *= exp2_fast(fmaf(-kLog2E, place.logsumexp[at], reference));
   }
-  tile.factors[cell * tile.kFactors + k] = factor;
+  tile.factors[cell * tile.kFactors + k] = factor * kFactorScale<R>;
   tile.taken[cell * tile.kOthers + k] = taken;
   tile.labels[cell * tile.kOthers + k] = static_cast<int16_t>(label);
   if (args.target.smoothing > 0) tile.grads[cell * tile.kOthers + k] = g;
@@ -158,11 +166,6 @@ __device__ __forceinline__ float take_labels(const CrossEntropyBackward& args,
 struct Moments {
   float all = 0, by_column = 0, by_row = 0, by_both = 0;
 
-  __device__ __forceinline__ void add_row(float row, float row_by_column) {
-    all += row;
-    by_column += row_by_column;
-    end_row();
-  }
   __device__ __forceinline__ void end_row() {
     by_row += all;
     by_both += by_column;
@@ -184,9 +187,14 @@ __device__ __forceinline__ Moments moments(const Corners& at, float reference,
       derivative = fmaf(derivative, ratio, value);
     }
     value = fmaf(value, ratio, factor[0]);
-    sums.all = fmaf(first, value, sums.all);
-    sums.by_column = fmaf(first * ratio, derivative, sums.by_column);
-    sums.end_row();
+    if (j == 0) {
+      sums.all = sums.by_row = first * value;
+      sums.by_column = sums.by_both = first * ratio * derivative;
+    } else {
+      sums.all = fmaf(first, value, sums.all);
+      sums.by_column = fmaf(first * ratio, derivative, sums.by_column);
+      sums.end_row();
+    }
   });
   return sums;
 }
@@ -195,27 +203,26 @@ __device__ __forceinline__ Moments moments(const Corners& at, float reference,
 template <int R>
 __device__ Moments moments_directly(const Corners& at, float reference,
                                                  const float* factors,
-                                                 const CrossEntropyBackward& args, int64_t image,
-                                                 int cell_y, int cell_x) {
+                                                 const CrossEntropyBackward& args,
+                                       const float* logsumexp, int cell_y, int cell_x) {
   Moments sums;
   if (R * fmaxf(fmaxf(at.a, at.b), fmaxf(at.c, at.d)) - reference < kNothing) return sums;
   const int height = R * args.in_height, width = R * args.in_width;
 #pragma unroll 1
   for (int j = 0; j < R; ++j) {
     const int y = clamp(R * cell_y - R / 2 + j, height);
-    float row = 0, row_by_column = 0;
 #pragma unroll 1
     for (int i = 0; i < R; ++i) {
       const int x = clamp(R * cell_x - R / 2 + i, width);
       const float value = R * between(at, weight_of<R>(j), weight_of<R>(i));
       const float log2_sum = reference != reference
-                                 ? kLog2E * args.logsumexp[(image * height + y) * width + x]
+                                 ? kLog2E * logsumexp[y * width + x]
                                  : reference;
       const float term = factors[j * R + i] * exp2_fast(value - log2_sum);
-      row += term;
-      row_by_column = fmaf(i, term, row_by_column);
+      sums.all += term;
+      sums.by_column = fmaf(i, term, sums.by_column);
     }
-    sums.add_row(row, row_by_column);
+    sums.end_row();
   }
   return sums;
 }
@@ -223,12 +230,13 @@ __device__ Moments moments_directly(const Corners& at, float reference,
 // What the moments of a cell are for its corners.
 template <int R>
 __device__ __forceinline__ Corners to_corners(const Moments& sums) {
-  constexpr float kStep = 1.0f / R, kHalf = 0.5f / R;
-  const float right = fmaf(kStep, sums.by_column, kHalf * sums.all);
-  const float right_by_row = fmaf(kStep, sums.by_both, kHalf * sums.by_row);
-  const float above = fmaf(kStep, sums.by_row, -kHalf * sums.all);
-  const float b = fmaf(kStep, right_by_row, -kHalf * right), a = above - b;
-  return {a, b, sums.all - right - a, right - b};
+  // Weights times 2 R are 2 i + 1 for the right, 2 (R - j) - 1 for what is above.
+  const float right = fmaf(2, sums.by_column, sums.all);
+  const float right_by_row = fmaf(2, sums.by_both, sums.by_row);
+  const float above = fmaf(2, sums.by_row, -sums.all);
+  const float b = fmaf(2, right_by_row, -right), a = fmaf(2 * R, above, -b);
+  const float left = fmaf(2 * R, sums.all, -right);
+  return {a, b, fmaf(2 * R, left, -a), fmaf(2 * R, right, -b)};
 }
 
 // A class of the tile's cells begin .. end, row by row.
@@ -278,7 +286,7 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
         const Moments found =
             fmaf(R, fminf(low_left, low), -reference) >= kLeast
                 ? moments<R>(at, reference, factors)
-                : moments_directly<R>(at, reference, factors, args, place.image, y,
+                : moments_directly<R>(at, reference, factors, args, place.logsumexp, y,
                                       place.x + column);
         Corners to = to_corners<R>(found);
         if (column > 0) {
@@ -331,10 +339,16 @@ template <class T, int R>
 __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     upsample_cross_entropy_backward(const CrossEntropyBackward args) {
   const int tile_x = blockIdx.x % args.tiles_x, tile_y = blockIdx.x / args.tiles_x % args.tiles_y;
-  const BackwardPlace place{blockIdx.x / args.tiles_x / args.tiles_y, tile_y * args.tile_rows,
+  const int64_t image = blockIdx.x / args.tiles_x / args.tiles_y;
+  const int64_t pixels = int64_t{R * args.in_height} * (R * args.in_width);
+  const BackwardPlace place{image,
+                            tile_y * args.tile_rows,
                             tile_x * kTileX,
                             min(args.tile_rows, args.in_height - tile_y * args.tile_rows),
-                            min(kTileX, args.in_width - tile_x * kTileX)};
+                            min(kTileX, args.in_width - tile_x * kTileX),
+                            args.target.labels + image * pixels,
+                            args.logsumexp + image * pixels,
+                            args.grad + image * args.grad_image};
   const bool smooths = args.target.smoothing > 0;
   const BackwardTile<R> tile(dynamic_shared<float>(), args.tile_rows, args.classes, smooths);
   const int threads = blockDim.x, cells = (place.rows + 1) * kCellsX;
@@ -343,13 +357,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   for (int i = 4 * threadIdx.x; i < place.rows * kTileX * args.classes; i += 4 * threads)
     store(kZeros, tile.sums + i);
   for (int cell = threadIdx.x; cell < cells; cell += threads)
-    tile.references[cell] = reference_of<R>(args, place.image, place.y + cell / kCellsX,
+    tile.references[cell] = reference_of<R>(args, place.logsumexp, place.y + cell / kCellsX,
                                             place.x + cell % kCellsX);
   __syncthreads();
   // Threads lie along a row of the target.
   for (int k = threadIdx.x; k < cells * R * R; k += threads) {
     const int row = k / (R * kCellsX), column = k % (R * kCellsX);
-    load_pixel<R>(args, tile, place.image, row / R * kCellsX + column / R,
+    load_pixel<R>(args, place, tile, row / R * kCellsX + column / R,
                   row % R * R + column % R, R * place.y - R / 2 + row,
                   R * place.x - R / 2 + column);
   }

@@ -122,6 +122,7 @@ __device__ __forceinline__ void load_tile(const CrossEntropyForward& args, const
     const T* pixel = from + (clamp(y + row, args.in_height) - max(y, 0)) * row_stride +
                      (clamp(x + column, args.in_width) - max(x, 0)) * column_stride;
     float* to = values + p * args.pitch + begin;
+#pragma unroll 1
     for (int left = args.classes - begin; left > 0; left -= kAtOnce * kClasses) {
       T loaded[kAtOnce];
 #pragma unroll
