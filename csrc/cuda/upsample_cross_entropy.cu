@@ -1,9 +1,8 @@
 // Launches of upsample_cross_entropy: tiles, and which kernel runs.
-#include "cuda/upsample_cross_entropy.h"
-
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/upsample_cross_entropy.h"
 #include "cuda/upsample_cross_entropy_backward.cuh"
 
 namespace fastfuse::cuda {
@@ -104,8 +103,8 @@ int fastfuse_upsample_cross_entropy_backward(const CrossEntropySizes* sizes, voi
     const auto bytes = [&](int rows) {
       return BackwardTile<R>::bytes(rows, sizes->classes, smooths);
     };
-    const int64_t warps_of_rows = int64_t{sizes->batch} * ceil_div(sizes->in_width, kTileX) *
-                                  groups * splits;
+    const int64_t warps_of_rows =
+        int64_t{sizes->batch} * ceil_div(sizes->in_width, kTileX) * groups * splits;
     int rows = tile_rows(kMaxRows, kBackwardBytes, bytes);
     while (rows > 4 && warps_of_rows * ceil_div(sizes->in_height, rows) < kWarps) rows /= 2;
     const CrossEntropyBackward args{grad_logits,

@@ -18,12 +18,12 @@ struct LogitsStrides {
 
 struct CrossEntropySizes {
   int32_t dtype, batch, classes, in_height, in_width;
-  int32_t ratio;  // of the target's sides
+  int32_t ratio;              // of the target's sides
   int32_t classes_innermost;  // in the logits of forward, in their gradient in backward
   float label_smoothing;
   int64_t ignore_index;
   LogitsStrides logits;
-  LogitsStrides grad_logits;                      // backward's
+  LogitsStrides grad_logits;                  // backward's
   int64_t grad_image, grad_row, grad_column;  // strides of backward's grad
 };
 

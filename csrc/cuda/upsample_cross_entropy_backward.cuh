@@ -100,9 +100,8 @@ __device__ __forceinline__ float reference_of(const CrossEntropyBackward& args,
 // What one target pixel does, to shared memory: the k-th of a cell.
 template <int R>
 __device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
-                                           const BackwardPlace& place,
-                                           const BackwardTile<R>& tile, int cell, int k, int y,
-                                           int x) {
+                                           const BackwardPlace& place, const BackwardTile<R>& tile,
+                                           int cell, int k, int y, int x) {
   const int height = R * args.in_height, width = R * args.in_width;
   float factor = 0, taken = 0, g = 0;
   int label = 0;
@@ -123,8 +122,7 @@ __device__ __forceinline__ void load_pixel(const CrossEntropyBackward& args,
       factor = fmaf(g * (target.smoothing / args.classes), factors, taken);
     }
     const float reference = tile.references[cell];
-    if (reference == reference)
-      factor *= exp2_fast(fmaf(-kLog2E, place.logsumexp[at], reference));
+    if (reference == reference) factor *= exp2_fast(fmaf(-kLog2E, place.logsumexp[at], reference));
   }
   tile.factors[cell * tile.kFactors + k] = factor * kFactorScale<R>;
   tile.taken[cell * tile.kOthers + k] = taken;
@@ -178,8 +176,8 @@ __device__ __forceinline__ Moments moments(const Corners& at, float reference,
   Moments sums;
   for_rows<R, R>(exponents<R>(at, reference), 0, [&](int j, float first, float ratio) {
     float factor[R];
-    load<(R < 4 ? R : 4)>(factors + j * R, reinterpret_cast<float(&)[R < 4 ? R : 4]>(factor));
-    if constexpr (R > 4) load<4>(factors + j * R + 4, reinterpret_cast<float(&)[4]>(factor[4]));
+    load<(R < 4 ? R : 4)>(factors + j * R, reinterpret_cast<float (&)[R < 4 ? R : 4]>(factor));
+    if constexpr (R > 4) load<4>(factors + j * R + 4, reinterpret_cast<float (&)[4]>(factor[4]));
     float value = factor[R - 1], derivative = value;
 #pragma unroll
     for (int i = R - 2; i >= 1; --i) {
@@ -201,10 +199,9 @@ __device__ __forceinline__ Moments moments(const Corners& at, float reference,
 
 // The same, an exponential for each pixel.
 template <int R>
-__device__ Moments moments_directly(const Corners& at, float reference,
-                                                 const float* factors,
-                                                 const CrossEntropyBackward& args,
-                                       const float* logsumexp, int cell_y, int cell_x) {
+__device__ Moments moments_directly(const Corners& at, float reference, const float* factors,
+                                    const CrossEntropyBackward& args, const float* logsumexp,
+                                    int cell_y, int cell_x) {
   Moments sums;
   if (R * fmaxf(fmaxf(at.a, at.b), fmaxf(at.c, at.d)) - reference < kNothing) return sums;
   const int height = R * args.in_height, width = R * args.in_width;
@@ -215,9 +212,7 @@ __device__ Moments moments_directly(const Corners& at, float reference,
     for (int i = 0; i < R; ++i) {
       const int x = clamp(R * cell_x - R / 2 + i, width);
       const float value = R * between(at, weight_of<R>(j), weight_of<R>(i));
-      const float log2_sum = reference != reference
-                                 ? kLog2E * logsumexp[y * width + x]
-                                 : reference;
+      const float log2_sum = reference != reference ? kLog2E * logsumexp[y * width + x] : reference;
       const float term = factors[j * R + i] * exp2_fast(value - log2_sum);
       sums.all += term;
       sums.by_column = fmaf(i, term, sums.by_column);
@@ -283,11 +278,10 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
         next_below = below[next];
         const float reference = *references, low_left = low;
         low = fminf(at.b, at.d);
-        const Moments found =
-            fmaf(R, fminf(low_left, low), -reference) >= kLeast
-                ? moments<R>(at, reference, factors)
-                : moments_directly<R>(at, reference, factors, args, place.logsumexp, y,
-                                      place.x + column);
+        const Moments found = fmaf(R, fminf(low_left, low), -reference) >= kLeast
+                                  ? moments<R>(at, reference, factors)
+                                  : moments_directly<R>(at, reference, factors, args,
+                                                        place.logsumexp, y, place.x + column);
         Corners to = to_corners<R>(found);
         if (column > 0) {
           add(carried_above + to.a, carried_below + to.c);
@@ -311,27 +305,45 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
   }
 }
 
-// The tile's gradient to memory; threads lie along what is contiguous, classes or a row.
-template <class T, int R>
+// Takes from a tile's sums what smoothing takes of every class.
+template <int R>
+__device__ __forceinline__ void take_shares(const CrossEntropyBackward& args,
+                                            const BackwardPlace& place,
+                                            const BackwardTile<R>& tile) {
+  const float share = args.target.smoothing / args.classes;
+  const float* weight = args.target.weight;
+  for (int p = threadIdx.x / 32; p < place.rows * kTileX; p += blockDim.x / 32) {
+    if (p % kTileX >= place.columns) continue;
+    for (int c = threadIdx.x % 32; c < args.classes; c += 32)
+      tile.sums[p * args.classes + c] -= tile.grad_sums[p] * (weight ? share * weight[c] : share);
+  }
+}
+
+// The tile's gradient to memory.
+template <class T, bool kClassesInnermost, int R>
 __device__ __forceinline__ void store_sums(const CrossEntropyBackward& args,
                                            const BackwardPlace& place,
                                            const BackwardTile<R>& tile) {
-  const int across = args.classes_innermost ? 1 : kTileX;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const float* weight = args.target.weight;
-  const float share = args.target.smoothing / args.classes;
+  // Threads lie along what is contiguous: classes, or eight columns.
+  constexpr int kPixels = kClassesInnermost ? 1 : kTileX, kClasses = 32 / kPixels, kAtOnce = 5;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, begin = lane / kPixels;
+  const int row_stride = args.out.row, column_stride = args.out.column;
+  const int64_t stride = kClassesInnermost ? kClasses : kClasses * args.out.channel;
   T* out = static_cast<T*>(args.grad_logits) + place.image * args.out.image +
-           place.y * args.out.row + place.x * args.out.column;
-  for (int p = warp * across + lane % across; p < place.rows * kTileX;
-       p += blockDim.x / 32 * across) {
-    const int row = p / kTileX, column = p % kTileX;
-    if (column >= place.columns) continue;
-    const float* sums = tile.sums + p * args.classes;
-    const float taken = args.target.smoothing > 0 ? share * tile.grad_sums[p] : 0;
-    T* to = out + row * args.out.row + column * args.out.column;
-#pragma unroll 4
-    for (int c = lane / across; c < args.classes; c += 32 / across)
-      to[c * args.out.channel] = narrow<T>(sums[c] - (weight ? taken * weight[c] : taken));
+           place.y * args.out.row + place.x * args.out.column + begin * args.out.channel;
+  for (int p = warp * kPixels + lane % kPixels; p < place.rows * kTileX;
+       p += blockDim.x / 32 * kPixels) {
+    if (p % kTileX >= place.columns) continue;
+    const float* sums = tile.sums + p * args.classes + begin;
+    T* to = out + p / kTileX * row_stride + p % kTileX * column_stride;
+#pragma unroll 1
+    for (int left = args.classes - begin; left > 0; left -= kAtOnce * kClasses) {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (i * kClasses < left) to[i * stride] = narrow<T>(sums[i * kClasses]);
+      to += kAtOnce * stride;
+      sums += kAtOnce * kClasses;
+    }
   }
 }
 
@@ -357,15 +369,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   for (int i = 4 * threadIdx.x; i < place.rows * kTileX * args.classes; i += 4 * threads)
     store(kZeros, tile.sums + i);
   for (int cell = threadIdx.x; cell < cells; cell += threads)
-    tile.references[cell] = reference_of<R>(args, place.logsumexp, place.y + cell / kCellsX,
-                                            place.x + cell % kCellsX);
+    tile.references[cell] =
+        reference_of<R>(args, place.logsumexp, place.y + cell / kCellsX, place.x + cell % kCellsX);
   __syncthreads();
   // Threads lie along a row of the target.
   for (int k = threadIdx.x; k < cells * R * R; k += threads) {
     const int row = k / (R * kCellsX), column = k % (R * kCellsX);
-    load_pixel<R>(args, place, tile, row / R * kCellsX + column / R,
-                  row % R * R + column % R, R * place.y - R / 2 + row,
-                  R * place.x - R / 2 + column);
+    load_pixel<R>(args, place, tile, row / R * kCellsX + column / R, row % R * R + column % R,
+                  R * place.y - R / 2 + row, R * place.x - R / 2 + column);
   }
   __syncthreads();
   for (int p = threadIdx.x; p < place.rows * kTileX; p += threads) {
@@ -376,6 +387,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
   }
   __syncthreads();
 
+  if (smooths) {
+    take_shares(args, place, tile);
+    __syncthreads();
+  }
+
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int split_rows = max(2, (place.rows + args.splits) / args.splits);
   const int begin = min(warp / args.groups * split_rows, place.rows + 1);
@@ -384,7 +400,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2)
     walk_rows<T, R>(args, place, tile, class_ + lane, begin, end);
   __syncthreads();
 
-  store_sums<T>(args, place, tile);
+  if (args.classes_innermost)
+    store_sums<T, true>(args, place, tile);
+  else
+    store_sums<T, false>(args, place, tile);
 }
 
 }  // namespace fastfuse::cuda

@@ -10,9 +10,9 @@
 namespace fastfuse::cuda {
 
 constexpr int kForwardThreads = 256;
-constexpr int kTile = 8;       // cells of a tile along x, at most; along y the launch says
+constexpr int kTile = 8;               // cells of a tile along x, at most; along y the launch says
 constexpr int kTileWidth = kTile + 1;  // source pixels
-constexpr int kLanes = 4;      // threads of a cell
+constexpr int kLanes = 4;              // threads of a cell
 constexpr int kStep = 2 * kLanes;      // classes, two a thread
 
 // Products of exponentials are safe from here up; below, and for sums as small, classes are
@@ -35,9 +35,9 @@ struct CrossEntropyForward {
   float* loss;
   float* logsumexp;
   int classes, in_height, in_width;
-  int tile_rows;       // of cells
+  int tile_rows;  // of cells
   int tiles_y, tiles_x;
-  int pitch;           // of pixels in shared memory
+  int pitch;  // of pixels in shared memory
 };
 
 // An odd multiple of 8 floats, so that neither four pixels side by side nor the lanes of one meet.
@@ -92,8 +92,8 @@ __device__ __forceinline__ Corners corners(const float* pixel, int pitch) {
 // log2 of the sum of exponentials of a pixel between `values` and its neighbours, whatever they
 // are.
 template <int R>
-__device__ float log2_sum_exp(const float* values, int pitch, int classes,
-                                           float weight_y, float weight_x) {
+__device__ float log2_sum_exp(const float* values, int pitch, int classes, float weight_y,
+                              float weight_x) {
   float top = -INFINITY, sum = 0;
 #pragma unroll 1
   for (int c = 0; c < classes; ++c)
@@ -145,8 +145,8 @@ struct PixelNumbers {
 
 // Takes the largest logit off those of each pixel, and scales them.
 template <int R>
-__device__ __forceinline__ void shift_pixels(const CrossEntropyForward& args, int rows,
-                                             int columns, float* values, PixelNumbers numbers) {
+__device__ __forceinline__ void shift_pixels(const CrossEntropyForward& args, int rows, int columns,
+                                             float* values, PixelNumbers numbers) {
   const int lane = threadIdx.x % kLanes, classes = args.classes;
   constexpr int kPixels = kForwardThreads / kLanes;
   for (int first = 0; first < rows * kTileWidth; first += kPixels) {
@@ -202,8 +202,8 @@ __device__ __forceinline__ float loss_of(const CrossEntropyTarget& target, int c
   if (target.weight) loss *= target.weight[label];
   if (target.smoothing > 0) {
     const float factors = target.weight_sum ? *target.weight_sum : classes;
-    const float others = kLn2 * fmaf(log2_sum, factors,
-                                     -R * between(corners(weighted, 1), weight_y, weight_x));
+    const float others =
+        kLn2 * fmaf(log2_sum, factors, -R * between(corners(weighted, 1), weight_y, weight_x));
     loss = (1 - target.smoothing) * loss + others * (target.smoothing / classes);
   }
   return loss;
@@ -225,9 +225,9 @@ __global__ void __launch_bounds__(kForwardThreads, R > 4 ? 3 : 4)
   float* top = values + pixels * pitch;
   const PixelNumbers numbers{top, top + pixels, top + 2 * pixels};
 
-  load_tile<T, kClassesInnermost>(
-      args, static_cast<const T*>(args.logits) + image * args.strides.image, cell_y - 1, cell_x - 1,
-      rows + 1, columns + 1, values);
+  load_tile<T, kClassesInnermost>(args,
+                                  static_cast<const T*>(args.logits) + image * args.strides.image,
+                                  cell_y - 1, cell_x - 1, rows + 1, columns + 1, values);
   __syncthreads();
   shift_pixels<R>(args, rows + 1, columns + 1, values, numbers);
   __syncthreads();
@@ -252,18 +252,16 @@ __global__ void __launch_bounds__(kForwardThreads, R > 4 ? 3 : 4)
       load<2>(below + pitch + c, at[3]);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        for_rows<R, kRows>(exponents<R>({at[0][i], at[1][i], at[2][i], at[3][i]}, 0), kRows * part,
-                           [&](int j, float first, float ratio) {
-                             add_row<R>(first, ratio, sums + j * R);
-                           });
+        for_rows<R, kRows>(
+            exponents<R>({at[0][i], at[1][i], at[2][i], at[3][i]}, 0), kRows * part,
+            [&](int j, float first, float ratio) { add_row<R>(first, ratio, sums + j * R); });
     }
     share(sums, lane);
 
     const int j = kRows * part + lane * kPixels / R, i = lane * kPixels % R;
     const int y = R * (cell_y + row) - R / 2 + j, x = R * (cell_x + column) - R / 2 + i;
     const Corners lowest = corners(numbers.lowest + pixel, 1);
-    const bool is_safe =
-        R * fminf(fminf(lowest.a, lowest.b), fminf(lowest.c, lowest.d)) >= kLowest;
+    const bool is_safe = R * fminf(fminf(lowest.a, lowest.b), fminf(lowest.c, lowest.d)) >= kLowest;
     const float weight_y = weight_of<R>(j);
 #pragma unroll
     for (int pack = 0; pack < kPixels; pack += kPack) {
@@ -273,13 +271,14 @@ __global__ void __launch_bounds__(kForwardThreads, R > 4 ? 3 : 4)
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
         const float weight_x = weight_of<R>(i + pack + k), sum = sums[pack + k];
-        const float log2_sum = is_safe && sum >= kSmallestSum
-                                   ? log2f(sum)
-                                   : log2_sum_exp<R>(above, pitch, args.classes, weight_y, weight_x);
+        const float log2_sum =
+            is_safe && sum >= kSmallestSum
+                ? log2f(sum)
+                : log2_sum_exp<R>(above, pitch, args.classes, weight_y, weight_x);
         loss[k] = loss_of<R>(args.target, args.classes, args.target.labels[at + k], log2_sum, above,
                              pitch, numbers.weighted + pixel, weight_y, weight_x);
-        logsumexp[k] = fmaf(kLn2, log2_sum,
-                            between(corners(numbers.top + pixel, 1), weight_y, weight_x));
+        logsumexp[k] =
+            fmaf(kLn2, log2_sum, between(corners(numbers.top + pixel, 1), weight_y, weight_x));
       }
       store(loss, args.loss + at);
       store(logsumexp, args.logsumexp + at);
