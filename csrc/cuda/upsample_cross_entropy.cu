@@ -8,12 +8,11 @@
 namespace fastfuse::cuda {
 namespace {
 
-// Bytes of a block at most, unless its tile is one row: a multiprocessor holds two, and more of
-// forward's.
-constexpr size_t kForwardBytes = 72 << 10, kBackwardBytes = 112 << 10;
+// Bytes of a block at most, unless its tile is one row: a multiprocessor holds three.
+constexpr size_t kSharedBytes = 72 << 10;
 
 // Rows of a tile of backward at most; fewer, if there are not so many warps in all.
-constexpr int kMaxRows = 16, kWarps = 8 * 132;
+constexpr int kMaxRows = 8, kWarps = 8 * 132;
 
 int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
@@ -66,7 +65,7 @@ int fastfuse_upsample_cross_entropy(const CrossEntropySizes* sizes, float* loss,
                                     const float* weight_sum, cudaStream_t stream) {
   const int pitch = pitch_of(sizes->classes);
   const auto bytes = [&](int rows) { return sizeof(float) * forward_shared_floats(rows, pitch); };
-  const int rows = tile_rows(kTile, kForwardBytes, bytes);
+  const int rows = tile_rows(kTile, kSharedBytes, bytes);
   const CrossEntropyForward args{logits,
                                  sizes->logits,
                                  target_of(*sizes, target, weight, weight_sum),
@@ -96,7 +95,7 @@ int fastfuse_upsample_cross_entropy_backward(const CrossEntropySizes* sizes, voi
                                              cudaStream_t stream) {
   const bool smooths = sizes->label_smoothing > 0;
   const int groups = std::min(ceil_div(sizes->classes, 32), kMaxGroups);
-  const int splits = groups > 2 ? std::min(kMaxWarps / groups, 2) : 4 / groups;
+  const int splits = groups > 2 ? 1 : 4 / groups;
   return dispatch(*sizes, [&](auto element, auto ratio) {
     using T = decltype(element);
     constexpr int R = decltype(ratio)::value;
@@ -105,7 +104,7 @@ int fastfuse_upsample_cross_entropy_backward(const CrossEntropySizes* sizes, voi
     };
     const int64_t warps_of_rows =
         int64_t{sizes->batch} * ceil_div(sizes->in_width, kTileX) * groups * splits;
-    int rows = tile_rows(kMaxRows, kBackwardBytes, bytes);
+    int rows = tile_rows(kMaxRows, kSharedBytes, bytes);
     while (rows > 4 && warps_of_rows * ceil_div(sizes->in_height, rows) < kWarps) rows /= 2;
     const CrossEntropyBackward args{grad_logits,
                                     sizes->grad_logits,

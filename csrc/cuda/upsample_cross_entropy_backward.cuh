@@ -15,7 +15,7 @@ namespace fastfuse::cuda {
 
 constexpr int kTileX = 8;  // source pixels
 constexpr int kCellsX = kTileX + 1;
-constexpr int kMaxWarps = 10, kMaxGroups = 8;  // of a block, and those that have their own classes
+constexpr int kMaxGroups = 8;  // warps that have classes of their own
 
 // Base-2 logarithms. Exponentials are made of products where those of a cell are within kLeast of
 // the largest log-sum-exp there, and these are within kSpread of each other: so that a product of
@@ -267,11 +267,10 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
       at.d = widen(below[first_column * stride]) * kScale<R>;
       float low = fminf(at.b, at.d);
       T next_above = above[0], next_below = below[0];
-      float carried_above = 0, carried_below = 0;  // what the cell before has for its right side
       const float* factors = tile.factors + row * kCellsX * tile.kFactors;
       const float* references = tile.references + row * kCellsX;
-#pragma unroll 1
-      for (int column = 0; column <= place.columns; ++column) {
+      int column = 0;
+      const auto next_cell = [&] {
         at = {at.b, widen(next_above) * kScale<R>, at.d, widen(next_below) * kScale<R>};
         const int next = min(column + 1, last_column) * stride;
         next_above = above[next];
@@ -282,19 +281,23 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
                                   ? moments<R>(at, reference, factors)
                                   : moments_directly<R>(at, reference, factors, args,
                                                         place.logsumexp, y, place.x + column);
-        Corners to = to_corners<R>(found);
-        if (column > 0) {
-          add(carried_above + to.a, carried_below + to.c);
-        } else if (place.x == 0) {  // the first pixel is on both sides
-          to.b += to.a;
-          to.d += to.c;
-        }
-        carried_above = to.b;
-        carried_below = to.d;
         factors += tile.kFactors;
         ++references;
+        ++column;
+        return to_corners<R>(found);
+      };
+      Corners to = next_cell();
+      // The image's first pixel is on both sides of the cell before it.
+      float carried_above = place.x == 0 ? to.a + to.b : to.b;
+      float carried_below = place.x == 0 ? to.c + to.d : to.d;
+#pragma unroll 1
+      while (column <= place.columns) {
+        to = next_cell();
+        add(carried_above + to.a, carried_below + to.c);
+        carried_above = to.b;  // for the cell's right side
+        carried_below = to.d;
       }
-      if (place.columns == last_column + 1) {  // so is the last
+      if (place.columns == last_column + 1) {  // so is the last of the cell behind it
         sums_above -= classes;
         sums_below -= classes;
         add(carried_above, carried_below);
@@ -348,7 +351,7 @@ __device__ __forceinline__ void store_sums(const CrossEntropyBackward& args,
 }
 
 template <class T, int R>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2)
+__global__ void __launch_bounds__(32 * kMaxGroups, 3)
     upsample_cross_entropy_backward(const CrossEntropyBackward args) {
   const int tile_x = blockIdx.x % args.tiles_x, tile_y = blockIdx.x / args.tiles_x % args.tiles_y;
   const int64_t image = blockIdx.x / args.tiles_x / args.tiles_y;
