@@ -12,7 +12,7 @@ namespace {
 constexpr size_t kSharedBytes = 72 << 10;
 
 // Rows of a tile of backward at most; fewer, if there are not so many warps in all.
-constexpr int kMaxRows = 8, kWarps = 8 * 132;
+constexpr int kMaxRows = 16, kWarps = 8 * 132;
 
 int ceil_div(int n, int d) { return (n + d - 1) / d; }
 

@@ -234,11 +234,11 @@ __device__ __forceinline__ Corners to_corners(const Moments& sums) {
   return {a, b, fmaf(2 * R, left, -a), fmaf(2 * R, right, -b)};
 }
 
-// A class of the tile's cells begin .. end, row by row.
-template <class T, int R>
+// A class of N rows of the tile's cells, from left to right.
+template <int N, class T, int R>
 __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
                                           const BackwardPlace& place, const BackwardTile<R>& tile,
-                                          int class_, int begin, int end) {
+                                          int class_, int row) {
   const bool is_class = class_ < args.classes;
   const T* logits = static_cast<const T*>(args.logits) + place.image * args.strides.image +
                     min(class_, args.classes - 1) * args.strides.channel +
@@ -246,65 +246,84 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
   const int stride = args.strides.column, classes = args.classes;
   // The columns of a row that there are, counted from the tile's first.
   const int first_column = place.x == 0 ? 0 : -1, last_column = args.in_width - 1 - place.x;
-  for (int row = begin; row < max(end, begin + 1); ++row) {
-    if (row < end) {
-      const int y = place.y + row;  // of the cells
-      const T* above = logits + clamp(y - 1, args.in_height) * args.strides.row;
-      const T* below = logits + clamp(y, args.in_height) * args.strides.row;
-      // Of the tile or, at the image's border, the pixels that stand for those beyond it.
-      const bool has_above = is_class && (row > 0 || y == 0);
-      const bool has_below = is_class && (row < place.rows || y == args.in_height);
-      float* sums_above = tile.sums + max(row - 1, 0) * kTileX * classes + class_;
-      float* sums_below = tile.sums + min(row, place.rows - 1) * kTileX * classes + class_;
-      const auto add = [&](float to_above, float to_below) {
-        if (has_above) *sums_above += to_above;
-        if (has_below) *sums_below += to_below;
-        sums_above += classes;
-        sums_below += classes;
-      };
-      Corners at{};
-      at.b = widen(above[first_column * stride]) * kScale<R>;
-      at.d = widen(below[first_column * stride]) * kScale<R>;
-      float low = fminf(at.b, at.d);
-      T next_above = above[0], next_below = below[0];
-      const float* factors = tile.factors + row * kCellsX * tile.kFactors;
-      const float* references = tile.references + row * kCellsX;
-      int column = 0;
-      const auto next_cell = [&] {
-        at = {at.b, widen(next_above) * kScale<R>, at.d, widen(next_below) * kScale<R>};
-        const int next = min(column + 1, last_column) * stride;
-        next_above = above[next];
-        next_below = below[next];
-        const float reference = *references, low_left = low;
-        low = fminf(at.b, at.d);
-        const Moments found = fmaf(R, fminf(low_left, low), -reference) >= kLeast
-                                  ? moments<R>(at, reference, factors)
-                                  : moments_directly<R>(at, reference, factors, args,
-                                                        place.logsumexp, y, place.x + column);
-        factors += tile.kFactors;
-        ++references;
-        ++column;
-        return to_corners<R>(found);
-      };
-      Corners to = next_cell();
-      // The image's first pixel is on both sides of the cell before it.
-      float carried_above = place.x == 0 ? to.a + to.b : to.b;
-      float carried_below = place.x == 0 ? to.c + to.d : to.d;
-#pragma unroll 1
-      while (column <= place.columns) {
-        to = next_cell();
-        add(carried_above + to.a, carried_below + to.c);
-        carried_above = to.b;  // for the cell's right side
-        carried_below = to.d;
-      }
-      if (place.columns == last_column + 1) {  // so is the last of the cell behind it
-        sums_above -= classes;
-        sums_below -= classes;
-        add(carried_above, carried_below);
-      }
+  // Of the rows of source pixels above, between and below.
+  const T* logits_of[N + 1];
+  float* sums_of[N + 1];
+  float left[N + 1], right[N + 1], low[N], carried[N + 1];
+  T next[N + 1];
+#pragma unroll
+  for (int k = 0; k <= N; ++k) {
+    logits_of[k] = logits + clamp(place.y + row + k - 1, args.in_height) * args.strides.row;
+    sums_of[k] = tile.sums + clamp(row + k - 1, place.rows) * kTileX * classes + class_;
+    right[k] = widen(logits_of[k][first_column * stride]) * kScale<R>;
+    next[k] = logits_of[k][0];
+    if (k > 0) low[k - 1] = fminf(right[k - 1], right[k]);
+  }
+  // Of the tile or, at the image's border, the pixels that stand for those beyond it.
+  const bool has_first = is_class && (row > 0 || place.y == 0);
+  const bool has_last =
+      is_class && (row + N <= place.rows || place.y + place.rows == args.in_height);
+  const auto add = [&](const float (&values)[N + 1]) {
+#pragma unroll
+    for (int k = 0; k <= N; ++k)
+      if (k == 0 ? has_first : k == N ? has_last : is_class) *sums_of[k] += values[k];
+  };
+
+  const float* factors = tile.factors + row * kCellsX * tile.kFactors;
+  const float* references = tile.references + row * kCellsX;
+  int column = 0;
+  // What the next cells have for their left and right sides.
+  const auto next_cells = [&](float (&to_left)[N + 1], float (&to_right)[N + 1]) {
+    const int offset = min(column + 1, last_column) * stride;
+#pragma unroll
+    for (int k = 0; k <= N; ++k) {
+      left[k] = right[k];
+      right[k] = widen(next[k]) * kScale<R>;
+      next[k] = logits_of[k][offset];
     }
-    // The row above the first is also the last one of the split above, which has two rows at least.
-    if (row == begin && args.splits > 1) __syncthreads();
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const Corners at{left[k], right[k], left[k + 1], right[k + 1]};
+      const float reference = references[k * kCellsX];
+      const float* of_cell = factors + k * kCellsX * tile.kFactors;
+      const float low_left = low[k];
+      low[k] = fminf(at.b, at.d);
+      const Corners to =
+          to_corners<R>(fmaf(R, fminf(low_left, low[k]), -reference) >= kLeast
+                            ? moments<R>(at, reference, of_cell)
+                            : moments_directly<R>(at, reference, of_cell, args, place.logsumexp,
+                                                  place.y + row + k, place.x + column));
+      to_left[k] = k == 0 ? to.a : to_left[k] + to.a;
+      to_right[k] = k == 0 ? to.b : to_right[k] + to.b;
+      to_left[k + 1] = to.c;
+      to_right[k + 1] = to.d;
+    }
+    factors += tile.kFactors;
+    ++references;
+    ++column;
+  };
+  float to_left[N + 1];
+  next_cells(to_left, carried);
+#pragma unroll
+  for (int k = 0; k <= N; ++k)  // the image's first pixel is on both sides of the cell before it
+    if (place.x == 0) carried[k] += to_left[k];
+#pragma unroll 1
+  while (column <= place.columns) {
+    float to_right[N + 1];
+    next_cells(to_left, to_right);
+#pragma unroll
+    for (int k = 0; k <= N; ++k) {
+      to_left[k] += carried[k];
+      carried[k] = to_right[k];
+    }
+    add(to_left);
+#pragma unroll
+    for (int k = 0; k <= N; ++k) sums_of[k] += classes;
+  }
+  if (place.columns == last_column + 1) {  // so is the last of the cell behind it
+#pragma unroll
+    for (int k = 0; k <= N; ++k) sums_of[k] -= classes;
+    add(carried);
   }
 }
 
@@ -399,8 +418,14 @@ __global__ void __launch_bounds__(32 * kMaxGroups, 3)
   const int split_rows = max(2, (place.rows + args.splits) / args.splits);
   const int begin = min(warp / args.groups * split_rows, place.rows + 1);
   const int end = min(begin + split_rows, place.rows + 1);
-  for (int class_ = warp % args.groups * 32; class_ < args.classes; class_ += 32 * args.groups)
-    walk_rows<T, R>(args, place, tile, class_ + lane, begin, end);
+  for (int class_ = warp % args.groups * 32; class_ < args.classes; class_ += 32 * args.groups) {
+    if (begin < end) walk_rows<1, T>(args, place, tile, class_ + lane, begin);
+    // What is above a split's first row is the last of the split before, which has two at least.
+    if (args.splits > 1) __syncthreads();
+    int row = begin + 1;
+    for (; row + 1 < end; row += 2) walk_rows<2, T>(args, place, tile, class_ + lane, row);
+    if (row < end) walk_rows<1, T>(args, place, tile, class_ + lane, row);
+  }
   __syncthreads();
 
   if (args.classes_innermost)

@@ -40,6 +40,7 @@ CASES = {
     "many classes": ((1, 300, 2, 2), 4),
     "low tiles": ((1, 190, 9, 2), 8),
     "tall": ((1, 21, 17, 1), 8),
+    "high tiles": ((140, 3, 17, 1), 2),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Results = list[tuple[str, tuple[Tensor, ...]]]  # of each way that a call was run
