@@ -23,8 +23,8 @@ CrossEntropyTarget target_of(const CrossEntropySizes& sizes, const int64_t* labe
 
 // Rows of a tile, at most `rows`.
 template <class Bytes>
-int tile_rows(int rows, size_t limit, const Bytes& bytes) {
-  while (rows > 1 && bytes(rows) > limit) rows /= 2;
+int tile_rows(int rows, const Bytes& bytes) {
+  while (rows > 1 && bytes(rows) > kSharedBytes) rows /= 2;
   return rows;
 }
 
@@ -65,7 +65,7 @@ int fastfuse_upsample_cross_entropy(const CrossEntropySizes* sizes, float* loss,
                                     const float* weight_sum, cudaStream_t stream) {
   const int pitch = pitch_of(sizes->classes);
   const auto bytes = [&](int rows) { return sizeof(float) * forward_shared_floats(rows, pitch); };
-  const int rows = tile_rows(kTile, kSharedBytes, bytes);
+  const int rows = tile_rows(kTile, bytes);
   const CrossEntropyForward args{logits,
                                  sizes->logits,
                                  target_of(*sizes, target, weight, weight_sum),
@@ -104,7 +104,7 @@ int fastfuse_upsample_cross_entropy_backward(const CrossEntropySizes* sizes, voi
     };
     const int64_t warps_of_rows =
         int64_t{sizes->batch} * ceil_div(sizes->in_width, kTileX) * groups * splits;
-    int rows = tile_rows(kMaxRows, kSharedBytes, bytes);
+    int rows = tile_rows(kMaxRows, bytes);
     while (rows > 4 && warps_of_rows * ceil_div(sizes->in_height, rows) < kWarps) rows /= 2;
     const CrossEntropyBackward args{grad_logits,
                                     sizes->grad_logits,

@@ -1,10 +1,11 @@
 // The CUDA kernels of upsample_cross_entropy, as C calls them.
 //
-// They take logits of float32, bfloat16 or float16 and any strides, with
+// They take logits of float32, bfloat16 or float16 with
 //   - a target 2, 4 or 8 times as high and as wide, without align_corners;
-//   - at most 1024 classes.
-// Forward is made for classes that are innermost in memory or columns that are, backward for
-// classes. Backward wants |grad| below 2^25.
+//   - at most 1024 classes;
+//   - any strides, of rows and columns below 2^28.
+// Threads of forward lie along classes or along columns, whichever are innermost in memory, those
+// of backward along classes. Gradients of the loss are below 2^25.
 #pragma once
 
 #include "cuda/runtime.h"

@@ -4,9 +4,10 @@
 //   d / d v[c] = exp(v[c] - L) f - (1 - e) g w[t] [c = t] - e / C g w[c],
 //   f = (1 - e) g w[t] + e / C g sum w,
 // and that of a source pixel is the weighted sum over the target pixels that read it. A block has a
-// tile of source pixels, whose gradient it sums in shared memory, every value in an order of its
-// own: first what labels take away, a thread a pixel, then the exponentials, a lane a class.
-// Warps walk over cells, and a cell's exponentials count for its four corners.
+// tile of source pixels, whose gradient it sums in shared memory, every value in a fixed order:
+// first what labels take away, a thread a pixel, then the exponentials, a lane a class. Warps walk
+// over cells, those around the tile too; what a cell's pixels do to its four corners follows from
+// sums that polynomials in the ratios of neighbours give.
 #pragma once
 
 #include "cuda/upsample_cross_entropy_forward.cuh"
@@ -249,7 +250,7 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
   // Of the rows of source pixels above, between and below.
   const T* logits_of[N + 1];
   float* sums_of[N + 1];
-  float left[N + 1], right[N + 1], low[N], carried[N + 1];
+  float right[N + 1], low[N], carried[N + 1];
   T next[N + 1];
 #pragma unroll
   for (int k = 0; k <= N; ++k) {
@@ -275,6 +276,7 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
   // What the next cells have for their left and right sides.
   const auto next_cells = [&](float (&to_left)[N + 1], float (&to_right)[N + 1]) {
     const int offset = min(column + 1, last_column) * stride;
+    float left[N + 1];
 #pragma unroll
     for (int k = 0; k <= N; ++k) {
       left[k] = right[k];
@@ -305,7 +307,7 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
   float to_left[N + 1];
   next_cells(to_left, carried);
 #pragma unroll
-  for (int k = 0; k <= N; ++k)  // the image's first pixel is on both sides of the cell before it
+  for (int k = 0; k <= N; ++k)  // the image's first pixel is on both sides of its cell
     if (place.x == 0) carried[k] += to_left[k];
 #pragma unroll 1
   while (column <= place.columns) {
@@ -320,7 +322,7 @@ __device__ __forceinline__ void walk_rows(const CrossEntropyBackward& args,
 #pragma unroll
     for (int k = 0; k <= N; ++k) sums_of[k] += classes;
   }
-  if (place.columns == last_column + 1) {  // so is the last of the cell behind it
+  if (place.columns == last_column + 1) {  // so is the last, of the cell behind it
 #pragma unroll
     for (int k = 0; k <= N; ++k) sums_of[k] -= classes;
     add(carried);

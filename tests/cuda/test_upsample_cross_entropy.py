@@ -133,7 +133,7 @@ def _assert_right(
 
 @fast_and_slow(
     "case dtype",
-    [(case, DTYPES[i % 3]) for i, case in enumerate(CASES)],
+    [(case, DTYPES[i % 3]) for i, case in enumerate(CASES) if case != "high tiles"],
     [(case, dtype) for case in CASES for dtype in DTYPES],
     ids=lambda value: str(value).removeprefix("torch.").replace(" ", "_"),
 )
@@ -182,10 +182,10 @@ def test_a_target_that_is_no_class(runs: Runs, ratio: int) -> None:
         target[0, -1, -1] = label
         wrong = torch.zeros(target.shape, dtype=torch.bool)
         wrong[0, -1, -1] = True
-        for way, (loss, logsumexp) in runs.of(
-            kernels.forward, logits, target, None, IGNORED, 0.1, False
-        ):
+        found = runs.of(kernels.forward, logits, target, None, IGNORED, 0.1, False)
+        for way, (loss, _) in found:
             assert torch.equal(loss.isnan(), wrong), way
+        logsumexp = found[0][1][1]
         grad = torch.ones(()).expand_as(loss)
         wrong = torch.zeros(logits.shape, dtype=torch.bool)
         wrong[:, :, -1, -1] = True
@@ -199,10 +199,10 @@ def test_a_target_that_is_no_class(runs: Runs, ratio: int) -> None:
 def test_ignored_pixels(runs: Runs, ratio: int) -> None:
     logits = torch.randn(1, 3, 2, 2)
     target = torch.full((1, 2 * ratio, 2 * ratio), IGNORED)
-    for way, (loss, logsumexp) in runs.of(
-        kernels.forward, logits, target, None, IGNORED, 0.1, False
-    ):
+    found = runs.of(kernels.forward, logits, target, None, IGNORED, 0.1, False)
+    for way, (loss, _) in found:
         assert not loss.any(), way
+    logsumexp = found[0][1][1]
     grad = torch.ones_like(loss)
     for way, (result,) in runs.of(
         kernels.backward, grad, logits, target, None, logsumexp, IGNORED, 0.1, False, True
@@ -261,11 +261,11 @@ def test_infinite_logits(runs: Runs) -> None:
     grad = torch.ones(target.shape)
     others = [0, 1, 2, 4, 5, 6, 7, 8]  # as if there were no such class
     expected = _exact(grad[:1], logits[:1, others], target[:1], None, 0.0)
-    for way, (loss, logsumexp) in runs.of(
-        kernels.forward, logits, target, None, IGNORED, 0.0, False
-    ):
+    found = runs.of(kernels.forward, logits, target, None, IGNORED, 0.0, False)
+    for way, (loss, _) in found:
         assert relative_error(loss[:1], expected[0]) <= tolerance(torch.float32), way
         assert loss[1:].isnan().all(), way
+    logsumexp = found[0][1][1]
     for way, (result,) in runs.of(
         kernels.backward, grad, logits, target, None, logsumexp, IGNORED, 0.0, False, False
     ):
