@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda.emulation import EmulationError
+from cuda.examples import skip_without_nvcc
+from cuda.launch import Launcher
 from cuda.mutations import without_barrier
-from cuda.proof import ways
-from cuda.sources import MissingCompiler, Program, nvcc
+from cuda.resources import resources
+from cuda.sources import Program, Texts
 from inputs import STRIDES, fast_and_slow, of_strides
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate_exactly
-from fastfuse.ops.launch_cuda import Launch
 from fastfuse.ops.upsample_cross_entropy import cuda as kernels
 from fastfuse.tolerances import relative_error, tolerance
 
-try:
-    nvcc()
-except MissingCompiler as reason:
-    pytest.skip(str(reason), allow_module_level=True)
-
-PROGRAM = Program("upsample_cross_entropy")
+PROGRAM = "upsample_cross_entropy"
 IGNORED = 999
 # Logits (N, C, h, w) and the ratio of the target's sides.
 CASES = {
@@ -46,39 +43,30 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Results = list[tuple[str, tuple[Tensor, ...]]]  # of each way that a call was run
 
 
+@dataclass
 class Runs:
-    """Results of launches by all ways; what follows has those of the last."""
+    """The ways in which calls are run."""
 
-    def __init__(self) -> None:
-        self.program, self.seeds, self.archs = PROGRAM, range(2), ["sm_90a"]
-        self._results: Results = []
-
-    def launch(self, launch: Launch, tensors: Sequence[Tensor | None]) -> None:
-        outputs = 2 if launch.function == "fastfuse_upsample_cross_entropy" else 1
-        addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-
-        def call(library: ctypes.CDLL) -> int:
-            function = getattr(library, launch.function)
-            return int(function(ctypes.byref(launch.sizes), *addresses, None))
-
-        written = [t for t in tensors[:outputs] if t is not None]
-        read = [t for t in tensors[outputs:] if t is not None]
-        for way in ways(self.program, call, read, written, self.seeds, self.archs):
-            self._results.append((way, tuple(t.clone() for t in written)))
+    seeds: Sequence[int] = range(2)
+    archs: Sequence[str] = ("sm_90a",)
+    programs: Sequence[Program] = ()
 
     def of(self, function: Callable[..., Any], *arguments: Any) -> Results:
-        self._results = []
-        function(*arguments)
-        assert self._results, "Triton runs it"
-        return self._results
+        ways: list[dict[str, Any]] = [{"seed": seed} for seed in self.seeds]
+        ways += [{"arch": arch} for arch in self.archs]
+        found: Results = []
+        for way in ways:
+            with Launcher(**way, programs=self.programs) as launcher:
+                result = function(*arguments)
+            assert launcher.launched, "Triton runs it"
+            found.append((str(way), result if isinstance(result, tuple) else (result,)))
+        return found
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    runs = Runs()
-    monkeypatch.setattr(kernels, "is_preferred", lambda _: True)
-    monkeypatch.setattr(Launch, "__call__", lambda launch, *tensors: runs.launch(launch, tensors))
-    return runs
+def runs() -> Runs:
+    skip_without_nvcc()
+    return Runs()
 
 
 def _target(shape: tuple[int, ...], ratio: int) -> Tensor:
@@ -125,7 +113,7 @@ def _assert_right(
         if len(results) == 1:
             error = (results[0].double() - expected[2]).abs().max().item()
             assert error <= tolerance(logits.dtype, reduction=readers) * size, way
-    emulated = [results for way, results in found if "emulated" in way]
+    emulated = [results for way, results in found if "seed" in way]
     for seeds in (emulated[: len(runs.seeds)], emulated[len(runs.seeds) :]):
         for results in seeds[1:]:  # the same bits in any order of threads
             assert all(map(torch.equal, results, seeds[0]))
@@ -166,10 +154,10 @@ def test_orders_of_threads(runs: Runs, case: str) -> None:
 @pytest.mark.parametrize("number", range(8))
 def test_without_a_barrier(runs: Runs, number: int) -> None:
     """A race is found wherever one is left out, which proves that the emulation sees them."""
-    runs.program, runs.archs = Program(PROGRAM.name, without_barrier(number)), []
+    runs.programs, runs.archs = [Program(PROGRAM, without_barrier(number))], []
     shape = (2, 33, 9, 10)
     logits, target = of_strides(shape, torch.float32, "channels_last"), _target(shape, 2)
-    with pytest.raises(Exception, match=r"race|wrote"):
+    with pytest.raises(EmulationError):
         _assert_right(runs, torch.randn(target.shape), logits, target, None, 0.1, True)
 
 
@@ -277,12 +265,12 @@ def test_infinite_logits(runs: Runs) -> None:
 def test_exponentials_that_are_approximated(runs: Runs) -> None:
     """A device's exponentials are up to 2 units in the last place off: all of them, here."""
 
-    def approximated(texts: dict[str, str]) -> dict[str, str]:
+    def approximated(texts: Texts) -> Texts:
         name, exact = "cuda/upsample_cross_entropy_cells.cuh", "return std::exp2(x);"
         assert exact in texts[name]
         return {**texts, name: texts[name].replace(exact, "return std::exp2(x) * (1 + 0x1p-22f);")}
 
-    runs.program, runs.archs = Program(PROGRAM.name, approximated), []
+    runs.programs, runs.archs = [Program(PROGRAM, approximated)], []
     for ratio in (2, 4, 8):
         shape = (1, 50, 3, 4)
         logits, target = of_strides(shape, torch.float32, "channels_last"), _target(shape, ratio)
@@ -307,3 +295,14 @@ def test_what_is_left_to_triton() -> None:
     assert not covered((1, 5, 2, 2), (2, 2))
     assert not covered((1, 5, 2, 2), (6, 6))
     assert not covered((1, 5, 2, 2), (4, 4), dtype=torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_100"])
+def test_registers(arch: str) -> None:
+    """None is spilled."""
+    skip_without_nvcc()
+    found = resources(Program(PROGRAM), arch)
+    assert len(found) == 27  # dtypes by ratios: forward of two layouts, and backward
+    for name, kernel in found.items():
+        assert kernel.spills == kernel.stack == 0, name
