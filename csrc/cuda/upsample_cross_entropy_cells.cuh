@@ -1,8 +1,8 @@
 // Exponentials of upsampled logits, a cell at a time.
 //
 // A cell is what lies between four neighbouring source pixels, a b over c d: R x R target pixels,
-// whose weights are (2 i + 1) / 2R. Between two source pixels, values are an arithmetic sequence,
-// so exponentials are a geometric one: of a cell, four exponentials and products give all.
+// whose weights are (2 i + 1) / 2R. Between two source pixels values are an arithmetic sequence, so
+// exponentials are a geometric one: of a cell and a class, four exponentials and products give all.
 //
 // Cell (y, x) has the corners (y - 1, x - 1) and (y, x), clamped to the image: there are
 // (height + 1) x (width + 1), and at an image's border they are partly outside of the target.

@@ -15,8 +15,9 @@ constexpr int kTileWidth = kTile + 1;  // source pixels
 constexpr int kLanes = 4;              // threads of a cell
 constexpr int kStep = 2 * kLanes;      // classes, two a thread
 
-// Products of exponentials are safe from here up; below, and for sums as small, classes are
-// walked again for the largest value.
+// Exponentials are made of products where all base-2 logarithms are from here up. Elsewhere, and
+// where a sum is as small, of neighbours that contradict each other, a pixel's classes are walked
+// again for the largest value.
 constexpr float kLowest = -120, kSmallestSum = 1e-30f;
 constexpr float kNoClass = -1000;  // a value whose exponential is zero
 
@@ -89,8 +90,7 @@ __device__ __forceinline__ Corners corners(const float* pixel, int pitch) {
   return {pixel[0], pixel[pitch], below[0], below[pitch]};
 }
 
-// log2 of the sum of exponentials of a pixel between `values` and its neighbours, whatever they
-// are.
+// log2 of a pixel's sum of exponentials, whatever the values.
 template <int R>
 __device__ float log2_sum_exp(const float* values, int pitch, int classes, float weight_y,
                               float weight_x) {
