@@ -17,6 +17,7 @@ __all__ = ["backward", "forward"]
 
 NAME = "upsample_cross_entropy"
 RATIOS, MAX_CLASSES = (2, 4, 8), 1024
+MAX_STRIDE = 2**28  # of rows and columns: of a tile's, multiples fit 32 bits
 
 
 class LogitsStrides(ctypes.Structure):
@@ -44,6 +45,8 @@ def _launch(
     batch, classes, in_height, in_width = shape
     known = [r for r in RATIOS if (r * in_height, r * in_width) == tuple(size)]
     if align_corners or not known or classes > MAX_CLASSES or dtype not in DTYPES:
+        return None
+    if max(*stride[2:], *grad_logits_stride[2:], *grad_stride[1:]) >= MAX_STRIDE:
         return None
     sizes = Sizes(
         DTYPES[dtype], batch, classes, in_height, in_width, known[0],
@@ -84,6 +87,7 @@ def backward(
 ) -> Tensor:  # fmt: skip
     launch = None
     if is_preferred(NAME) and logits.numel() > 0:
+        logits = logits.contiguous(memory_format=torch.channels_last)  # lanes are classes
         grad_logits = torch.empty(
             logits.shape, dtype=logits.dtype, device=logits.device,
             memory_format=memory_format(channels_last),
