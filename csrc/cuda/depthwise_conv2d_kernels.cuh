@@ -1,0 +1,201 @@
+// depthwise_conv2d forward, which with a turned kernel is the gradient of its input too.
+//
+// Multiply-adds bound it, so nearly all instructions should be such. A block goes down the rows of
+// its tile, which asynchronous copies bring to shared memory some rows ahead. A thread keeps the
+// whole kernel of two channels in registers, and sums for all rows of results that an input row
+// contributes to: it is loaded once, for k * k multiply-adds per column.
+#pragma once
+
+#include "cuda/depthwise_conv2d_tiles.cuh"
+
+namespace fastfuse::cuda {
+
+template <class T>
+struct DepthwiseForward {
+  DepthwiseTiles tiles;
+  ImageStrides x_strides, out_strides, addend_strides;
+  T* out;
+  const T *x, *weight, *addend;
+  const void* bias;
+  bool bias_is_float, flip;
+};
+
+// Where things are in shared memory, in elements: weights, rows of x, rows of the addend.
+template <class T, int K, int Columns>
+struct ForwardMemory {
+  int x, x_row, addend, addend_row, size;
+
+  __device__ __host__ ForwardMemory(int columns, bool has_addend)
+      : x(kChannels * K * K),
+        x_row(SharedRow<T, Columns>::size(columns + K - 1)),
+        addend(x + kSlots * x_row),
+        addend_row(SharedRow<T, Columns>::size(columns)),
+        size(addend + (has_addend ? kSlots * addend_row : 0)) {}
+};
+
+// The kernels of two channels, from shared memory.
+template <int K, class T>
+__device__ __forceinline__ void load_weights(const T* shared, bool flip,
+                                             float (&weights)[2][K * K]) {
+#pragma unroll
+  for (int i = 0; i < 2 * K * K; i += 2) {
+    float pair[2];
+    load<2>(shared + i, pair);
+    weights[i / (K * K)][i % (K * K)] = pair[0];
+    weights[(i + 1) / (K * K)][(i + 1) % (K * K)] = pair[1];
+  }
+  if (!flip) return;
+#pragma unroll
+  for (auto& kernel : weights) {
+#pragma unroll
+    for (int i = 0; i < K * K / 2; ++i) {
+      const float other = kernel[K * K - 1 - i];
+      kernel[K * K - 1 - i] = kernel[i];
+      kernel[i] = other;
+    }
+  }
+}
+
+// sums_out = sums_in + what an input row gives to one row of results.
+template <int K, int Columns>
+__device__ __forceinline__ void convolve_row(const float (&in)[Columns + K - 1][2],
+                                             const float (&weights)[2][K * K], int ky,
+                                             const float (&sums_in)[Columns][2],
+                                             float (&sums_out)[Columns][2]) {
+#pragma unroll
+  for (int kx = 0; kx < K; ++kx) {
+#pragma unroll
+    for (int i = 0; i < Columns; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float sum = kx == 0 ? sums_in[i][c] : sums_out[i][c];
+        sums_out[i][c] = fmaf(in[i + kx][c], weights[c][ky * K + kx], sum);
+      }
+    }
+  }
+}
+
+template <class T, int K, int Columns>
+__global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(DepthwiseForward<T> p) {
+  constexpr int kRadius = K / 2, kVector = 16 / sizeof(T);
+  using Row = SharedRow<T, Columns>;
+  const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
+  const int channels = p.tiles.channels - block_channel;  // of this block, or more
+  const Tile tile = find_tile<Columns>(p.tiles, blockIdx.x / p.tiles.channel_blocks);
+  const int columns = p.tiles.strips * Columns;
+  const int channel = threadIdx.x % kPairs * 2, strip = threadIdx.x / kPairs;
+  const int column = tile.column + strip * Columns;
+
+  using Memory = ForwardMemory<T, K, Columns>;
+  T* const shared = dynamic_shared<T>();
+  const Memory memory(columns, p.addend != nullptr);
+  T* const x_rows = shared + memory.x;
+  T* const addend_rows = shared + memory.addend;
+  // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
+  // `y - kRadius` ends.
+  const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
+  const RowCopies<T, Columns> copy_x(
+      Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
+      channels, tile.column - kRadius, columns + K - 1);
+  const RowCopies<T, Columns> copy_addend(
+      Residue<const T>(p.addend, p.addend_strides, tile, p.tiles.dilation, block_channel),
+      tile.width, channels, tile.column, columns);
+  const auto copy = [&](int y) {
+    if (y < last) copy_x(x_rows + y % kSlots * memory.x_row, y);
+    const int result = y - kRadius;
+    if (p.addend && result >= tile.begin && result < tile.end) {
+      copy_addend(addend_rows + y % kSlots * memory.addend_row, result);
+    }
+    commit_copies();
+  };
+  // Makes row y visible, and its predecessor's memory free for a later one.
+  const auto advance = [&](int y) {
+    wait_for_copies<kSlots - 2>();
+    __syncthreads();
+    copy(y + kSlots - 1);
+  };
+
+  // What no copy writes is 0.
+  fill_zeros(shared, shared + memory.size);
+  __syncthreads();
+  const int weights_there = min(channels, kChannels) * (K * K);
+  for (int i = threadIdx.x * kVector; i < weights_there; i += blockDim.x * kVector) {
+    copy_async<16>(shared + i, p.weight + block_channel * (K * K) + i);
+  }
+#pragma unroll 1
+  for (int i = 0; i < kSlots - 1; ++i) copy(first + i);
+  float bias[2] = {0, 0};
+  if (p.bias && channel < channels) {
+    if (p.bias_is_float) {
+      load<2>(static_cast<const float*>(p.bias) + block_channel + channel, bias);
+    } else {
+      load<2>(static_cast<const T*>(p.bias) + block_channel + channel, bias);
+    }
+  }
+  wait_for_copies<kSlots - 2>();
+  __syncthreads();
+  float weights[2][K * K];
+  load_weights<K>(shared + channel * (K * K), p.flip, weights);
+
+  // sums[i]: of the row of results that meets row i + 1 of the kernel next.
+  float sums[K - 1][Columns][2], biases[Columns][2];
+#pragma unroll
+  for (int i = 0; i < Columns; ++i) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      biases[i][c] = bias[c];
+#pragma unroll
+      for (auto& row : sums) row[i][c] = bias[c];
+    }
+  }
+  const Residue<T> out(p.out, p.out_strides, tile, p.tiles.dilation, block_channel + channel);
+  const int written = channel < channels ? min(tile.width - column, Columns) : 0;
+  const auto finish = [&](float (&totals)[Columns][2], int y) {
+    if (p.addend) {
+      const int slot = (y + kRadius) % kSlots;
+      float addends[Columns][2];
+      load_pixels<Columns>(addend_rows + slot * memory.addend_row + strip * Row::kPitch + channel,
+                           addends);
+#pragma unroll
+      for (int i = 0; i < Columns; ++i) {
+        totals[i][0] += addends[i][0];
+        totals[i][1] += addends[i][1];
+      }
+    }
+    T* to = out.at(y, column);
+#pragma unroll
+    for (int i = 0; i < Columns; ++i) {
+      if (i < written) store<2>(totals[i], to + int64_t{i} * out.pixel);
+    }
+  };
+
+#pragma unroll 1
+  for (int y = first; y < last; ++y) {
+    advance(y);
+    float in[Columns + K - 1][2];
+    load_pixels<Columns>(
+        x_rows + y % kSlots * memory.x_row + strip * Row::kPitch + channel, in);
+    const auto is_in_tile = [&](int ky) {
+      return y + kRadius - ky >= tile.begin && y + kRadius - ky < tile.end;
+    };
+    // Sums move on by one with the first product; those outside of the tile are of no use.
+    if (is_in_tile(K - 1)) {
+      convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);
+      finish(sums[K - 2], y - kRadius);
+    }
+#pragma unroll
+    for (int ky = K - 2; ky > 0; --ky) {
+      if (is_in_tile(ky)) convolve_row<K, Columns>(in, weights, ky, sums[ky - 1], sums[ky]);
+    }
+    if (is_in_tile(0)) convolve_row<K, Columns>(in, weights, 0, biases, sums[0]);
+  }
+  // Rows of results that would go on below the image.
+#pragma unroll
+  for (int i = 0; i < kRadius; ++i) {
+    if (last - kRadius + i >= tile.end) break;
+    advance(last + i);
+    finish(sums[K - 2 - i], last - kRadius + i);
+  }
+}
+
+}  // namespace fastfuse::cuda

@@ -1,0 +1,156 @@
+// How depthwise_conv2d cuts images into tiles, and how rows of a tile come to shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/depthwise_conv2d.h"
+#include "cuda/elements.h"
+
+namespace fastfuse::cuda {
+
+// A block has kChannels channels of a tile. A thread has two of them, of a strip of the tile's
+// columns.
+constexpr int kChannels = 32, kPairs = kChannels / 2;
+constexpr int kMaxStrips = 8, kMaxThreads = kMaxStrips * kPairs;
+// Rows of a tile in shared memory: one is computed with while the others arrive.
+constexpr int kSlots = 4;
+
+// A dilated convolution is one without dilation of each of dilation x dilation images, those of
+// every dilation-th row and column: its residues. They are cut into tiles.
+struct DepthwiseTiles {
+  int height, width, dilation;
+  int residues_y, residues_x;
+  int row_tiles, tile_rows;
+  int column_tiles, strips;
+  int channels, channel_blocks;
+  int tiles;  // of all images
+};
+
+struct Tile {
+  int image, y, x;    // where the residue starts in the image
+  int height, width;  // of the residue
+  int begin, end;     // the tile's rows
+  int column;         // its first
+};
+
+inline __device__ __host__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+template <int Columns>
+__device__ __forceinline__ Tile find_tile(const DepthwiseTiles& tiles, int index) {
+  const auto next = [&index](int size) {
+    const int digit = index % size;
+    index /= size;
+    return digit;
+  };
+  Tile tile;
+  tile.column = next(tiles.column_tiles) * tiles.strips * Columns;
+  tile.begin = next(tiles.row_tiles) * tiles.tile_rows;
+  tile.x = next(tiles.residues_x);
+  tile.y = next(tiles.residues_y);
+  tile.image = index;
+  tile.height = ceil_div(tiles.height - tile.y, tiles.dilation);
+  tile.width = ceil_div(tiles.width - tile.x, tiles.dilation);
+  tile.end = min(tile.begin + tiles.tile_rows, tile.height);
+  return tile;
+}
+
+// A residue of a tensor, from one channel on.
+template <class T>
+struct Residue {
+  T* start;
+  int64_t row;  // strides
+  int pixel;
+
+  __device__ Residue(T* tensor, const ImageStrides& strides, const Tile& tile, int dilation,
+                     int channel)
+      : start(tensor + tile.image * strides.image + tile.y * strides.row + tile.x * strides.pixel +
+              channel),
+        row(strides.row * dilation),
+        pixel(static_cast<int>(strides.pixel) * dilation) {}
+
+  __device__ T* at(int y, int x) const { return start + y * row + int64_t{x} * pixel; }
+};
+
+// A row of pixels in shared memory. 16 lanes read two channels of a pixel, and the other half of
+// a warp those of the next strip's: in 16 bits that is half of the banks each, and a pixel left
+// free behind each strip of an even number makes it different halves.
+template <class T, int Columns>
+struct SharedRow {
+  static constexpr int kFree = sizeof(T) == 2 && Columns % 2 == 0;
+  static constexpr int kPitch = (Columns + kFree) * kChannels;  // of strips
+
+  static __device__ __host__ int size(int columns) { return position(columns - 1) + kChannels; }
+  static __device__ __host__ int position(int column) {
+    return (column + (kFree ? column / Columns : 0)) * kChannels;
+  }
+};
+
+// Copies rows of a residue to shared memory, from a column on, which may lie outside: 16 bytes at a
+// time, in the order of threads. What is outside of the image is left as it is.
+template <class T, int Columns>
+class RowCopies {
+ public:
+  __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int first,
+                       int columns)
+      : row_(residue.row) {
+    const int vector = threadIdx.x % kVectors * kVector;
+    int i = threadIdx.x / kVectors;
+    while (first + i < 0) i += step();
+    begin_ = first + i;
+    end_ = vector < channels ? min(first + columns, width) : 0;
+    to_ = SharedRow<T, Columns>::position(i) + vector;
+    from_ = begin_ < end_ ? residue.at(0, begin_) + vector : nullptr;
+    from_step_ = step() * residue.pixel;
+  }
+
+  __device__ __forceinline__ void operator()(T* shared, int y) const {
+    const T* from = from_ + y * row_;
+    T* to = shared + to_;
+#pragma unroll 1
+    for (int x = begin_; x < end_; x += step()) {
+      copy_async<16>(to, from);
+      from += from_step_;
+      to += SharedRow<T, Columns>::position(step());
+    }
+  }
+
+ private:
+  static constexpr int kVector = 16 / sizeof(T), kVectors = kChannels / kVector;
+
+  // Pixels that all threads copy together: a multiple of a strip's where that matters.
+  static __device__ int step() { return blockDim.x / kVectors; }
+
+  const T* from_;
+  int64_t row_;
+  int begin_, end_, to_, from_step_;
+};
+
+// By all threads.
+template <class T>
+__device__ __forceinline__ void fill_zeros(T* begin, T* end) {
+  constexpr int kVector = 16 / sizeof(T);
+  for (T* to = begin + threadIdx.x * kVector; to < end; to += blockDim.x * kVector) {
+    *reinterpret_cast<float4*>(to) = make_float4(0, 0, 0, 0);
+  }
+}
+
+// Two neighbouring elements. A bfloat16 is the upper half of a float: one instruction for each.
+template <class T>
+__device__ __forceinline__ void load_pair(const T* from, float (&to)[2]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+    to[0] = __uint_as_float(pair << 16);
+    to[1] = __uint_as_float(pair & 0xffff0000u);
+  } else {
+    load<2>(from, to);
+  }
+}
+
+// `Count` neighbouring pixels of two channels from the start of a strip on.
+template <int Columns, int Count, class T>
+__device__ __forceinline__ void load_pixels(const T* strip, float (&values)[Count][2]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) load_pair(strip + SharedRow<T, Columns>::position(i), values[i]);
+}
+
+}  // namespace fastfuse::cuda
