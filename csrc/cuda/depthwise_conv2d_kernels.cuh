@@ -20,22 +20,23 @@ struct DepthwiseForward {
   bool bias_is_float, flip;
 };
 
-// Where things are in shared memory, in elements: weights, rows of x, rows of the addend.
+// Where things are in shared memory, in elements: rows of x, rows of the addend, and the weights in
+// float32.
 template <class T, int K, int Columns>
 struct ForwardMemory {
-  int x, x_row, addend, addend_row, size;
+  int x_row, addend, addend_row, weights, size;
 
   __device__ __host__ ForwardMemory(int columns, bool has_addend)
-      : x(kChannels * K * K),
-        x_row(SharedRow<T, Columns>::size(columns + K - 1)),
-        addend(x + kSlots * x_row),
+      : x_row(SharedRow<T, Columns>::size(columns + K - 1)),
+        addend(kSlots * x_row),
         addend_row(SharedRow<T, Columns>::size(columns)),
-        size(addend + (has_addend ? kSlots * addend_row : 0)) {}
+        weights(addend + (has_addend ? kSlots * addend_row : 0)),
+        size(weights + kChannels * K * K * static_cast<int>(sizeof(float) / sizeof(T))) {}
 };
 
 // The kernels of two channels, from shared memory.
-template <int K, class T>
-__device__ __forceinline__ void load_weights(const T* shared, bool flip,
+template <int K>
+__device__ __forceinline__ void load_weights(const float* shared, bool flip,
                                              float (&weights)[2][K * K]) {
 #pragma unroll
   for (int i = 0; i < 2 * K * K; i += 2) {
@@ -89,8 +90,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
   using Memory = ForwardMemory<T, K, Columns>;
   T* const shared = dynamic_shared<T>();
   const Memory memory(columns, p.addend != nullptr);
-  T* const x_rows = shared + memory.x;
+  T* const x_rows = shared;
   T* const addend_rows = shared + memory.addend;
+  float* const shared_weights = reinterpret_cast<float*>(shared + memory.weights);
   // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
   // `y - kRadius` ends.
   const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
@@ -115,15 +117,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
     copy(y + kSlots - 1);
   };
 
-  // What no copy writes is 0.
-  fill_zeros(shared, shared + memory.size);
+  fill_zeros(shared, shared + memory.weights);  // what no copy writes
   __syncthreads();
-  const int weights_there = min(channels, kChannels) * (K * K);
-  for (int i = threadIdx.x * kVector; i < weights_there; i += blockDim.x * kVector) {
-    copy_async<16>(shared + i, p.weight + block_channel * (K * K) + i);
-  }
 #pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) copy(first + i);
+  const int weights_there = min(channels, kChannels) * (K * K);
+  for (int i = threadIdx.x * kVector; i < kChannels * K * K; i += blockDim.x * kVector) {
+    float vector[kVector] = {};
+    if (i < weights_there) load<kVector>(p.weight + block_channel * (K * K) + i, vector);
+    store<kVector>(vector, shared_weights + i);
+  }
   float bias[2] = {0, 0};
   if (p.bias && channel < channels) {
     if (p.bias_is_float) {
@@ -132,10 +135,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
       load<2>(static_cast<const T*>(p.bias) + block_channel + channel, bias);
     }
   }
-  wait_for_copies<kSlots - 2>();
   __syncthreads();
   float weights[2][K * K];
-  load_weights<K>(shared + channel * (K * K), p.flip, weights);
+  load_weights<K>(shared_weights + channel * (K * K), p.flip, weights);
 
   // sums[i]: of the row of results that meets row i + 1 of the kernel next.
   float sums[K - 1][Columns][2], biases[Columns][2];
@@ -169,32 +171,35 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
     }
   };
 
+  // Whether row y meets a row of the tile's results with row ky of the kernel.
+  const auto is_in_tile = [&](int y, int ky) {
+    return y + kRadius - ky >= tile.begin && y + kRadius - ky < tile.end;
+  };
+
 #pragma unroll 1
   for (int y = first; y < last; ++y) {
     advance(y);
     float in[Columns + K - 1][2];
     load_pixels<Columns>(
         x_rows + y % kSlots * memory.x_row + strip * Row::kPitch + channel, in);
-    const auto is_in_tile = [&](int ky) {
-      return y + kRadius - ky >= tile.begin && y + kRadius - ky < tile.end;
-    };
     // Sums move on by one with the first product; those outside of the tile are of no use.
-    if (is_in_tile(K - 1)) {
+    if (is_in_tile(y, K - 1)) {
       convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);
       finish(sums[K - 2], y - kRadius);
     }
 #pragma unroll
     for (int ky = K - 2; ky > 0; --ky) {
-      if (is_in_tile(ky)) convolve_row<K, Columns>(in, weights, ky, sums[ky - 1], sums[ky]);
+      if (is_in_tile(y, ky)) convolve_row<K, Columns>(in, weights, ky, sums[ky - 1], sums[ky]);
     }
-    if (is_in_tile(0)) convolve_row<K, Columns>(in, weights, 0, biases, sums[0]);
+    if (is_in_tile(y, 0)) convolve_row<K, Columns>(in, weights, 0, biases, sums[0]);
   }
   // Rows of results that would go on below the image.
 #pragma unroll
   for (int i = 0; i < kRadius; ++i) {
-    if (last - kRadius + i >= tile.end) break;
-    advance(last + i);
-    finish(sums[K - 2 - i], last - kRadius + i);
+    const int y = last + i;
+    if (y >= tile.end + kRadius) break;
+    advance(y);
+    if (is_in_tile(y, K - 1)) finish(sums[K - 2 - i], y - kRadius);
   }
 }
 

@@ -139,8 +139,8 @@ template <class T>
 __device__ __forceinline__ void load_pair(const T* from, float (&to)[2]) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-    to[0] = __uint_as_float(pair << 16);
-    to[1] = __uint_as_float(pair & 0xffff0000u);
+    to[0] = __uint_as_float(__byte_perm(pair, 0, 0x1044));
+    to[1] = __uint_as_float(__byte_perm(pair, 0, 0x3244));
   } else {
     load<2>(from, to);
   }
