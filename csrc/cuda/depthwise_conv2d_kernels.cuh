@@ -96,17 +96,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
   // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
   // `y - kRadius` ends.
   const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
-  const RowCopies<T, Columns> copy_x(
+  RowCopies<T, Columns> x(
       Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
-      channels, tile.column - kRadius, columns + K - 1);
-  const RowCopies<T, Columns> copy_addend(
+      channels, first, tile.column - kRadius, columns + K - 1);
+  RowCopies<T, Columns> addend(
       Residue<const T>(p.addend, p.addend_strides, tile, p.tiles.dilation, block_channel),
-      tile.width, channels, tile.column, columns);
+      tile.width, channels, tile.begin, tile.column, columns);
+  // Whether row y meets a row of the tile's results with row ky of the kernel.
+  const auto is_in_tile = [&](int y, int ky) {
+    return static_cast<unsigned>(y + kRadius - ky - tile.begin) <
+           static_cast<unsigned>(tile.end - tile.begin);
+  };
   const auto copy = [&](int y) {
-    if (y < last) copy_x(x_rows + y % kSlots * memory.x_row, y);
-    const int result = y - kRadius;
-    if (p.addend && result >= tile.begin && result < tile.end) {
-      copy_addend(addend_rows + y % kSlots * memory.addend_row, result);
+    if (y < last) x.copy_next(x_rows + y % kSlots * memory.x_row);
+    if (p.addend && is_in_tile(y, K - 1)) {
+      addend.copy_next(addend_rows + y % kSlots * memory.addend_row);
     }
     commit_copies();
   };
@@ -151,12 +155,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
     }
   }
   const Residue<T> out(p.out, p.out_strides, tile, p.tiles.dilation, block_channel + channel);
-  const int written = channel < channels ? min(tile.width - column, Columns) : 0;
+  T* to = out.at(tile.begin, column);
+  const int written = channel < channels ? tile.width - column : 0;
+  // Stores a row of results, where input row y is the last to contribute.
   const auto finish = [&](float (&totals)[Columns][2], int y) {
     if (p.addend) {
-      const int slot = (y + kRadius) % kSlots;
       float addends[Columns][2];
-      load_pixels<Columns>(addend_rows + slot * memory.addend_row + strip * Row::kPitch + channel,
+      load_pixels<Columns>(addend_rows + y % kSlots * memory.addend_row + strip * Row::kPitch +
+                               channel,
                            addends);
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
@@ -164,16 +170,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
         totals[i][1] += addends[i][1];
       }
     }
-    T* to = out.at(y, column);
 #pragma unroll
     for (int i = 0; i < Columns; ++i) {
       if (i < written) store<2>(totals[i], to + int64_t{i} * out.pixel);
     }
-  };
-
-  // Whether row y meets a row of the tile's results with row ky of the kernel.
-  const auto is_in_tile = [&](int y, int ky) {
-    return y + kRadius - ky >= tile.begin && y + kRadius - ky < tile.end;
+    to += out.row;
   };
 
 #pragma unroll 1
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
     // Sums move on by one with the first product; those outside of the tile are of no use.
     if (is_in_tile(y, K - 1)) {
       convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);
-      finish(sums[K - 2], y - kRadius);
+      finish(sums[K - 2], y);
     }
 #pragma unroll
     for (int ky = K - 2; ky > 0; --ky) {
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
     const int y = last + i;
     if (y >= tile.end + kRadius) break;
     advance(y);
-    if (is_in_tile(y, K - 1)) finish(sums[K - 2 - i], y - kRadius);
+    if (is_in_tile(y, K - 1)) finish(sums[K - 2 - i], y);
   }
 }
 

@@ -85,33 +85,34 @@ struct SharedRow {
   }
 };
 
-// Copies rows of a residue to shared memory, from a column on, which may lie outside: 16 bytes at a
-// time, in the order of threads. What is outside of the image is left as it is.
+// Copies a residue's rows to shared memory, one after the other and from a column on, which may lie
+// outside: 16 bytes at a time, in the order of threads. What is outside of the image is left as it
+// is.
 template <class T, int Columns>
 class RowCopies {
  public:
-  __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int first,
+  __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int y, int first,
                        int columns)
-      : row_(residue.row) {
+      : row_(residue.row), step_(step() * residue.pixel) {
     const int vector = threadIdx.x % kVectors * kVector;
     int i = threadIdx.x / kVectors;
     while (first + i < 0) i += step();
     begin_ = first + i;
     end_ = vector < channels ? min(first + columns, width) : 0;
     to_ = SharedRow<T, Columns>::position(i) + vector;
-    from_ = begin_ < end_ ? residue.at(0, begin_) + vector : nullptr;
-    from_step_ = step() * residue.pixel;
+    next_ = residue.at(y, begin_) + vector;
   }
 
-  __device__ __forceinline__ void operator()(T* shared, int y) const {
-    const T* from = from_ + y * row_;
+  __device__ __forceinline__ void copy_next(T* shared) {
+    const T* from = next_;
     T* to = shared + to_;
 #pragma unroll 1
     for (int x = begin_; x < end_; x += step()) {
       copy_async<16>(to, from);
-      from += from_step_;
+      from += step_;
       to += SharedRow<T, Columns>::position(step());
     }
+    next_ += row_;
   }
 
  private:
@@ -120,9 +121,9 @@ class RowCopies {
   // Pixels that all threads copy together: a multiple of a strip's where that matters.
   static __device__ int step() { return blockDim.x / kVectors; }
 
-  const T* from_;
+  const T* next_;
   int64_t row_;
-  int begin_, end_, to_, from_step_;
+  int begin_, end_, to_, step_;
 };
 
 // By all threads.
