@@ -77,7 +77,7 @@ __device__ __forceinline__ void convolve_row(const float (&in)[Columns + K - 1][
 }
 
 template <class T, int K, int Columns>
-__global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(DepthwiseForward<T> p) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kernel(DepthwiseForward<T> p) {
   constexpr int kRadius = K / 2, kVector = 16 / sizeof(T);
   using Row = SharedRow<T, Columns>;
   const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
@@ -96,10 +96,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) depthwise_conv2d_kernel(Depthw
   // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
   // `y - kRadius` ends.
   const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
-  RowCopies<T, Columns> x(
+  RowCopies<T, Columns, K - 1> x(
       Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
       channels, first, tile.column - kRadius, columns + K - 1);
-  RowCopies<T, Columns> addend(
+  RowCopies<T, Columns, 0> addend(
       Residue<const T>(p.addend, p.addend_strides, tile, p.tiles.dilation, block_channel),
       tile.width, channels, tile.begin, tile.column, columns);
   // Whether row y meets a row of the tile's results with row ky of the kernel.

@@ -12,6 +12,9 @@ namespace fastfuse::cuda {
 // columns.
 constexpr int kChannels = 32, kPairs = kChannels / 2;
 constexpr int kMaxStrips = 8, kMaxThreads = kMaxStrips * kPairs;
+// That a multiprocessor holds at once.
+template <int K>
+constexpr int kBlocks = K == 3 ? 4 : 2;
 // Rows of a tile in shared memory: one is computed with while the others arrive.
 constexpr int kSlots = 4;
 
@@ -88,7 +91,7 @@ struct SharedRow {
 // Copies a residue's rows to shared memory, one after the other and from a column on, which may lie
 // outside: 16 bytes at a time, in the order of threads. What is outside of the image is left as it
 // is.
-template <class T, int Columns>
+template <class T, int Columns, int Halo>
 class RowCopies {
  public:
   __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int y, int first,
@@ -104,12 +107,10 @@ class RowCopies {
   }
 
   __device__ __forceinline__ void copy_next(T* shared) {
-    const T* from = next_;
     T* to = shared + to_;
-#pragma unroll 1
-    for (int x = begin_; x < end_; x += step()) {
-      copy_async<16>(to, from);
-      from += step_;
+#pragma unroll
+    for (int i = 0; i < kCopies; ++i) {
+      if (begin_ + i * step() < end_) copy_async<16>(to, next_ + int64_t{i} * step_);
       to += SharedRow<T, Columns>::position(step());
     }
     next_ += row_;
@@ -117,6 +118,8 @@ class RowCopies {
 
  private:
   static constexpr int kVector = 16 / sizeof(T), kVectors = kChannels / kVector;
+  // A thread's copies for a row of two strips, of which it has at most this many of more.
+  static constexpr int kCopies = ((2 * Columns + Halo) * kVectors + 2 * kPairs - 1) / (2 * kPairs);
 
   // Pixels that all threads copy together: a multiple of a strip's where that matters.
   static __device__ int step() { return blockDim.x / kVectors; }
