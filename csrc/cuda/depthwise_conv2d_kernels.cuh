@@ -20,6 +20,9 @@ struct DepthwiseForward {
   bool bias_is_float, flip;
 };
 
+template <class T, int Columns>
+using ForwardStrips = Strips<T, 2, Columns>;
+
 // Where things are in shared memory, in elements: rows of x, rows of the addend, and the weights in
 // float32.
 template <class T, int K, int Columns>
@@ -27,9 +30,9 @@ struct ForwardMemory {
   int x_row, addend, addend_row, weights, size;
 
   __device__ __host__ ForwardMemory(int columns, bool has_addend)
-      : x_row(SharedRow<T, Columns>::size(columns + K - 1)),
+      : x_row(ForwardStrips<T, Columns>::size(columns + K - 1)),
         addend(kSlots * x_row),
-        addend_row(SharedRow<T, Columns>::size(columns)),
+        addend_row(ForwardStrips<T, Columns>::size(columns)),
         weights(addend + (has_addend ? kSlots * addend_row : 0)),
         size(weights + kChannels * K * K * static_cast<int>(sizeof(float) / sizeof(T))) {}
 };
@@ -79,13 +82,12 @@ __device__ __forceinline__ void convolve_row(const float (&in)[Columns + K - 1][
 template <class T, int K, int Columns>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kernel(DepthwiseForward<T> p) {
   constexpr int kRadius = K / 2, kVector = 16 / sizeof(T);
-  using Row = SharedRow<T, Columns>;
+  using Strip = ForwardStrips<T, Columns>;
   const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
   const int channels = p.tiles.channels - block_channel;  // of this block, or more
   const Tile tile = find_tile<Columns>(p.tiles, blockIdx.x / p.tiles.channel_blocks);
   const int columns = p.tiles.strips * Columns;
-  const int channel = threadIdx.x % kPairs * 2, strip = threadIdx.x / kPairs;
-  const int column = tile.column + strip * Columns;
+  const int channel = Strip::channel(), column = tile.column + Strip::strip() * Columns;
 
   using Memory = ForwardMemory<T, K, Columns>;
   T* const shared = dynamic_shared<T>();
@@ -96,10 +98,10 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
   // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
   // `y - kRadius` ends.
   const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
-  RowCopies<T, Columns, K - 1> x(
+  RowCopies<Strip, K - 1> x(
       Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
       channels, first, tile.column - kRadius, columns + K - 1);
-  RowCopies<T, Columns, 0> addend(
+  RowCopies<Strip, 0> addend(
       Residue<const T>(p.addend, p.addend_strides, tile, p.tiles.dilation, block_channel),
       tile.width, channels, tile.begin, tile.column, columns);
   // Whether row y meets a row of the tile's results with row ky of the kernel.
@@ -161,9 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
   const auto finish = [&](float (&totals)[Columns][2], int y) {
     if (p.addend) {
       float addends[Columns][2];
-      load_pixels<Columns>(addend_rows + y % kSlots * memory.addend_row + strip * Row::kPitch +
-                               channel,
-                           addends);
+      Strip::load(addend_rows + y % kSlots * memory.addend_row + Strip::offset(), addends);
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
         totals[i][0] += addends[i][0];
@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
   for (int y = first; y < last; ++y) {
     advance(y);
     float in[Columns + K - 1][2];
-    load_pixels<Columns>(
-        x_rows + y % kSlots * memory.x_row + strip * Row::kPitch + channel, in);
+    Strip::load(x_rows + y % kSlots * memory.x_row + Strip::offset(), in);
     // Sums move on by one with the first product; those outside of the tile are of no use.
     if (is_in_tile(y, K - 1)) {
       convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);

@@ -8,10 +8,9 @@
 
 namespace fastfuse::cuda {
 
-// A block has kChannels channels of a tile. A thread has two of them, of a strip of the tile's
+// A block has kChannels channels of a tile; a thread has one or two of them, of a strip of the tile's
 // columns.
-constexpr int kChannels = 32, kPairs = kChannels / 2;
-constexpr int kMaxStrips = 8, kMaxThreads = kMaxStrips * kPairs;
+constexpr int kChannels = 32, kMaxThreads = 128, kWarp = 32;
 // That a multiprocessor holds at once.
 template <int K>
 constexpr int kBlocks = K == 3 ? 4 : 2;
@@ -26,7 +25,8 @@ struct DepthwiseTiles {
   int row_tiles, tile_rows;
   int column_tiles, strips;
   int channels, channel_blocks;
-  int tiles;  // of all images
+  int tiles;   // of all images
+  int chunks;  // of tiles: each for a block per 32 channels
 };
 
 struct Tile {
@@ -74,25 +74,57 @@ struct Residue {
   __device__ T* at(int y, int x) const { return start + y * row + int64_t{x} * pixel; }
 };
 
-// A row of pixels in shared memory. 16 lanes read two channels of a pixel, and the other half of
-// a warp those of the next strip's: in 16 bits that is half of the banks each, and a pixel left
-// free behind each strip of an even number makes it different halves.
-template <class T, int Columns>
-struct SharedRow {
-  static constexpr int kFree = sizeof(T) == 2 && Columns % 2 == 0;
-  static constexpr int kPitch = (Columns + kFree) * kChannels;  // of strips
+// One or two neighbouring elements. A bfloat16 is the upper half of a float: one instruction.
+template <class T, int Width>
+__device__ __forceinline__ void load_channels(const T* from, float (&to)[Width]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    using Bits = std::conditional_t<Width == 2, uint32_t, uint16_t>;
+    const uint32_t bits = *reinterpret_cast<const Bits*>(from);
+    to[0] = __uint_as_float(__byte_perm(bits, 0, 0x1044));
+    if constexpr (Width == 2) to[1] = __uint_as_float(__byte_perm(bits, 0, 0x3244));
+  } else {
+    load<Width>(from, to);
+  }
+}
 
-  static __device__ __host__ int size(int columns) { return position(columns - 1) + kChannels; }
+// Rows of pixels in shared memory, in strips of Columns columns, where threads have Width channels.
+//
+// With two channels, half of a warp has another strip. In 16 bits a half reads half of the banks, and
+// a pixel left free behind each strip of an even number makes it the other half.
+template <class T, int Width, int Columns>
+struct Strips {
+  using Element = T;
+  static constexpr int kWidth = Width, kColumns = Columns;
+  static constexpr int kThreads = kChannels / Width;  // of a strip
+  static constexpr int kFree = Width == 2 && sizeof(T) == 2 && Columns % 2 == 0;
+
   static __device__ __host__ int position(int column) {
     return (column + (kFree ? column / Columns : 0)) * kChannels;
+  }
+  static __device__ __host__ int size(int columns) { return position(columns - 1) + kChannels; }
+
+  // Of a thread: its strip, the first of its channels, and where they are in a row.
+  static __device__ int strip() { return threadIdx.x / kThreads; }
+  static __device__ int channel() { return threadIdx.x % kThreads * Width; }
+  static __device__ int offset() {
+    return strip() * ((Columns + kFree) * kChannels) + channel();
+  }
+
+  // Neighbouring pixels from the start of a strip on.
+  template <int Count>
+  static __device__ __forceinline__ void load(const T* from, float (&values)[Count][Width]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) load_channels(from + position(i), values[i]);
   }
 };
 
 // Copies a residue's rows to shared memory, one after the other and from a column on, which may lie
 // outside: 16 bytes at a time, in the order of threads. What is outside of the image is left as it
 // is.
-template <class T, int Columns, int Halo>
+template <class Strips, int Halo>
 class RowCopies {
+  using T = typename Strips::Element;
+
  public:
   __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int y, int first,
                        int columns)
@@ -102,7 +134,7 @@ class RowCopies {
     while (first + i < 0) i += step();
     begin_ = first + i;
     end_ = vector < channels ? min(first + columns, width) : 0;
-    to_ = SharedRow<T, Columns>::position(i) + vector;
+    to_ = Strips::position(i) + vector;
     next_ = residue.at(y, begin_) + vector;
   }
 
@@ -111,15 +143,16 @@ class RowCopies {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (begin_ + i * step() < end_) copy_async<16>(to, next_ + int64_t{i} * step_);
-      to += SharedRow<T, Columns>::position(step());
+      to += Strips::position(step());
     }
     next_ += row_;
   }
 
  private:
   static constexpr int kVector = 16 / sizeof(T), kVectors = kChannels / kVector;
-  // A thread's copies for a row of two strips, of which it has at most this many of more.
-  static constexpr int kCopies = ((2 * Columns + Halo) * kVectors + 2 * kPairs - 1) / (2 * kPairs);
+  // A thread's copies if there is a single warp; it has fewer if there are more.
+  static constexpr int kCopies =
+      ((Strips::kWidth * Strips::kColumns + Halo) * kVectors + kWarp - 1) / kWarp;
 
   // Pixels that all threads copy together: a multiple of a strip's where that matters.
   static __device__ int step() { return blockDim.x / kVectors; }
@@ -136,25 +169,6 @@ __device__ __forceinline__ void fill_zeros(T* begin, T* end) {
   for (T* to = begin + threadIdx.x * kVector; to < end; to += blockDim.x * kVector) {
     *reinterpret_cast<float4*>(to) = make_float4(0, 0, 0, 0);
   }
-}
-
-// Two neighbouring elements. A bfloat16 is the upper half of a float: one instruction for each.
-template <class T>
-__device__ __forceinline__ void load_pair(const T* from, float (&to)[2]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
-    to[0] = __uint_as_float(__byte_perm(pair, 0, 0x1044));
-    to[1] = __uint_as_float(__byte_perm(pair, 0, 0x3244));
-  } else {
-    load<2>(from, to);
-  }
-}
-
-// `Count` neighbouring pixels of two channels from the start of a strip on.
-template <int Columns, int Count, class T>
-__device__ __forceinline__ void load_pixels(const T* strip, float (&values)[Count][2]) {
-#pragma unroll
-  for (int i = 0; i < Count; ++i) load_pair(strip + SharedRow<T, Columns>::position(i), values[i]);
 }
 
 }  // namespace fastfuse::cuda

@@ -1,8 +1,10 @@
 // The gradient of depthwise_conv2d's weight and bias.
 //
-// As forward, with roles exchanged: a thread keeps the sums of a whole kernel, of two channels, and
-// the k rows of the gradient that an input row meets, of a narrower strip. A block adds what its
-// strips have summed, over some tiles, and a second kernel adds what blocks have, in fixed orders.
+// As forward, with roles exchanged: a thread keeps the sums of a whole kernel, and the k rows of the
+// gradient that an input row meets. Those move on by a row for each input row, so a thread has one
+// channel and twice the columns: as many multiply-adds for a value that it loads or moves. A block
+// adds what its strips have summed, over some tiles, and a second kernel adds what blocks have, in
+// fixed orders.
 #pragma once
 
 #include "cuda/depthwise_conv2d_tiles.cuh"
@@ -12,15 +14,13 @@ namespace fastfuse::cuda {
 template <class T>
 struct DepthwiseBackwardWeight {
   DepthwiseTiles tiles;
-  int chunks;  // of the tiles: one for a block
   ImageStrides x_strides, grad_strides;
   const T *x, *grad_output;
   float* partials;  // (chunks, K * K + 1, channels)
 };
 
-// Sums, registers and rows of the gradient of this many columns fit a thread.
-template <int K>
-constexpr int kWeightColumns = K == 7 ? 4 : 8;
+template <class T, int Columns>
+using WeightStrips = Strips<T, 1, Columns>;
 
 // Where things are in shared memory, in elements: rows of x, rows of the gradient. In the end sums of
 // a kernel row take their place.
@@ -29,9 +29,9 @@ struct WeightMemory {
   int x_row, grad, grad_row, size;
 
   __device__ __host__ explicit WeightMemory(int strips)
-      : x_row(SharedRow<T, Columns>::size(strips * Columns + K - 1)),
+      : x_row(WeightStrips<T, Columns>::size(strips * Columns + K - 1)),
         grad(kSlots * x_row),
-        grad_row(SharedRow<T, Columns>::size(strips * Columns)),
+        grad_row(WeightStrips<T, Columns>::size(strips * Columns)),
         size(grad + kSlots * grad_row) {
     const int sums = strips * K * kChannels * static_cast<int>(sizeof(float) / sizeof(T));
     if (size < sums) size = sums;
@@ -40,42 +40,41 @@ struct WeightMemory {
 
 // Adds the strips' sums for `Count` taps and stores them, (Count, channels) of `to`.
 template <int Count>
-__device__ __forceinline__ void add_strips(const float (&sums)[Count][2], float* shared, float* to,
+__device__ __forceinline__ void add_strips(const float (&sums)[Count][1], float* shared, float* to,
                                            int block_channels, int channels) {
-  const int strip = threadIdx.x / kPairs, channel = threadIdx.x % kPairs * 2;
+  const int strip = threadIdx.x / kChannels, lane = threadIdx.x % kChannels;
+  const int strips = blockDim.x / kChannels;
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < Count; ++i) {
-    store<2>(sums[i], shared + (strip * Count + i) * kChannels + channel);
-  }
+  for (int i = 0; i < Count; ++i) shared[(strip * Count + i) * kChannels + lane] = sums[i][0];
   __syncthreads();
-  for (int i = threadIdx.x; i < Count * kChannels; i += blockDim.x) {
+  if (lane >= block_channels) return;
+  for (int i = strip; i < Count; i += strips) {
     float sum = 0;
-    for (int s = 0; s < static_cast<int>(blockDim.x) / kPairs; ++s) {
-      sum += shared[s * (Count * kChannels) + i];
-    }
-    if (i % kChannels < block_channels) to[i / kChannels * channels + i % kChannels] = sum;
+    for (int s = 0; s < strips; ++s) sum += shared[(s * Count + i) * kChannels + lane];
+    to[i * channels + lane] = sum;
   }
 }
 
 template <class T, int K, int Columns>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
 depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
-  constexpr int kRadius = K / 2, kUnroll = UNROLL;
-  using Row = SharedRow<T, Columns>;
+  constexpr int kRadius = K / 2;
+  using Strip = WeightStrips<T, Columns>;
   const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
   const int channels = p.tiles.channels - block_channel;  // of this block, or more
   const int chunk = blockIdx.x / p.tiles.channel_blocks;
   const int columns = p.tiles.strips * Columns;
-  const int channel = threadIdx.x % kPairs * 2, strip = threadIdx.x / kPairs;
   T* const shared = dynamic_shared<T>();
   const WeightMemory<T, K, Columns> memory(p.tiles.strips);
+  const T* const x_strip = shared + Strip::offset();
+  const T* const grad_strip = x_strip + memory.grad;
 
-  float sums[K][K][2] = {}, bias_sums[1][2] = {};
+  float sums[K][K][1] = {}, bias_sums[1][1] = {};
   const int64_t tiles = p.tiles.tiles;
-  const int last_tile = static_cast<int>((chunk + 1) * tiles / p.chunks);
+  const int last_tile = static_cast<int>((chunk + 1) * tiles / p.tiles.chunks);
 #pragma unroll 1
-  for (int i = static_cast<int>(chunk * tiles / p.chunks); i < last_tile; ++i) {
+  for (int i = static_cast<int>(chunk * tiles / p.tiles.chunks); i < last_tile; ++i) {
     const Tile tile = find_tile<Columns>(p.tiles, i);
     // Input row `tile.begin - kRadius + step` meets row `tile.begin + step - ky` of the gradient.
     const int rows = tile.end - tile.begin;
@@ -84,10 +83,10 @@ depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
     __syncthreads();
     fill_zeros(shared, shared + memory.size);  // what no copy writes
     __syncthreads();
-    RowCopies<T, Columns, K - 1> x(
+    RowCopies<Strip, K - 1> x(
         Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
         channels, max(first, 0), tile.column - kRadius, columns + K - 1);
-    RowCopies<T, Columns, 0> grad(
+    RowCopies<Strip, 0> grad(
         Residue<const T>(p.grad_output, p.grad_strides, tile, p.tiles.dilation, block_channel),
         tile.width, channels, tile.begin, tile.column, columns);
     const auto copy = [&](int step) {
@@ -100,8 +99,8 @@ depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
 #pragma unroll 1
     for (int step = 0; step < kSlots - 1; ++step) copy(step);
 
-    float grads[K][Columns][2] = {};
-#pragma unroll kUnroll
+    float grads[K][Columns][1] = {};
+#pragma unroll 2  // half of the moves
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<kSlots - 2>();
       __syncthreads();
@@ -109,24 +108,16 @@ depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
 #pragma unroll
       for (int ky = K - 1; ky > 0; --ky) {
 #pragma unroll
-        for (int i = 0; i < Columns; ++i) {
-          grads[ky][i][0] = grads[ky - 1][i][0];
-          grads[ky][i][1] = grads[ky - 1][i][1];
-        }
+        for (int i = 0; i < Columns; ++i) grads[ky][i][0] = grads[ky - 1][i][0];
       }
-      const int offset = strip * Row::kPitch + channel;
       if (step < rows) {
-        load_pixels<Columns>(shared + memory.grad + step % kSlots * memory.grad_row + offset,
-                             grads[0]);
+        Strip::load(grad_strip + step % kSlots * memory.grad_row, grads[0]);
 #pragma unroll
-        for (const auto& pixel : grads[0]) {
-          bias_sums[0][0] += pixel[0];
-          bias_sums[0][1] += pixel[1];
-        }
+        for (const auto& pixel : grads[0]) bias_sums[0][0] += pixel[0];
       }
       if (first + step < 0) continue;
-      float in[Columns + K - 1][2];
-      load_pixels<Columns>(shared + step % kSlots * memory.x_row + offset, in);
+      float in[Columns + K - 1][1];
+      Strip::load(x_strip + step % kSlots * memory.x_row, in);
 #pragma unroll
       for (int ky = 0; ky < K; ++ky) {
         if (static_cast<unsigned>(step - ky) >= static_cast<unsigned>(rows)) continue;
@@ -134,10 +125,7 @@ depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
         for (int i = 0; i < Columns; ++i) {
 #pragma unroll
           for (int kx = 0; kx < K; ++kx) {
-#pragma unroll
-            for (int c = 0; c < 2; ++c) {
-              sums[ky][kx][c] = fmaf(in[i + kx][c], grads[ky][i][c], sums[ky][kx][c]);
-            }
+            sums[ky][kx][0] = fmaf(in[i + kx][0], grads[ky][i][0], sums[ky][kx][0]);
           }
         }
       }
