@@ -13,7 +13,7 @@ namespace fastfuse::cuda {
 constexpr int kChannels = 32, kMaxThreads = 128, kWarp = 32;
 // That a multiprocessor holds at once.
 template <int K>
-constexpr int kBlocks = K == 3 ? 4 : 2;
+constexpr int kBlocks = K == 3 ? 3 : 2;
 // Rows of a tile in shared memory: one is computed with while the others arrive.
 constexpr int kSlots = 4;
 
