@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
 
   using Memory = ForwardMemory<T, K, Columns>;
   T* const shared = dynamic_shared<T>();
-  const Memory memory(columns, p.addend != nullptr);
+  const bool has_addend = p.addend != nullptr;
+  const Memory memory(columns, has_addend);
   T* const x_rows = shared;
   T* const addend_rows = shared + memory.addend;
   float* const shared_weights = reinterpret_cast<float*>(shared + memory.weights);
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
   };
   const auto copy = [&](int y) {
     if (y < last) x.copy_next(x_rows + y % kSlots * memory.x_row);
-    if (p.addend && is_in_tile(y, K - 1)) {
+    if (has_addend && is_in_tile(y, K - 1)) {
       addend.copy_next(addend_rows + y % kSlots * memory.addend_row);
     }
     commit_copies();
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kern
   const int written = channel < channels ? tile.width - column : 0;
   // Stores a row of results, where input row y is the last to contribute.
   const auto finish = [&](float (&totals)[Columns][2], int y) {
-    if (p.addend) {
+    if (has_addend) {
       float addends[Columns][2];
       Strip::load(addend_rows + y % kSlots * memory.addend_row + Strip::offset(), addends);
 #pragma unroll
