@@ -1,8 +1,7 @@
 // Launches of depthwise_conv2d: tiles, and which kernel runs.
-#include "cuda/depthwise_conv2d.h"
-
 #include <algorithm>
 
+#include "cuda/depthwise_conv2d.h"
 #include "cuda/depthwise_conv2d_kernels.cuh"
 #include "cuda/depthwise_conv2d_weight_kernels.cuh"
 
@@ -20,7 +19,8 @@ constexpr int kRowCost = 8, kTileCost = 2;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The widths that strips may have for a thread of one channel; with two it has half as many columns.
+// The widths that strips may have for a thread of one channel; with two it has half as many
+// columns.
 constexpr int kWidths[] = {16, 14, 8};
 
 // The index of the one that computes the least beyond the image, where a strip costs a column more.
@@ -37,8 +37,8 @@ int choose_width(int columns, int channels_of_thread) {
   return best;
 }
 
-// Cuts images into tiles that blocks compute in turn, in at most max_chunks parts. Few rows of tiles
-// mean few halos, many keep all processors busy to the end.
+// Cuts images into tiles that blocks compute in turn, in at most max_chunks parts. Few rows of
+// tiles mean few halos, many keep all processors busy to the end.
 DepthwiseTiles cut(const DepthwiseSizes& sizes, int width, int channels_of_thread,
                    int (*max_chunks)(int warps) = nullptr) {
   DepthwiseTiles t{};
@@ -80,9 +80,8 @@ DepthwiseTiles cut(const DepthwiseSizes& sizes, int width, int channels_of_threa
 
 // Tiles of the weight's gradient: as many chunks as run at once.
 DepthwiseTiles cut_for_weight(const DepthwiseSizes& sizes, int width) {
-  return cut(sizes, width, 1, [](int warps) {
-    return std::max(kWarpsOfProcessor * kWarpProcessors / warps, 1);
-  });
+  return cut(sizes, width, 1,
+             [](int warps) { return std::max(kWarpsOfProcessor * kWarpProcessors / warps, 1); });
 }
 
 int columns(const DepthwiseSizes& sizes) { return ceil_div(sizes.width, sizes.dilation); }
@@ -90,9 +89,12 @@ int columns(const DepthwiseSizes& sizes) { return ceil_div(sizes.width, sizes.di
 template <int Channels, class F>
 int with_width(const DepthwiseSizes& sizes, F f) {
   switch (choose_width(columns(sizes), Channels)) {
-    case 0: return f(std::integral_constant<int, kWidths[0] / Channels>());
-    case 1: return f(std::integral_constant<int, kWidths[1] / Channels>());
-    default: return f(std::integral_constant<int, kWidths[2] / Channels>());
+    case 0:
+      return f(std::integral_constant<int, kWidths[0] / Channels>());
+    case 1:
+      return f(std::integral_constant<int, kWidths[1] / Channels>());
+    default:
+      return f(std::integral_constant<int, kWidths[2] / Channels>());
   }
 }
 
@@ -102,16 +104,22 @@ int dispatch(const DepthwiseSizes& sizes, F f) {
   const auto with_element = [&](auto element) {
     return with_width<Channels>(sizes, [&](auto width) {
       switch (sizes.kernel_size) {
-        case 3: return f(element, std::integral_constant<int, 3>(), width);
-        case 5: return f(element, std::integral_constant<int, 5>(), width);
-        default: return f(element, std::integral_constant<int, 7>(), width);
+        case 3:
+          return f(element, std::integral_constant<int, 3>(), width);
+        case 5:
+          return f(element, std::integral_constant<int, 5>(), width);
+        default:
+          return f(element, std::integral_constant<int, 7>(), width);
       }
     });
   };
   switch (sizes.dtype) {
-    case kFloat32: return with_element(float());
-    case kBFloat16: return with_element(__nv_bfloat16());
-    default: return with_element(__half());
+    case kFloat32:
+      return with_element(float());
+    case kBFloat16:
+      return with_element(__nv_bfloat16());
+    default:
+      return with_element(__half());
   }
 }
 
@@ -146,8 +154,7 @@ int fastfuse_depthwise_conv2d(const DepthwiseSizes* sizes, void* out, const void
 }
 
 int32_t fastfuse_depthwise_conv2d_chunks(const DepthwiseSizes* sizes) {
-  return with_width<1>(*sizes,
-                       [&](auto width) { return cut_for_weight(*sizes, width).chunks; });
+  return with_width<1>(*sizes, [&](auto width) { return cut_for_weight(*sizes, width).chunks; });
 }
 
 int fastfuse_depthwise_conv2d_backward_weight(const DepthwiseSizes* sizes, float* partials,
@@ -165,11 +172,9 @@ int fastfuse_depthwise_conv2d_backward_weight(const DepthwiseSizes* sizes, float
     p.grad_output = static_cast<const T*>(grad_output);
     p.partials = partials;
     const WeightMemory<T, K, kWidth> memory(p.tiles.strips);
-    const cudaError_t error =
-        launch(depthwise_conv2d_weight_kernel<T, K, kWidth>,
-               p.tiles.chunks * p.tiles.channel_blocks,
-               p.tiles.strips * WeightStrips<T, kWidth>::kThreads, memory.size * sizeof(T), stream,
-               p);
+    const cudaError_t error = launch(
+        depthwise_conv2d_weight_kernel<T, K, kWidth>, p.tiles.chunks * p.tiles.channel_blocks,
+        p.tiles.strips * WeightStrips<T, kWidth>::kThreads, memory.size * sizeof(T), stream, p);
     if (error != cudaSuccess) return error;
     return launch(depthwise_conv2d_reduce_kernel<T>, dim3(K * K + 1, p.tiles.channel_blocks),
                   kChannels * kParts, 0, stream, static_cast<T*>(grad_weight),

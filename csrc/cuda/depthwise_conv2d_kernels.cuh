@@ -80,7 +80,8 @@ __device__ __forceinline__ void convolve_row(const float (&in)[Columns + K - 1][
 }
 
 template <class T, int K, int Columns>
-__global__ void __launch_bounds__(kMaxThreads, kBlocks<K>) depthwise_conv2d_kernel(DepthwiseForward<T> p) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
+    depthwise_conv2d_kernel(DepthwiseForward<T> p) {
   constexpr int kRadius = K / 2, kVector = 16 / sizeof(T);
   using Strip = ForwardStrips<T, Columns>;
   const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;

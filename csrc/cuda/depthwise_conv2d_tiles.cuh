@@ -8,8 +8,8 @@
 
 namespace fastfuse::cuda {
 
-// A block has kChannels channels of a tile; a thread has one or two of them, of a strip of the tile's
-// columns.
+// A block has kChannels channels of a tile; a thread has one or two of them, of a strip of the
+// tile's columns.
 constexpr int kChannels = 32, kMaxThreads = 128, kWarp = 32;
 // That a multiprocessor holds at once.
 template <int K>
@@ -89,8 +89,8 @@ __device__ __forceinline__ void load_channels(const T* from, float (&to)[Width])
 
 // Rows of pixels in shared memory, in strips of Columns columns, where threads have Width channels.
 //
-// With two channels, half of a warp has another strip. In 16 bits a half reads half of the banks, and
-// a pixel left free behind each strip of an even number makes it the other half.
+// With two channels, half of a warp has another strip. In 16 bits a half reads half of the banks,
+// and a pixel left free behind each strip of an even number makes it the other half.
 template <class T, int Width, int Columns>
 struct Strips {
   using Element = T;
@@ -106,9 +106,7 @@ struct Strips {
   // Of a thread: its strip, the first of its channels, and where they are in a row.
   static __device__ int strip() { return threadIdx.x / kThreads; }
   static __device__ int channel() { return threadIdx.x % kThreads * Width; }
-  static __device__ int offset() {
-    return strip() * ((Columns + kFree) * kChannels) + channel();
-  }
+  static __device__ int offset() { return strip() * ((Columns + kFree) * kChannels) + channel(); }
 
   // Neighbouring pixels from the start of a strip on.
   template <int Count>

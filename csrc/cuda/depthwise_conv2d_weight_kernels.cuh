@@ -1,10 +1,10 @@
 // The gradient of depthwise_conv2d's weight and bias.
 //
-// As forward, with roles exchanged: a thread keeps the sums of a whole kernel, and the k rows of the
-// gradient that an input row meets. Those move on by a row for each input row, so a thread has one
-// channel and twice the columns: as many multiply-adds for a value that it loads or moves. A block
-// adds what its strips have summed, over some tiles, and a second kernel adds what blocks have, in
-// fixed orders.
+// As forward, with roles exchanged: a thread keeps the sums of a whole kernel, and the k rows of
+// the gradient that an input row meets. Those move on by a row for each input row, so a thread has
+// one channel and twice the columns: as many multiply-adds for a value that it loads or moves. A
+// block adds what its strips have summed, over some tiles, and a second kernel adds what blocks
+// have, in fixed orders.
 #pragma once
 
 #include "cuda/depthwise_conv2d_tiles.cuh"
@@ -22,8 +22,8 @@ struct DepthwiseBackwardWeight {
 template <class T, int Columns>
 using WeightStrips = Strips<T, 1, Columns>;
 
-// Where things are in shared memory, in elements: rows of x, rows of the gradient. In the end sums of
-// a kernel row take their place.
+// Where things are in shared memory, in elements: rows of x, rows of the gradient. In the end sums
+// of a kernel row take their place.
 template <class T, int K, int Columns>
 struct WeightMemory {
   int x_row, grad, grad_row, size;
@@ -58,7 +58,7 @@ __device__ __forceinline__ void add_strips(const float (&sums)[Count][1], float*
 
 template <class T, int K, int Columns>
 __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
-depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
+    depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
   constexpr int kRadius = K / 2;
   using Strip = WeightStrips<T, Columns>;
   const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
@@ -149,8 +149,8 @@ constexpr int kParts = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kChannels* kParts)
-depthwise_conv2d_reduce_kernel(T* grad_weight, T* grad_bias, const float* partials, int chunks,
-                               int channels, int taps) {
+    depthwise_conv2d_reduce_kernel(T* grad_weight, T* grad_bias, const float* partials, int chunks,
+                                   int channels, int taps) {
   __shared__ float sums[kParts][kChannels];
   const int tap = blockIdx.x, lane = threadIdx.x % kChannels, part = threadIdx.x / kChannels;
   const int channel = blockIdx.y * kChannels + lane;
