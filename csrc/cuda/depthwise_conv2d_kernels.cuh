@@ -12,10 +12,10 @@ namespace fastfuse::cuda {
 
 template <class T>
 struct DepthwiseForward {
-  DepthwiseTiles tiles;
-  ImageStrides x_strides, out_strides, addend_strides;
-  T* out;
-  const T *x, *weight, *addend;
+  DepthwiseParts parts;
+  Dilated<T> out;
+  Dilated<const T> x, addend;
+  const T* weight;
   const void* bias;
   bool bias_is_float, flip;
 };
@@ -84,124 +84,120 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
     depthwise_conv2d_kernel(DepthwiseForward<T> p) {
   constexpr int kRadius = K / 2, kVector = 16 / sizeof(T);
   using Strip = ForwardStrips<T, Columns>;
-  const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
-  const int channels = p.tiles.channels - block_channel;  // of this block, or more
-  const Tile tile = find_tile<Columns>(p.tiles, blockIdx.x / p.tiles.channel_blocks);
-  const int columns = p.tiles.strips * Columns;
-  const int channel = Strip::channel(), column = tile.column + Strip::strip() * Columns;
+  const Part part = find_part<Columns>(p.parts);
+  const int columns = p.parts.strips * Columns;
+  const int channel = Strip::channel(), column = part.column + Strip::strip() * Columns;
+  const int written = channel < part.channels ? part.width - column : 0;  // columns of the strip
 
   using Memory = ForwardMemory<T, K, Columns>;
   T* const shared = dynamic_shared<T>();
-  const bool has_addend = p.addend != nullptr;
+  const bool has_addend = p.addend.tensor != nullptr;
   const Memory memory(columns, has_addend);
   T* const x_rows = shared;
   T* const addend_rows = shared + memory.addend;
   float* const shared_weights = reinterpret_cast<float*>(shared + memory.weights);
-  // Input rows [first, last) exist; after each, row `y + kRadius` of results has started and row
-  // `y - kRadius` ends.
-  const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
-  RowCopies<Strip, K - 1> x(
-      Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
-      channels, first, tile.column - kRadius, columns + K - 1);
-  RowCopies<Strip, 0> addend(
-      Residue<const T>(p.addend, p.addend_strides, tile, p.tiles.dilation, block_channel),
-      tile.width, channels, tile.begin, tile.column, columns);
-  // Whether row y meets a row of the tile's results with row ky of the kernel.
-  const auto is_in_tile = [&](int y, int ky) {
-    return static_cast<unsigned>(y + kRadius - ky - tile.begin) <
-           static_cast<unsigned>(tile.end - tile.begin);
-  };
-  const auto copy = [&](int y) {
-    if (y < last) x.copy_next(x_rows + y % kSlots * memory.x_row);
-    if (has_addend && is_in_tile(y, K - 1)) {
-      addend.copy_next(addend_rows + y % kSlots * memory.addend_row);
-    }
-    commit_copies();
-  };
-  // Makes row y visible, and its predecessor's memory free for a later one.
-  const auto advance = [&](int y) {
-    wait_for_copies<kSlots - 2>();
-    __syncthreads();
-    copy(y + kSlots - 1);
-  };
-
   fill_zeros(shared, shared + memory.weights);  // what no copy writes
-  __syncthreads();
-#pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) copy(first + i);
-  const int weights_there = min(channels, kChannels) * (K * K);
+  const int weights_there = min(part.channels, kChannels) * (K * K);
   for (int i = threadIdx.x * kVector; i < kChannels * K * K; i += blockDim.x * kVector) {
     float vector[kVector] = {};
-    if (i < weights_there) load<kVector>(p.weight + block_channel * (K * K) + i, vector);
+    if (i < weights_there) load<kVector>(p.weight + part.channel * (K * K) + i, vector);
     store<kVector>(vector, shared_weights + i);
   }
   float bias[2] = {0, 0};
-  if (p.bias && channel < channels) {
+  if (p.bias && channel < part.channels) {
     if (p.bias_is_float) {
-      load<2>(static_cast<const float*>(p.bias) + block_channel + channel, bias);
+      load<2>(static_cast<const float*>(p.bias) + part.channel + channel, bias);
     } else {
-      load<2>(static_cast<const T*>(p.bias) + block_channel + channel, bias);
+      load<2>(static_cast<const T*>(p.bias) + part.channel + channel, bias);
     }
   }
   __syncthreads();
   float weights[2][K * K];
   load_weights<K>(shared_weights + channel * (K * K), p.flip, weights);
 
-  // sums[i]: of the row of results that meets row i + 1 of the kernel next.
-  float sums[K - 1][Columns][2], biases[Columns][2];
+  float biases[Columns][2];
 #pragma unroll
-  for (int i = 0; i < Columns; ++i) {
+  for (auto& pixel : biases) pixel[0] = bias[0], pixel[1] = bias[1];
+#pragma unroll 1
+  for (int row = part.begin; row < part.end;) {
+    const Tile tile = next_tile(p.parts, part, row);
+    if (tile.begin >= tile.end) continue;
+    // Input rows [first, last) exist; each is the last for row `y - kRadius` of results, and the
+    // first for row `y + kRadius`.
+    const int first = max(tile.begin - kRadius, 0), last = min(tile.end + kRadius, tile.height);
+    RowCopies<Strip, K - 1> x(p.x, part, tile, first, columns);
+    RowCopies<Strip, 0> addend(p.addend, part, tile, tile.begin, columns);
+    // Whether row y meets a row of the tile's results with row ky of the kernel.
+    const auto is_in_tile = [&](int y, int ky) {
+      return static_cast<unsigned>(y + kRadius - ky - tile.begin) <
+             static_cast<unsigned>(tile.end - tile.begin);
+    };
+    const auto copy = [&](int y) {
+      if (y < last) x.copy_next(x_rows + y % kSlots * memory.x_row);
+      if (has_addend && is_in_tile(y, K - 1)) {
+        addend.copy_next(addend_rows + y % kSlots * memory.addend_row);
+      }
+      commit_copies();
+    };
+    // Makes row y visible, and its predecessor's memory free for a later one.
+    const auto advance = [&](int y) {
+      wait_for_copies<kSlots - 2>();
+      __syncthreads();
+      copy(y + kSlots - 1);
+    };
+    T* to = pixel_at(p.out, part, tile, tile.begin, column) + channel;
+    // Stores a row of results, where input row y is the last to contribute.
+    const auto finish = [&](float (&totals)[Columns][2], int y) {
+      if (has_addend) {
+        float addends[Columns][2];
+        Strip::load(addend_rows + y % kSlots * memory.addend_row + Strip::offset(), addends);
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      biases[i][c] = bias[c];
-#pragma unroll
-      for (auto& row : sums) row[i][c] = bias[c];
-    }
-  }
-  const Residue<T> out(p.out, p.out_strides, tile, p.tiles.dilation, block_channel + channel);
-  T* to = out.at(tile.begin, column);
-  const int written = channel < channels ? tile.width - column : 0;
-  // Stores a row of results, where input row y is the last to contribute.
-  const auto finish = [&](float (&totals)[Columns][2], int y) {
-    if (has_addend) {
-      float addends[Columns][2];
-      Strip::load(addend_rows + y % kSlots * memory.addend_row + Strip::offset(), addends);
+        for (int i = 0; i < Columns; ++i) {
+          totals[i][0] += addends[i][0];
+          totals[i][1] += addends[i][1];
+        }
+      }
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
-        totals[i][0] += addends[i][0];
-        totals[i][1] += addends[i][1];
+        if (i < written) store<2>(totals[i], to + int64_t{i} * p.out.pixel);
       }
-    }
-#pragma unroll
-    for (int i = 0; i < Columns; ++i) {
-      if (i < written) store<2>(totals[i], to + int64_t{i} * out.pixel);
-    }
-    to += out.row;
-  };
+      to += p.out.row;
+    };
 
+    __syncthreads();
 #pragma unroll 1
-  for (int y = first; y < last; ++y) {
-    advance(y);
-    float in[Columns + K - 1][2];
-    Strip::load(x_rows + y % kSlots * memory.x_row + Strip::offset(), in);
-    // Sums move on by one with the first product; those outside of the tile are of no use.
-    if (is_in_tile(y, K - 1)) {
-      convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);
-      finish(sums[K - 2], y);
-    }
+    for (int i = 0; i < kSlots - 1; ++i) copy(first + i);
+    // sums[i]: of the row of results that meets row i + 1 of the kernel next.
+    float sums[K - 1][Columns][2];
 #pragma unroll
-    for (int ky = K - 2; ky > 0; --ky) {
-      if (is_in_tile(y, ky)) convolve_row<K, Columns>(in, weights, ky, sums[ky - 1], sums[ky]);
-    }
-    if (is_in_tile(y, 0)) convolve_row<K, Columns>(in, weights, 0, biases, sums[0]);
-  }
-  // Rows of results that would go on below the image.
+    for (auto& row_sums : sums) {
 #pragma unroll
-  for (int i = 0; i < kRadius; ++i) {
-    const int y = last + i;
-    if (y >= tile.end + kRadius) break;
-    advance(y);
-    if (is_in_tile(y, K - 1)) finish(sums[K - 2 - i], y);
+      for (auto& pixel : row_sums) pixel[0] = bias[0], pixel[1] = bias[1];
+    }
+#pragma unroll 1
+    for (int y = first; y < last; ++y) {
+      advance(y);
+      float in[Columns + K - 1][2];
+      Strip::load(x_rows + y % kSlots * memory.x_row + Strip::offset(), in);
+      // Sums move on by one with the first product; those outside of the tile are of no use.
+      if (is_in_tile(y, K - 1)) {
+        convolve_row<K, Columns>(in, weights, K - 1, sums[K - 2], sums[K - 2]);
+        finish(sums[K - 2], y);
+      }
+#pragma unroll
+      for (int ky = K - 2; ky > 0; --ky) {
+        if (is_in_tile(y, ky)) convolve_row<K, Columns>(in, weights, ky, sums[ky - 1], sums[ky]);
+      }
+      if (is_in_tile(y, 0)) convolve_row<K, Columns>(in, weights, 0, biases, sums[0]);
+    }
+    // Rows of results that would go on below the image.
+#pragma unroll
+    for (int i = 0; i < kRadius; ++i) {
+      const int y = last + i;
+      if (y >= tile.end + kRadius) break;
+      advance(y);
+      if (is_in_tile(y, K - 1)) finish(sums[K - 2 - i], y);
+    }
   }
 }
 

@@ -18,61 +18,90 @@ constexpr int kBlocks = K == 3 ? 3 : 2;
 constexpr int kSlots = 4;
 
 // A dilated convolution is one without dilation of each of dilation x dilation images, those of
-// every dilation-th row and column: its residues. They are cut into tiles.
-struct DepthwiseTiles {
+// every dilation-th row and column: its residues. The rows of all residues with the same columns
+// make one column, of which a block has a part, some of its columns and channels.
+struct DepthwiseParts {
   int height, width, dilation;
   int residues_y, residues_x;
-  int row_tiles, tile_rows;
+  int rows, all_rows;  // of the highest residue; of the batch's residues with the same columns
+  int part_rows, parts;
   int column_tiles, strips;
   int channels, channel_blocks;
-  int tiles;   // of all images
-  int chunks;  // of tiles: each for a block per 32 channels
+  int chunks;  // parts of all columns
 };
 
+struct Part {
+  int chunk;
+  int channel, channels;  // the block's first, and how many follow
+  int x, width;           // of the residues
+  int column;             // the first
+  int begin, end;         // of rows
+};
+
+// A part's rows in one residue.
 struct Tile {
-  int image, y, x;    // where the residue starts in the image
-  int height, width;  // of the residue
-  int begin, end;     // the tile's rows
-  int column;         // its first
+  int image, y, height;
+  int begin, end;
 };
 
 inline __device__ __host__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 template <int Columns>
-__device__ __forceinline__ Tile find_tile(const DepthwiseTiles& tiles, int index) {
+__device__ __forceinline__ Part find_part(const DepthwiseParts& parts) {
+  int index = blockIdx.x;
   const auto next = [&index](int size) {
     const int digit = index % size;
     index /= size;
     return digit;
   };
+  Part part;
+  part.channel = next(parts.channel_blocks) * kChannels;
+  part.channels = parts.channels - part.channel;
+  part.chunk = index;
+  part.column = next(parts.column_tiles) * parts.strips * Columns;
+  part.x = next(parts.residues_x);
+  part.width = ceil_div(parts.width - part.x, parts.dilation);
+  part.begin = index * parts.part_rows;
+  part.end = min(part.begin + parts.part_rows, parts.all_rows);
+  return part;
+}
+
+// The tile from a row of a part on, which moves on to the next. It may be empty: residues that are
+// lower than others are taken for as high.
+__device__ __forceinline__ Tile next_tile(const DepthwiseParts& parts, const Part& part, int& row) {
+  const int residue = row / parts.rows;
   Tile tile;
-  tile.column = next(tiles.column_tiles) * tiles.strips * Columns;
-  tile.begin = next(tiles.row_tiles) * tiles.tile_rows;
-  tile.x = next(tiles.residues_x);
-  tile.y = next(tiles.residues_y);
-  tile.image = index;
-  tile.height = ceil_div(tiles.height - tile.y, tiles.dilation);
-  tile.width = ceil_div(tiles.width - tile.x, tiles.dilation);
-  tile.end = min(tile.begin + tiles.tile_rows, tile.height);
+  tile.image = residue / parts.residues_y;
+  tile.y = residue % parts.residues_y;
+  tile.height = ceil_div(parts.height - tile.y, parts.dilation);
+  tile.begin = row - residue * parts.rows;
+  tile.end = min(tile.begin + part.end - row, tile.height);
+  row += parts.rows - tile.begin;
   return tile;
 }
 
-// A residue of a tensor, from one channel on.
+// A tensor and its strides: where residues start, and within them.
 template <class T>
-struct Residue {
-  T* start;
-  int64_t row;  // strides
+struct Dilated {
+  T* tensor;
+  ImageStrides start;
+  int64_t row;
   int pixel;
 
-  __device__ Residue(T* tensor, const ImageStrides& strides, const Tile& tile, int dilation,
-                     int channel)
-      : start(tensor + tile.image * strides.image + tile.y * strides.row + tile.x * strides.pixel +
-              channel),
+  Dilated(T* tensor, const ImageStrides& strides, int dilation)
+      : tensor(tensor),
+        start(strides),
         row(strides.row * dilation),
         pixel(static_cast<int>(strides.pixel) * dilation) {}
-
-  __device__ T* at(int y, int x) const { return start + y * row + int64_t{x} * pixel; }
 };
+
+// A pixel's first channel of a part's.
+template <class T>
+__device__ __forceinline__ T* pixel_at(const Dilated<T>& image, const Part& part, const Tile& tile,
+                                       int y, int x) {
+  return image.tensor + tile.image * image.start.image + tile.y * image.start.row +
+         part.x * image.start.pixel + part.channel + y * image.row + int64_t{x} * image.pixel;
+}
 
 // One or two neighbouring elements. A bfloat16 is the upper half of a float: one instruction.
 template <class T, int Width>
@@ -124,16 +153,17 @@ class RowCopies {
   using T = typename Strips::Element;
 
  public:
-  __device__ RowCopies(const Residue<const T>& residue, int width, int channels, int y, int first,
+  __device__ RowCopies(const Dilated<const T>& image, const Part& part, const Tile& tile, int y,
                        int columns)
-      : row_(residue.row), step_(step() * residue.pixel) {
+      : row_(image.row), step_(step() * image.pixel) {
+    const int first = part.column - Halo / 2;
     const int vector = threadIdx.x % kVectors * kVector;
     int i = threadIdx.x / kVectors;
     while (first + i < 0) i += step();
     begin_ = first + i;
-    end_ = vector < channels ? min(first + columns, width) : 0;
+    end_ = vector < part.channels ? min(first + columns + Halo, part.width) : 0;
     to_ = Strips::position(i) + vector;
-    next_ = residue.at(y, begin_) + vector;
+    next_ = pixel_at(image, part, tile, y, begin_) + vector;
   }
 
   __device__ __forceinline__ void copy_next(T* shared) {

@@ -13,9 +13,8 @@ namespace fastfuse::cuda {
 
 template <class T>
 struct DepthwiseBackwardWeight {
-  DepthwiseTiles tiles;
-  ImageStrides x_strides, grad_strides;
-  const T *x, *grad_output;
+  DepthwiseParts parts;
+  Dilated<const T> x, grad_output;
   float* partials;  // (chunks, K * K + 1, channels)
 };
 
@@ -61,34 +60,25 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
     depthwise_conv2d_weight_kernel(DepthwiseBackwardWeight<T> p) {
   constexpr int kRadius = K / 2;
   using Strip = WeightStrips<T, Columns>;
-  const int block_channel = blockIdx.x % p.tiles.channel_blocks * kChannels;
-  const int channels = p.tiles.channels - block_channel;  // of this block, or more
-  const int chunk = blockIdx.x / p.tiles.channel_blocks;
-  const int columns = p.tiles.strips * Columns;
+  const Part part = find_part<Columns>(p.parts);
+  const int columns = p.parts.strips * Columns;
   T* const shared = dynamic_shared<T>();
-  const WeightMemory<T, K, Columns> memory(p.tiles.strips);
+  const WeightMemory<T, K, Columns> memory(p.parts.strips);
   const T* const x_strip = shared + Strip::offset();
   const T* const grad_strip = x_strip + memory.grad;
 
   float sums[K][K][1] = {}, bias_sums[1][1] = {};
-  const int64_t tiles = p.tiles.tiles;
-  const int last_tile = static_cast<int>((chunk + 1) * tiles / p.tiles.chunks);
+  fill_zeros(shared, shared + memory.size);  // what no copy writes
 #pragma unroll 1
-  for (int i = static_cast<int>(chunk * tiles / p.tiles.chunks); i < last_tile; ++i) {
-    const Tile tile = find_tile<Columns>(p.tiles, i);
+  for (int row = part.begin; row < part.end;) {
+    const Tile tile = next_tile(p.parts, part, row);
+    if (tile.begin >= tile.end) continue;
     // Input row `tile.begin - kRadius + step` meets row `tile.begin + step - ky` of the gradient.
     const int rows = tile.end - tile.begin;
     const int first = tile.begin - kRadius;
     const int steps = min(tile.end + kRadius, tile.height) - first;
-    __syncthreads();
-    fill_zeros(shared, shared + memory.size);  // what no copy writes
-    __syncthreads();
-    RowCopies<Strip, K - 1> x(
-        Residue<const T>(p.x, p.x_strides, tile, p.tiles.dilation, block_channel), tile.width,
-        channels, max(first, 0), tile.column - kRadius, columns + K - 1);
-    RowCopies<Strip, 0> grad(
-        Residue<const T>(p.grad_output, p.grad_strides, tile, p.tiles.dilation, block_channel),
-        tile.width, channels, tile.begin, tile.column, columns);
+    RowCopies<Strip, K - 1> x(p.x, part, tile, max(first, 0), columns);
+    RowCopies<Strip, 0> grad(p.grad_output, part, tile, tile.begin, columns);
     const auto copy = [&](int step) {
       if (first + step >= 0 && step < steps) {
         x.copy_next(shared + step % kSlots * memory.x_row);
@@ -96,6 +86,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
       if (step < rows) grad.copy_next(shared + memory.grad + step % kSlots * memory.grad_row);
       commit_copies();
     };
+    __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < kSlots - 1; ++step) copy(step);
 
@@ -134,13 +125,13 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
 
   wait_for_copies<0>();
   float* const shared_sums = reinterpret_cast<float*>(shared);
-  float* to = p.partials + int64_t{chunk} * (K * K + 1) * p.tiles.channels + block_channel;
+  float* to = p.partials + int64_t{part.chunk} * (K * K + 1) * p.parts.channels + part.channel;
 #pragma unroll
   for (const auto& row : sums) {
-    add_strips<K>(row, shared_sums, to, channels, p.tiles.channels);
-    to += K * p.tiles.channels;
+    add_strips<K>(row, shared_sums, to, part.channels, p.parts.channels);
+    to += K * p.parts.channels;
   }
-  add_strips<1>(bias_sums, shared_sums, to, channels, p.tiles.channels);
+  add_strips<1>(bias_sums, shared_sums, to, part.channels, p.parts.channels);
 }
 
 // Adds the chunks' sums of one tap, or of the bias: each of kParts rows of threads every kParts-th,
