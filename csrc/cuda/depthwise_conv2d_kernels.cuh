@@ -17,7 +17,7 @@ struct DepthwiseForward {
   Dilated<const T> x, addend;
   const T* weight;
   const void* bias;
-  bool bias_is_float, flip;
+  int32_t bias_is_float, flip;
 };
 
 template <class T, int Columns>
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
       }
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
-        if (i < written) store<2>(totals[i], to + int64_t{i} * p.out.pixel);
+        if (i < written) store<2>(totals[i], to + p.out.columns(i));
       }
       to += p.out.row;
     };

@@ -85,14 +85,16 @@ template <class T>
 struct Dilated {
   T* tensor;
   ImageStrides start;
-  int64_t row;
-  int pixel;
+  int64_t row, pixel;
 
   Dilated(T* tensor, const ImageStrides& strides, int dilation)
       : tensor(tensor),
         start(strides),
         row(strides.row * dilation),
-        pixel(static_cast<int>(strides.pixel) * dilation) {}
+        pixel(strides.pixel * dilation) {}
+
+  // That of two pixels fits 32 bits, which takes fewer instructions.
+  __device__ int64_t columns(int count) const { return int64_t{count} * static_cast<int>(pixel); }
 };
 
 // A pixel's first channel of a part's.
@@ -100,7 +102,7 @@ template <class T>
 __device__ __forceinline__ T* pixel_at(const Dilated<T>& image, const Part& part, const Tile& tile,
                                        int y, int x) {
   return image.tensor + tile.image * image.start.image + tile.y * image.start.row +
-         part.x * image.start.pixel + part.channel + y * image.row + int64_t{x} * image.pixel;
+         part.x * image.start.pixel + part.channel + y * image.row + image.columns(x);
 }
 
 // One or two neighbouring elements. A bfloat16 is the upper half of a float: one instruction.
@@ -155,7 +157,7 @@ class RowCopies {
  public:
   __device__ RowCopies(const Dilated<const T>& image, const Part& part, const Tile& tile, int y,
                        int columns)
-      : row_(image.row), step_(step() * image.pixel) {
+      : row_(image.row), step_(step() * static_cast<int>(image.pixel)) {
     const int first = part.column - Halo / 2;
     const int vector = threadIdx.x % kVectors * kVector;
     int i = threadIdx.x / kVectors;
