@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
       __syncthreads();
       copy(y + kSlots - 1);
     };
-    T* to = pixel_at(p.out, part, tile, tile.begin, column) + channel;
+    T* to = p.out.at(part, tile, tile.begin, column) + channel;
     // Stores a row of results, where input row y is the last to contribute.
     const auto finish = [&](float (&totals)[Columns][2], int y) {
       if (has_addend) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<K>)
       }
 #pragma unroll
       for (int i = 0; i < Columns; ++i) {
-        if (i < written) store<2>(totals[i], to + p.out.columns(i));
+        if (i < written) store<2>(totals[i], to + int64_t{i} * p.out.pixel);
       }
       to += p.out.row;
     };

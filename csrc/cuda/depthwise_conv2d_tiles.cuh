@@ -80,30 +80,27 @@ __device__ __forceinline__ Tile next_tile(const DepthwiseParts& parts, const Par
   return tile;
 }
 
-// A tensor and its strides: where residues start, and within them.
+// A tensor and its strides: between images, residues' starts, and rows and pixels of a residue.
 template <class T>
 struct Dilated {
   T* tensor;
-  ImageStrides start;
-  int64_t row, pixel;
+  int64_t image, start_row, row;
+  int start_pixel, pixel;
 
   Dilated(T* tensor, const ImageStrides& strides, int dilation)
       : tensor(tensor),
-        start(strides),
+        image(strides.image),
+        start_row(strides.row),
         row(strides.row * dilation),
-        pixel(strides.pixel * dilation) {}
+        start_pixel(static_cast<int>(strides.pixel)),
+        pixel(start_pixel * dilation) {}
 
-  // That of two pixels fits 32 bits, which takes fewer instructions.
-  __device__ int64_t columns(int count) const { return int64_t{count} * static_cast<int>(pixel); }
+  // A pixel's first channel of a part's.
+  __device__ T* at(const Part& part, const Tile& tile, int y, int x) const {
+    return tensor + tile.image * image + tile.y * start_row + int64_t{part.x} * start_pixel +
+           part.channel + y * row + int64_t{x} * pixel;
+  }
 };
-
-// A pixel's first channel of a part's.
-template <class T>
-__device__ __forceinline__ T* pixel_at(const Dilated<T>& image, const Part& part, const Tile& tile,
-                                       int y, int x) {
-  return image.tensor + tile.image * image.start.image + tile.y * image.start.row +
-         part.x * image.start.pixel + part.channel + y * image.row + image.columns(x);
-}
 
 // One or two neighbouring elements. A bfloat16 is the upper half of a float: one instruction.
 template <class T, int Width>
@@ -157,7 +154,7 @@ class RowCopies {
  public:
   __device__ RowCopies(const Dilated<const T>& image, const Part& part, const Tile& tile, int y,
                        int columns)
-      : row_(image.row), step_(step() * static_cast<int>(image.pixel)) {
+      : row_(image.row), step_(step() * image.pixel) {
     const int first = part.column - Halo / 2;
     const int vector = threadIdx.x % kVectors * kVector;
     int i = threadIdx.x / kVectors;
@@ -165,7 +162,7 @@ class RowCopies {
     begin_ = first + i;
     end_ = vector < part.channels ? min(first + columns + Halo, part.width) : 0;
     to_ = Strips::position(i) + vector;
-    next_ = pixel_at(image, part, tile, y, begin_) + vector;
+    next_ = image.at(part, tile, y, begin_) + vector;
   }
 
   __device__ __forceinline__ void copy_next(T* shared) {
