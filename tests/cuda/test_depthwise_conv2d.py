@@ -184,7 +184,7 @@ PLANTED = Case((2, 8, 13, 33), 3, addend=True)
 @pytest.mark.parametrize(
     ("prove", "edit"),
     [
-        (_prove_forward, without_barrier(0)),  # between a row's arrival and its use
+        (_prove_forward, without_barrier(1)),  # between a row's arrival and its use
         (_prove_forward, replaced(WAIT, ";")),
         (_prove_forward, replaced(r"first \+ i < 0", "false")),
         (_prove_forward, replaced(r"copy\(y \+ kSlots - 1\)", "copy(y + kSlots)")),
