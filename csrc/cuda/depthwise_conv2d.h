@@ -1,7 +1,7 @@
 // The CUDA kernels of depthwise_conv2d, as C calls them.
 //
 // They take channels_last images of float32, bfloat16 or float16 with
-//   - kernel_size 3, 5 or 7, any dilation, at least one pixel;
+//   - kernel_size 3, 5 or 7, any dilation, none of the sizes 0;
 //   - channels, and the strides of images, rows and pixels, multiples of 16 bytes;
 //   - tensors that start at multiples of 16 bytes.
 #pragma once

@@ -147,9 +147,9 @@ struct Strips {
 // Copies a residue's rows to shared memory, one after the other and from a column on, which may lie
 // outside: 16 bytes at a time, in the order of threads. What is outside of the image is left as it
 // is.
-template <class Strips, int Halo>
+template <class Row, int Halo>
 class RowCopies {
-  using T = typename Strips::Element;
+  using T = typename Row::Element;
 
  public:
   __device__ RowCopies(const Dilated<const T>& image, const Part& part, const Tile& tile, int y,
@@ -161,7 +161,7 @@ class RowCopies {
     while (first + i < 0) i += step();
     begin_ = first + i;
     end_ = vector < part.channels ? min(first + columns + Halo, part.width) : 0;
-    to_ = Strips::position(i) + vector;
+    to_ = Row::position(i) + vector;
     next_ = image.at(part, tile, y, begin_) + vector;
   }
 
@@ -170,7 +170,7 @@ class RowCopies {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       if (begin_ + i * step() < end_) copy_async<16>(to, next_ + int64_t{i} * step_);
-      to += Strips::position(step());
+      to += Row::position(step());
     }
     next_ += row_;
   }
@@ -179,7 +179,7 @@ class RowCopies {
   static constexpr int kVector = 16 / sizeof(T), kVectors = kChannels / kVector;
   // A thread's copies if there is a single warp; it has fewer if there are more.
   static constexpr int kCopies =
-      ((Strips::kWidth * Strips::kColumns + Halo) * kVectors + kWarp - 1) / kWarp;
+      ((Row::kWidth * Row::kColumns + Halo) * kVectors + kWarp - 1) / kWarp;
 
   // Pixels that all threads copy together: a multiple of a strip's where that matters.
   static __device__ int step() { return blockDim.x / kVectors; }
