@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda.emulation import EmulationError
+from cuda.examples import skip_without_nvcc
 from cuda.mutations import replaced, without_barrier
 from cuda.proof import ARCHS, SEEDS, emulated, ways
 from cuda.sources import Edit, Program
@@ -20,6 +21,11 @@ PROGRAM = Program("depthwise_conv2d")
 # Tiles as of a device with a single warp: as high as images, and several for a block.
 HIGH_TILES = replaced(r"4 \* 132", "1")
 FEW_SEEDS = SEEDS[:4]
+
+
+@pytest.fixture(autouse=True)
+def _nvcc() -> None:
+    skip_without_nvcc()
 
 
 class Strides(ctypes.Structure):
