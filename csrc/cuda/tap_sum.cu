@@ -1,0 +1,49 @@
+// Launches of tap_sum and its adjoint.
+#include "cuda/tap_sum.h"
+
+#include <algorithm>
+
+#include "cuda/tap_sum_kernels.cuh"
+
+namespace fastfuse::cuda {
+namespace {
+
+// Lines that the levels need at most.
+int lines_of(const TapSumSizes& sizes) {
+  int lines = 0;
+  for (int i = 0; i < sizes.num_levels; ++i) {
+    const int ratio = sizes.height / sizes.levels[i].height;
+    const int of_level = ratio == 1   ? 0
+                         : ratio == 2 ? LinesOf<2>::kCount
+                         : ratio == 4 ? LinesOf<4>::kCount
+                                      : LinesOf<8>::kCount;
+    lines = std::max(lines, of_level);
+  }
+  return lines;
+}
+
+template <class T>
+int launch_forward(const TapSumPointers& pointers, const TapSumSizes& sizes, cudaStream_t stream) {
+  const int channel_tiles = ceil_div(sizes.channels, kTileChannels);
+  const dim3 grid(channel_tiles * ceil_div(sizes.width, kTileColumns),
+                  ceil_div(sizes.height, kTileRows), sizes.batch);
+  const size_t shared = sizeof(float) * kLine * lines_of(sizes);
+  return launch(tap_sum_kernel<T>, grid, dim3(kTapSumThreads), shared, stream, pointers, sizes);
+}
+
+}  // namespace
+}  // namespace fastfuse::cuda
+
+using namespace fastfuse::cuda;
+
+int fastfuse_tap_sum(const TapSumSizes* sizes, void* out, const void* const* taps,
+                     const float* scales, const float* offsets, const float* bias,
+                     cudaStream_t stream) {
+  TapSumPointers pointers = {out, {}, scales, offsets, bias};
+  std::copy_n(taps, sizes->num_levels, pointers.taps);
+  switch (sizes->dtype) {
+    case kFloat32: return launch_forward<float>(pointers, *sizes, stream);
+    case kBFloat16: return launch_forward<__nv_bfloat16>(pointers, *sizes, stream);
+    default: return launch_forward<__half>(pointers, *sizes, stream);
+  }
+}

@@ -1,0 +1,57 @@
+// tap_sum in CUDA: levels of taps are upsampled, shifted and summed, and the adjoint of that.
+//
+// Both cover kernels of 3 x 3 with a padding of 1 and without align_corners, where
+// - dtypes are float32, bfloat16 and float16; the taps are the output's dtype, or float32,
+// - channels are contiguous and a multiple of 16 bytes of the output's dtype, and so are all
+//   strides and addresses (twice that for float32 taps of a narrower output),
+// - the output's height and width are multiples of 8, and so many times a level's along both axes:
+//   1, 2, 4 or 8 forward, 2, 4 or 8 backward,
+// - images are at most 65535, levels 8.
+#pragma once
+
+#include "cuda/runtime.h"
+
+namespace fastfuse::cuda {
+
+constexpr int kMaxLevels = 8;
+
+// Where the pixels of an image in channels_last are, in elements.
+struct TapSumStrides {
+  int64_t image, row, pixel;
+};
+
+// The taps of a level: (N, 9 * C, height, width), their channels tap-major.
+struct TapSumLevel {
+  TapSumStrides strides;
+  int32_t height, width;
+  int32_t dtype;  // the output's or float32
+  int32_t unused;
+};
+
+struct TapSumSizes {
+  TapSumStrides out;
+  int32_t dtype, batch, channels, height, width;
+  int32_t accumulate, num_levels, unused;
+  TapSumLevel levels[kMaxLevels];
+};
+
+// grad_taps is a level in the dtype of grad_output.
+struct TapSumBackwardSizes {
+  TapSumStrides grad_output;
+  int32_t dtype, batch, channels, height, width, unused;
+  TapSumLevel grad_taps;
+};
+
+}  // namespace fastfuse::cuda
+
+// out = (accumulate ? scales[0] * out : 0) + bias + sum_i scales[1 + i] * tap_sum(taps[i]), with
+// the offsets (9 * C,), which are not scaled, added wherever their tap falls inside. Scales, offsets
+// and bias are float32 on the device, null for 1, 0 and 0; taps is a list on the host.
+FASTFUSE_API int fastfuse_tap_sum(const fastfuse::cuda::TapSumSizes* sizes, void* out,
+                                  const void* const* taps, const float* scales,
+                                  const float* offsets, const float* bias, cudaStream_t stream);
+
+// grad_taps = scale * the adjoint of tap_sum, of grad_output.
+FASTFUSE_API int fastfuse_tap_sum_backward(const fastfuse::cuda::TapSumBackwardSizes* sizes,
+                                           void* grad_taps, const void* grad_output,
+                                           const float* scale, cudaStream_t stream);
