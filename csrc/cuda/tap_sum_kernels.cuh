@@ -96,7 +96,8 @@ template <class S>
 struct TapsOfTile {
   const S* taps;
   int channels, height, width;
-  int64_t row_stride, pixel_stride;
+  int64_t row_stride;
+  int pixel_stride;
 
   __device__ TapsOfTile(const TapSumLevel& level, const void* taps, int channels,
                         const TapSumPlace& place)
@@ -106,7 +107,7 @@ struct TapsOfTile {
         height(level.height),
         width(level.width),
         row_stride(level.strides.row),
-        pixel_stride(level.strides.pixel) {}
+        pixel_stride(static_cast<int>(level.strides.pixel)) {}
 
   // The taps of a kernel row in a source row, or in the one next to it.
   __device__ const S* row(int ky, int source) const {
@@ -159,26 +160,35 @@ __device__ __forceinline__ void store_channels(const float (&values)[V], float* 
 template <int Ratio, int First, bool IsPair, int V, class S>
 __device__ __forceinline__ void make_segment(const TapsOfTile<S>& level, const S* row,
                                              const S* other_row, int x, float* to) {
+  constexpr int kBegin = lower<Ratio>(First - 1), kEnd = lower<Ratio>(First + kSegment) + 2;
+  int offsets[kEnd - kBegin];  // of the source columns
+#pragma unroll
+  for (int i = 0; i < kEnd - kBegin; ++i)
+    offsets[i] = clamped(x / Ratio + kBegin + i, level.width) * level.pixel_stride;
   float totals[kSegment][V] = {};
-  const int64_t to_other = other_row - row;
-  const auto add_tap = [&](auto shift, bool skip_first, bool skip_last) {
-    constexpr int kShift = decltype(shift)::value;
-    const S* tap = row + (kShift + 1) * level.channels;
-    upsample<Ratio, First, kShift>(
-        [&](int source, float(&values)[V]) {
-          const S* from = tap + clamped(x / Ratio + source, level.width) * level.pixel_stride;
-          load<V>(from, values);
-          if constexpr (IsPair) {
-            float others[V];
-            load<V>(from + to_other, others);
-            add(1, others, values);
-          }
-        },
-        1, skip_first, skip_last, totals);
+  const bool is_first = First == 0 && x == 0;
+  const bool is_last = First > 0 && x + kRun == level.width * Ratio;
+  int tap = 0;
+  const auto load_taps = [&](int source, float(&values)[V]) {
+    const int offset = tap + offsets[source - kBegin];
+    load<V>(row + offset, values);
+    if constexpr (IsPair) {
+      float others[V];
+      load<V>(other_row + offset, others);
+      add(1, others, values);
+    }
   };
-  add_tap(std::integral_constant<int, -1>(), First == 0 && x == 0, false);
-  add_tap(std::integral_constant<int, 0>(), false, false);
-  add_tap(std::integral_constant<int, 1>(), false, First > 0 && x + kRun == level.width * Ratio);
+  // Not unrolled: to load all pairs at once takes too many registers.
+#pragma unroll 1
+  for (int kx = 0; kx < kTapsAlong; ++kx, tap += level.channels) {
+    if (kx == 0) {
+      upsample<Ratio, First, -1>(load_taps, 1, is_first, false, totals);
+    } else if (kx == 1) {
+      upsample<Ratio, First, 0>(load_taps, 1, false, false, totals);
+    } else {
+      upsample<Ratio, First, 1>(load_taps, 1, false, is_last, totals);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kSegment; ++i) store_channels(totals[i], to + i * kTileChannels);
 }
@@ -323,17 +333,17 @@ struct TapSumPointers {
 };
 
 // The bias and the offsets of the taps that fall inside.
-__device__ __forceinline__ void add_constants(const TapSumPointers& pointers,
+__device__ __forceinline__ void add_constants(const float* bias, const float* offsets,
                                               const TapSumSizes& sizes, const TapSumPlace& place,
                                               float (&totals)[kRun][kQuad]) {
   const int channel = place.channel();
-  if (pointers.bias != nullptr) {
-    float bias[kQuad];
-    load<kQuad>(pointers.bias + channel, bias);
+  if (bias != nullptr) {
+    float values[kQuad];
+    load<kQuad>(bias + channel, values);
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) add(1, bias, totals[i]);
+    for (int i = 0; i < kRun; ++i) add(1, values, totals[i]);
   }
-  if (pointers.offsets == nullptr) return;
+  if (offsets == nullptr) return;
 #pragma unroll 1
   for (int ky = 0; ky < kTapsAlong; ++ky) {
     float sum[kQuad] = {};
@@ -341,7 +351,7 @@ __device__ __forceinline__ void add_constants(const TapSumPointers& pointers,
       const int x = place.x() + kx - 1;
       if (x < 0 || x >= sizes.width) continue;
       float offset[kQuad];
-      load<kQuad>(pointers.offsets + (ky * kTapsAlong + kx) * sizes.channels + channel, offset);
+      load<kQuad>(offsets + (ky * kTapsAlong + kx) * sizes.channels + channel, offset);
       add(1, offset, sum);
     }
 #pragma unroll
@@ -354,7 +364,8 @@ __device__ __forceinline__ void add_constants(const TapSumPointers& pointers,
 
 template <class T>
 __global__ void __launch_bounds__(kTapSumThreads, 2)
-    tap_sum_kernel(const TapSumPointers pointers, const TapSumSizes sizes) {
+    tap_sum_kernel(const __grid_constant__ TapSumPointers pointers,
+                   const __grid_constant__ TapSumSizes sizes) {
   float* lines = dynamic_shared<float>();
   const int channel_tiles = ceil_div(sizes.channels, kTileChannels);
   const int thread = threadIdx.x;
@@ -371,7 +382,7 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
                          place.x() < sizes.width && place.y() < sizes.height;
 
   float totals[kRun][kQuad] = {};
-  if (is_inside) add_constants(pointers, sizes, place, totals);
+  if (is_inside) add_constants(pointers.bias, pointers.offsets, sizes, place, totals);
 
 #pragma unroll 1
   for (int i = 0; i < sizes.num_levels; ++i) {
