@@ -37,6 +37,18 @@ __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
   for (int i = 0; i < N; ++i) to[i] = widen(vector.values[i]);
 }
 
+// One instruction a value: it is the upper half of a float32.
+template <int N>
+__device__ __forceinline__ void load(const __nv_bfloat16* from, float (&to)[N]) {
+  static_assert(N % 2 == 0, "pairs");
+  const auto pairs = *reinterpret_cast<const Vector<uint32_t, N / 2>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    to[i] = __uint_as_float(pairs.values[i / 2] << 16);
+    to[i + 1] = __uint_as_float(pairs.values[i / 2] & 0xffff0000u);
+  }
+}
+
 template <int N, class T>
 __device__ __forceinline__ void store(const float (&from)[N], T* to) {
   Vector<T, N> vector;
