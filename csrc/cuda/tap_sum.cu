@@ -24,9 +24,8 @@ int lines_of(const TapSumSizes& sizes) {
 
 template <class T>
 int launch_forward(const TapSumPointers& pointers, const TapSumSizes& sizes, cudaStream_t stream) {
-  const int channel_tiles = ceil_div(sizes.channels, kTileChannels);
-  const dim3 grid(channel_tiles * ceil_div(sizes.width, kTileColumns),
-                  ceil_div(sizes.height, kTileRows), sizes.batch);
+  const dim3 grid(ceil_div(sizes.channels, kTileChannels), ceil_div(sizes.width, kTileColumns),
+                  ceil_div(sizes.height, kTileRows) * sizes.batch);
   const size_t shared = sizeof(float) * kLine * lines_of(sizes);
   return launch(tap_sum_kernel<T>, grid, dim3(kTapSumThreads), shared, stream, pointers, sizes);
 }

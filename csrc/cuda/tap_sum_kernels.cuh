@@ -100,12 +100,12 @@ struct TapSumPlace {
   int image, tile_y, tile_x, tile_channel;
   int y, x, channel;  // in the tile
 
-  __device__ TapSumPlace(int channels) {
-    const int channel_tiles = ceil_div(channels, kTileChannels), thread = threadIdx.x;
-    image = blockIdx.z;
-    tile_y = blockIdx.y * kTileRows;
-    tile_x = blockIdx.x / channel_tiles * kTileColumns;
-    tile_channel = blockIdx.x % channel_tiles * kTileChannels;
+  __device__ explicit TapSumPlace(int height) {
+    const int row_tiles = ceil_div(height, kTileRows), thread = threadIdx.x;
+    image = blockIdx.z / row_tiles;
+    tile_y = blockIdx.z % row_tiles * kTileRows;
+    tile_x = blockIdx.y * kTileColumns;
+    tile_channel = blockIdx.x * kTileChannels;
     channel = thread % (kTileChannels / kQuad) * kQuad;
     x = thread / (kTileChannels / kQuad) % kTileColumns;
     y = thread / (kTileChannels / kQuad * kTileColumns) * kRun;
@@ -322,7 +322,7 @@ template <class T>
 __global__ void __launch_bounds__(kTapSumThreads, 2)
     tap_sum_kernel(const __grid_constant__ TapSumPointers pointers,
                    const __grid_constant__ TapSumSizes sizes) {
-  const TapSumPlace place(sizes.channels);
+  const TapSumPlace place(sizes.height);
   float* lines = dynamic_shared<float>();
   const int y = place.tile_y + place.y, x = place.tile_x + place.x;
   const int channel = place.tile_channel + place.channel;
