@@ -13,11 +13,7 @@ int lines_of(const TapSumSizes& sizes) {
   int lines = 0;
   for (int i = 0; i < sizes.num_levels; ++i) {
     const int ratio = sizes.height / sizes.levels[i].height;
-    const int of_level = ratio == 1   ? 0
-                         : ratio == 2 ? LinesOf<2>::kCount
-                         : ratio == 4 ? LinesOf<4>::kCount
-                                      : LinesOf<8>::kCount;
-    lines = std::max(lines, of_level);
+    if (ratio > 1) lines = std::max(lines, kTapsAlong * lines_of_kernel_row(ratio));
   }
   return lines;
 }

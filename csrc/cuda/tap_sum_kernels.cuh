@@ -68,25 +68,28 @@ __device__ __forceinline__ void upsample(const Load& load, float scale, bool ski
   }
 }
 
-// Which taps along an axis: one of them, or the outer ones added up.
-enum Taps : int { kFirstTap, kMiddleTap, kLastTap, kOuterTaps };
-
-// Adds to the totals what all taps give. `load` gives values of the chosen taps at a source.
+// Adds to the totals what all taps give; `load` gives the values of a tap at a source.
 template <int Ratio, class Load>
 __device__ __forceinline__ void add_taps(const Load& load, float scale, bool is_first,
                                          bool is_last, Quads& totals) {
-  const auto of = [&](Taps taps) {
-    return [&load, taps](int source, float(&values)[kQuad]) { load(taps, source, values); };
+  const auto of = [&load](int tap) {
+    return [&load, tap](int source, float(&values)[kQuad]) { load(tap, source, values); };
   };
   if constexpr (Ratio == 2) {
-    upsample<2, -1>(of(kOuterTaps), scale, is_first, is_last, totals);
-    upsample<2, 0>(of(kMiddleTap), scale, false, false, totals);
-    if (is_first) upsample<2, 1, 0, 1>(of(kLastTap), scale, false, false, totals);
-    if (is_last) upsample<2, -1, kRun - 1>(of(kFirstTap), scale, false, false, totals);
+    const auto of_outer = [&load](int source, float(&values)[kQuad]) {
+      float others[kQuad];
+      load(0, source, values);
+      load(2, source + 1, others);
+      add(1, others, values);
+    };
+    upsample<2, -1>(of_outer, scale, is_first, is_last, totals);
+    upsample<2, 0>(of(1), scale, false, false, totals);
+    if (is_first) upsample<2, 1, 0, 1>(of(2), scale, false, false, totals);
+    if (is_last) upsample<2, -1, kRun - 1>(of(0), scale, false, false, totals);
   } else {
-    upsample<Ratio, -1>(of(kFirstTap), scale, is_first, false, totals);
-    upsample<Ratio, 0>(of(kMiddleTap), scale, false, false, totals);
-    upsample<Ratio, 1>(of(kLastTap), scale, false, is_last, totals);
+    upsample<Ratio, -1>(of(0), scale, is_first, false, totals);
+    upsample<Ratio, 0>(of(1), scale, false, false, totals);
+    upsample<Ratio, 1>(of(2), scale, false, is_last, totals);
   }
 }
 
@@ -100,39 +103,49 @@ struct TapSumPlace {
   int image, tile_y, tile_x, tile_channel;
   int y, x, channel;  // in the tile
 
-  __device__ explicit TapSumPlace(int height) {
-    const int row_tiles = ceil_div(height, kTileRows), thread = threadIdx.x;
+  bool has_channels, is_inside;  // of the image
+
+  __device__ explicit TapSumPlace(const TapSumSizes& sizes) {
+    constexpr int kQuads = kTileChannels / kQuad;
+    const int row_tiles = ceil_div(sizes.height, kTileRows), thread = threadIdx.x;
     image = blockIdx.z / row_tiles;
     tile_y = blockIdx.z % row_tiles * kTileRows;
     tile_x = blockIdx.y * kTileColumns;
     tile_channel = blockIdx.x * kTileChannels;
-    channel = thread % (kTileChannels / kQuad) * kQuad;
-    x = thread / (kTileChannels / kQuad) % kTileColumns;
-    y = thread / (kTileChannels / kQuad * kTileColumns) * kRun;
+    channel = thread % kQuads * kQuad;
+    x = thread / kQuads % kTileColumns;
+    y = thread / (kQuads * kTileColumns) * kRun;
+    has_channels = tile_channel + channel < sizes.channels;
+    is_inside = has_channels && tile_y + y < sizes.height;
   }
 };
 
-// One level's taps, from a tile's channels on. Offsets within an image fit 32 bits.
+// One level's taps, from a tile's channels on. Offsets are bytes, and those within an image fit 32
+// bits: that takes few instructions and registers.
 template <class S>
 struct TapsOfTile {
-  const S* taps;
-  int channels, height, width;
-  unsigned row_stride, pixel_stride;
+  const char* start;
+  int height, width;
+  unsigned row_bytes, pixel_bytes, tap_bytes;
 
   __device__ TapsOfTile(const TapSumLevel& level, const void* taps, int channels,
                         const TapSumPlace& place)
-      : taps(static_cast<const S*>(taps) + place.image * level.strides.image + place.tile_channel),
-        channels(channels),
+      : start(static_cast<const char*>(taps) +
+              (place.image * level.strides.image + place.tile_channel) * sizeof(S)),
         height(level.height),
         width(level.width),
-        row_stride(static_cast<unsigned>(level.strides.row)),
-        pixel_stride(static_cast<unsigned>(level.strides.pixel)) {}
+        row_bytes(static_cast<unsigned>(level.strides.row * sizeof(S))),
+        pixel_bytes(static_cast<unsigned>(level.strides.pixel * sizeof(S))),
+        tap_bytes(static_cast<unsigned>(channels * sizeof(S))) {}
 
+  __device__ void load(unsigned offset, float (&values)[kQuad]) const {
+    cuda::load<kQuad>(reinterpret_cast<const S*>(start + offset), values);
+  }
   // Of a source row and a kernel row, clamped.
   __device__ unsigned row(int source, int ky) const {
-    return clamped(source, height) * row_stride + ky * kTapsAlong * channels;
+    return clamped(source, height) * row_bytes + ky * kTapsAlong * tap_bytes;
   }
-  __device__ unsigned column(int source) const { return clamped(source, width) * pixel_stride; }
+  __device__ unsigned column(int source) const { return clamped(source, width) * pixel_bytes; }
 };
 
 // ---- lines in shared memory ------------------------------------------------------------------
@@ -140,79 +153,28 @@ struct TapsOfTile {
 // Longer than its values: threads that write to neighbouring lines use other banks.
 constexpr int kLine = kTileColumns * kTileChannels + 4;
 
-// By kernel row, from the source row above the tile on.
-template <int Ratio>
-struct LinesOf {
-  static constexpr int kRows = kTileRows / Ratio + 2;
-  static constexpr int kCount = kTapsAlong * kRows;
+// Of a kernel row, from the one of the source row above the tile on.
+__host__ __device__ constexpr int lines_of_kernel_row(int ratio) { return kTileRows / ratio + 2; }
 
-  __device__ static constexpr int first(Taps taps) { return taps * kRows; }
-};
-
-// The outer kernel rows added up, the middle one, and what is alone at the image's ends: two rows
-// of each of the other two.
-template <>
-struct LinesOf<2> {
-  static constexpr int kRows = kTileRows / 2 + 2;
-  static constexpr int kMiddle = kRows - 1, kAlone = kMiddle + kRows;
-  static constexpr int kCount = kAlone + 4;
-};
-
-// Sums along x the taps at a row of the level, or at two, for the tile's columns.
-template <int Ratio, bool IsPair, class S>
-__device__ __forceinline__ void make_line(const TapsOfTile<S>& level, unsigned row,
-                                          unsigned other_row, int x, float* line) {
-  const auto load_tap = [&](int tap, int source, float(&values)[kQuad]) {
-    const unsigned offset = tap * level.channels + level.column(x / Ratio + source);
-    load<kQuad>(level.taps + (row + offset), values);
-    if constexpr (IsPair) {
-      float others[kQuad];
-      load<kQuad>(level.taps + (other_row + offset), others);
-      add(1, others, values);
-    }
-  };
-  Quads totals = {};
-  add_taps<Ratio>(
-      [&](Taps taps, int source, float(&values)[kQuad]) {
-        if (taps != kOuterTaps) return load_tap(taps, source, values);
-        float others[kQuad];
-        load_tap(kFirstTap, source, values);
-        load_tap(kLastTap, source + 1, others);
-        add(1, others, values);
-      },
-      1, x == 0, x + kRun == level.width * Ratio, totals);
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) store<kQuad>(totals[i], line + i * kTileChannels);
-}
-
-// The lines of a tile, by all threads.
+// The lines of a tile, by all threads: a thread sums a quad of a line's columns.
 template <int Ratio, class S>
 __device__ __forceinline__ void make_lines(const TapsOfTile<S>& level, const TapSumPlace& place,
                                            float* lines) {
-  static_assert(kTileColumns == kRun, "a thread sums a line's columns");
-  using Lines = LinesOf<Ratio>;
-  if (place.tile_channel + place.channel >= level.channels) return;
-  constexpr int kQuads = kTileChannels / kQuad;
-  TapsOfTile<S> of_quad = level;
-  of_quad.taps += place.channel;
-  const int first_source = place.tile_y / Ratio - 1;
-  for (int i = threadIdx.x / kQuads; i < Lines::kCount; i += kTapSumThreads / kQuads) {
-    float* line = lines + i * kLine + place.channel;
-    if constexpr (Ratio == 2) {
-      if (i < Lines::kMiddle) {
-        make_line<2, true>(of_quad, level.row(first_source + i, 0),
-                           level.row(first_source + i + 1, 2), place.tile_x, line);
-        continue;
-      }
-      const int alone = i - Lines::kAlone;
-      const unsigned row = alone < 0   ? level.row(first_source + i - Lines::kMiddle, 1)
-                           : alone < 2 ? level.row(alone, 2)
-                                       : level.row(level.height - 4 + alone, 0);
-      make_line<2, false>(of_quad, row, row, place.tile_x, line);
-    } else {
-      const unsigned row = level.row(first_source + i % Lines::kRows, i / Lines::kRows);
-      make_line<Ratio, false>(of_quad, row, row, place.tile_x, line);
-    }
+  static_assert(kTileColumns == kRun, "along x a thread has all of the tile");
+  constexpr int kQuads = kTileChannels / kQuad, kLines = lines_of_kernel_row(Ratio);
+  const int x = place.tile_x;
+  for (int i = threadIdx.x / kQuads; i < kTapsAlong * kLines; i += kTapSumThreads / kQuads) {
+    const unsigned row = level.row(place.tile_y / Ratio - 1 + i % kLines, i / kLines) +
+                         place.channel * sizeof(S);
+    Quads totals = {};
+    add_taps<Ratio>(
+        [&](int tap, int source, float(&values)[kQuad]) {
+          level.load(row + tap * level.tap_bytes + level.column(x / Ratio + source), values);
+        },
+        1, x == 0, x + kRun == level.width * Ratio, totals);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j)
+      store<kQuad>(totals[j], lines + i * kLine + j * kTileChannels + place.channel);
   }
 }
 
@@ -220,20 +182,12 @@ __device__ __forceinline__ void make_lines(const TapsOfTile<S>& level, const Tap
 template <int Ratio>
 __device__ __forceinline__ void add_lines(const float* lines, const TapSumPlace& place, int height,
                                           float scale, Quads& totals) {
-  using Lines = LinesOf<Ratio>;
-  const float* column = lines + place.x * kTileChannels + place.channel;
-  const float* run = column + (place.y / Ratio + 1) * kLine;
+  const float* run =
+      lines + (place.y / Ratio + 1) * kLine + place.x * kTileChannels + place.channel;
   const int y = place.tile_y + place.y;
   add_taps<Ratio>(
-      [&](Taps taps, int source, float(&values)[kQuad]) {
-        if constexpr (Ratio == 2) {
-          if (taps == kLastTap) return load<kQuad>(column + (Lines::kAlone + source) * kLine, values);
-          if (taps == kFirstTap)
-            return load<kQuad>(column + (Lines::kAlone + source) * kLine, values);
-          load<kQuad>(run + (source + (taps == kMiddleTap ? Lines::kMiddle : 0)) * kLine, values);
-        } else {
-          load<kQuad>(run + (source + taps * Lines::kRows) * kLine, values);
-        }
+      [&](int tap, int source, float(&values)[kQuad]) {
+        load<kQuad>(run + (tap * lines_of_kernel_row(Ratio) + source) * kLine, values);
       },
       scale, y == 0, y + kRun == height, totals);
 }
@@ -250,12 +204,13 @@ __device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S>& leve
     const int x = place.tile_x + place.x + tap % kTapsAlong - 1;
     const int y = place.tile_y + place.y + tap / kTapsAlong - 1;
     if (x < 0 || x >= level.width) continue;
-    const S* from = level.taps + place.channel + tap * level.channels + level.column(x);
+    const unsigned offset =
+        place.channel * sizeof(S) + tap * level.tap_bytes + level.column(x);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (y + i < 0 || y + i >= level.height) continue;
       float values[kQuad];
-      load<kQuad>(from + level.row(y + i, 0), values);
+      level.load(offset + level.row(y + i, 0), values);
       add(scale, values, totals[i]);
     }
   }
@@ -263,25 +218,23 @@ __device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S>& leve
 
 template <int Ratio, class S>
 __device__ __forceinline__ void add_level_of(const TapsOfTile<S>& level, const TapSumPlace& place,
-                                             bool is_inside, float scale, float* lines,
-                                             Quads& totals) {
+                                             float scale, float* lines, Quads& totals) {
   __syncthreads();  // the lines of the level before are read
-  make_lines<Ratio>(level, place, lines);
+  if (place.has_channels) make_lines<Ratio>(level, place, lines);
   __syncthreads();
-  if (is_inside) add_lines<Ratio>(lines, place, level.height * Ratio, scale, totals);
+  if (place.is_inside) add_lines<Ratio>(lines, place, level.height * Ratio, scale, totals);
 }
 
 template <class S>
 __device__ __forceinline__ void add_level(const TapsOfTile<S>& level, const TapSumPlace& place,
-                                          bool is_inside, int ratio, float scale, float* lines,
-                                          Quads& totals) {
+                                          int ratio, float scale, float* lines, Quads& totals) {
   switch (ratio) {
     case 1:
-      if (is_inside) add_level_of_same_size(level, place, scale, totals);
+      if (place.is_inside) add_level_of_same_size(level, place, scale, totals);
       break;
-    case 2: add_level_of<2>(level, place, is_inside, scale, lines, totals); break;
-    case 4: add_level_of<4>(level, place, is_inside, scale, lines, totals); break;
-    case 8: add_level_of<8>(level, place, is_inside, scale, lines, totals);
+    case 2: add_level_of<2>(level, place, scale, lines, totals); break;
+    case 4: add_level_of<4>(level, place, scale, lines, totals); break;
+    case 8: add_level_of<8>(level, place, scale, lines, totals);
   }
 }
 
@@ -322,14 +275,13 @@ template <class T>
 __global__ void __launch_bounds__(kTapSumThreads, 2)
     tap_sum_kernel(const __grid_constant__ TapSumPointers pointers,
                    const __grid_constant__ TapSumSizes sizes) {
-  const TapSumPlace place(sizes.height);
+  const TapSumPlace place(sizes);
   float* lines = dynamic_shared<float>();
   const int y = place.tile_y + place.y, x = place.tile_x + place.x;
   const int channel = place.tile_channel + place.channel;
-  const bool is_inside = y < sizes.height && x < sizes.width && channel < sizes.channels;
 
   Quads totals = {};
-  if (is_inside) add_constants(pointers.bias, pointers.offsets, sizes, place, totals);
+  if (place.is_inside) add_constants(pointers.bias, pointers.offsets, sizes, place, totals);
 
 #pragma unroll 1
   for (int i = 0; i < sizes.num_levels; ++i) {
@@ -338,15 +290,15 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
     const float scale = pointers.scales == nullptr ? 1 : pointers.scales[1 + i];
     const int ratio = sizes.height / level.height;
     if (level.dtype == sizes.dtype) {
-      add_level(TapsOfTile<T>(level, taps, sizes.channels, place), place, is_inside, ratio, scale,
-                lines, totals);
+      add_level(TapsOfTile<T>(level, taps, sizes.channels, place), place, ratio, scale, lines,
+                totals);
     } else {
-      add_level(TapsOfTile<float>(level, taps, sizes.channels, place), place, is_inside, ratio,
-                scale, lines, totals);
+      add_level(TapsOfTile<float>(level, taps, sizes.channels, place), place, ratio, scale, lines,
+                totals);
     }
   }
 
-  if (!is_inside) return;
+  if (!place.is_inside) return;
   T* out = static_cast<T*>(pointers.out) + place.image * sizes.out.image + y * sizes.out.row +
            x * sizes.out.pixel + channel;
   const float base = pointers.scales == nullptr ? 1 : pointers.scales[0];
