@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "cuda/tap_sum_backward_kernels.cuh"
 #include "cuda/tap_sum_kernels.cuh"
 
 namespace fastfuse::cuda {
@@ -26,6 +27,28 @@ int launch_forward(const TapSumPointers& pointers, const TapSumSizes& sizes, cud
   return launch(tap_sum_kernel<T>, grid, dim3(kTapSumThreads), shared, stream, pointers, sizes);
 }
 
+template <class T, int Ratio>
+int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const void* grad_output,
+                    const float* scale, cudaStream_t stream) {
+  using Tile = BackwardTile<Ratio>;
+  const TapSumLevel& level = sizes.grad_taps;
+  const dim3 grid(ceil_div(sizes.channels, kTileChannels), ceil_div(level.width, Tile::kColumns),
+                  ceil_div(level.height, Tile::kRows) * sizes.batch);
+  return launch(tap_sum_backward_kernel<T, Ratio>, grid, dim3(Tile::kThreads), Tile::kSharedBytes,
+                stream, sizes, static_cast<T*>(grad_taps), static_cast<const T*>(grad_output),
+                scale);
+}
+
+template <class T>
+int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const void* grad_output,
+                    const float* scale, cudaStream_t stream) {
+  switch (sizes.height / sizes.grad_taps.height) {
+    case 2: return launch_backward<T, 2>(sizes, grad_taps, grad_output, scale, stream);
+    case 4: return launch_backward<T, 4>(sizes, grad_taps, grad_output, scale, stream);
+    default: return launch_backward<T, 8>(sizes, grad_taps, grad_output, scale, stream);
+  }
+}
+
 }  // namespace
 }  // namespace fastfuse::cuda
 
@@ -40,5 +63,16 @@ int fastfuse_tap_sum(const TapSumSizes* sizes, void* out, const void* const* tap
     case kFloat32: return launch_forward<float>(pointers, *sizes, stream);
     case kBFloat16: return launch_forward<__nv_bfloat16>(pointers, *sizes, stream);
     default: return launch_forward<__half>(pointers, *sizes, stream);
+  }
+}
+
+int fastfuse_tap_sum_backward(const TapSumBackwardSizes* sizes, void* grad_taps,
+                              const void* grad_output, const float* scale, cudaStream_t stream) {
+  switch (sizes->dtype) {
+    case kFloat32:
+      return launch_backward<float>(*sizes, grad_taps, grad_output, scale, stream);
+    case kBFloat16:
+      return launch_backward<__nv_bfloat16>(*sizes, grad_taps, grad_output, scale, stream);
+    default: return launch_backward<__half>(*sizes, grad_taps, grad_output, scale, stream);
   }
 }

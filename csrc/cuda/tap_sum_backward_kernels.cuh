@@ -1,0 +1,163 @@
+// The adjoint of tap_sum: along y first, then along x.
+//
+// A block owns a tile of source pixels of one level. Its threads walk down the gradient's columns
+// and gather, for each kernel row, what a source row is read with: each value of the gradient is
+// loaded once for the three kernel rows. These sums are lines in shared memory, which other threads
+// gather along x in the same way: each value is loaded once for the three taps of a kernel row.
+#pragma once
+
+#include "cuda/tap_sum_kernels.cuh"
+
+namespace fastfuse::cuda {
+
+// Between the centers of two neighbouring sources are Ratio targets, an interval; both sources are
+// read by them. Source s and the one above it are the ends of interval s.
+template <int Ratio>
+struct BackwardTile {
+  static constexpr int kRows = 4, kColumns = 32 / Ratio;  // of sources
+  // Of the gradient: from one column left of interval -1 to one right of the last.
+  static constexpr int kTargets = (kColumns + 1) * Ratio + 2;
+  static constexpr int kThreads = ceil_div(kTargets * kTileChannels / kQuad, 32) * 32;
+  static constexpr int kLine = kTargets * kTileChannels;
+  static constexpr size_t kSharedBytes = sizeof(float) * kTapsAlong * kRows * kLine;
+};
+
+// What target i of an interval reads of the interval's end.
+template <int Ratio>
+__device__ constexpr float share_of_end(int i) {
+  return (2 * i + 1) / (2.0f * Ratio);
+}
+
+// Where a block's tile is, and a quad of channels of a thread.
+struct BackwardPlace {
+  int image, y, x, channel, quad;
+
+  template <int Ratio>
+  __device__ static BackwardPlace of(const TapSumBackwardSizes& sizes) {
+    using Tile = BackwardTile<Ratio>;
+    const int row_tiles = ceil_div(sizes.grad_taps.height, Tile::kRows);
+    const int quad = threadIdx.x % (kTileChannels / kQuad) * kQuad;
+    return {static_cast<int>(blockIdx.z) / row_tiles,
+            static_cast<int>(blockIdx.z) % row_tiles * Tile::kRows,
+            static_cast<int>(blockIdx.y) * Tile::kColumns,
+            static_cast<int>(blockIdx.x) * kTileChannels + quad, quad};
+  }
+};
+
+// Sums along y for the tile's source rows and all kernel rows, at one column of the gradient.
+template <int Ratio, class T>
+__device__ __forceinline__ void gather_rows(const T* gradient, int64_t row_stride, bool is_there,
+                                            int first_source, int in_height, float* line) {
+  using Tile = BackwardTile<Ratio>;
+  const int height = in_height * Ratio;
+  const auto load_row = [&](int y, float(&values)[kQuad]) {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) values[i] = 0;
+    if (is_there && y >= 0 && y < height) load<kQuad>(gradient + y * row_stride, values);
+  };
+  // Rows of an interval, and the one above and the one below, which are the next one's as well.
+  float rows[Ratio + 2][kQuad];
+  int y = (first_source - 1) * Ratio + Ratio / 2 - 1;
+  load_row(y, rows[Ratio]);
+  load_row(y + 1, rows[Ratio + 1]);
+  y += 2;
+  float sums[kTapsAlong][kQuad] = {}, sums_of_next[kTapsAlong][kQuad];
+#pragma unroll 1
+  for (int source = first_source - 1; source < first_source + Tile::kRows; ++source, y += Ratio) {
+    const bool is_above = source < 0, is_last = source == in_height - 1;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      rows[0][i] = rows[Ratio][i];
+      rows[1][i] = rows[Ratio + 1][i];
+    }
+#pragma unroll
+    for (int i = 0; i < Ratio; ++i) load_row(y + i, rows[i + 2]);
+#pragma unroll
+    for (int ky = 0; ky < kTapsAlong; ++ky) {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) sums_of_next[ky][i] = 0;
+#pragma unroll
+      for (int i = 0; i < Ratio; ++i) {  // target i, of the output row ky - 1 above it
+        // Outside: this row of the gradient is there, its target is not.
+        if (ky == 0 && i == Ratio / 2 - 1 && is_above) continue;
+        if (ky == 2 && i == Ratio / 2 && is_last) continue;
+        add(1 - share_of_end<Ratio>(i), rows[i + 2 - ky], sums[ky]);
+        add(share_of_end<Ratio>(i), rows[i + 2 - ky], sums_of_next[ky]);
+      }
+      if (is_above) add(1, sums[ky], sums_of_next[ky]);
+      if (is_last) add(1, sums_of_next[ky], sums[ky]);
+      if (source >= first_source) {
+        store<kQuad>(sums[ky], line);
+        line += Tile::kLine;
+      }
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) sums[ky][i] = sums_of_next[ky][i];
+    }
+  }
+}
+
+// Sums along x for the taps of a kernel row at a source pixel, from its first target in a line on.
+template <int Ratio>
+__device__ __forceinline__ void gather_columns(const float* line, bool is_first, bool is_last,
+                                               float (&sums)[kTapsAlong][kQuad]) {
+#pragma unroll
+  for (int column = 0; column < 2 * Ratio + 2; ++column) {
+    float values[kQuad];
+    load<kQuad>(line + column * kTileChannels, values);
+#pragma unroll
+    for (int kx = 0; kx < kTapsAlong; ++kx) {
+      const int i = column - 2 + kx;  // target, of the interval before the source and the one behind
+      if (i < 0 || i >= 2 * Ratio) continue;
+      if (kx == 0 && i == Ratio / 2 - 1 && is_first) continue;  // outside
+      if (kx == 2 && i == Ratio + Ratio / 2 && is_last) continue;
+      const float share = i < Ratio ? share_of_end<Ratio>(i) : share_of_end<Ratio>(2 * Ratio - 1 - i);
+      add((i < Ratio ? is_first : is_last) ? 1 : share, values, sums[kx]);
+    }
+  }
+}
+
+template <class T, int Ratio>
+__global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, 3)
+    tap_sum_backward_kernel(const __grid_constant__ TapSumBackwardSizes sizes, T* grad_taps,
+                            const T* grad_output, const float* scale_pointer) {
+  using Tile = BackwardTile<Ratio>;
+  constexpr int kQuads = kTileChannels / kQuad;
+  float* lines = dynamic_shared<float>();
+  const auto place = BackwardPlace::of<Ratio>(sizes);
+  const TapSumLevel& level = sizes.grad_taps;
+  const bool has_channels = place.channel < sizes.channels;
+
+  const int target = threadIdx.x / kQuads;
+  const int x = place.x * Ratio - Ratio / 2 - 1 + target;
+  if (target < Tile::kTargets) {
+    gather_rows<Ratio>(grad_output + place.image * sizes.grad_output.image +
+                           x * sizes.grad_output.pixel + place.channel,
+                       sizes.grad_output.row, has_channels && x >= 0 && x < sizes.width, place.y,
+                       level.height, lines + target * kTileChannels + place.quad);
+  }
+  __syncthreads();
+
+  if (!has_channels) return;
+  const float scale = scale_pointer == nullptr ? 1 : *scale_pointer;
+  for (int i = threadIdx.x / kQuads; i < Tile::kRows * kTapsAlong * Tile::kColumns;
+       i += Tile::kThreads / kQuads) {
+    const int column = i % Tile::kColumns, line = i / Tile::kColumns;
+    const int in_y = place.y + line / kTapsAlong, in_x = place.x + column;
+    if (in_y >= level.height || in_x >= level.width) continue;
+    float sums[kTapsAlong][kQuad] = {};
+    gather_columns<Ratio>(
+        lines + line * Tile::kLine + column * Ratio * kTileChannels + place.quad, in_x == 0,
+        in_x == level.width - 1, sums);
+    T* taps = grad_taps + place.image * level.strides.image + in_y * level.strides.row +
+              in_x * level.strides.pixel + line % kTapsAlong * kTapsAlong * sizes.channels +
+              place.channel;
+#pragma unroll
+    for (int kx = 0; kx < kTapsAlong; ++kx) {
+#pragma unroll
+      for (int j = 0; j < kQuad; ++j) sums[kx][j] *= scale;
+      store<kQuad>(sums[kx], taps + kx * sizes.channels);
+    }
+  }
+}
+
+}  // namespace fastfuse::cuda
