@@ -93,6 +93,12 @@ __device__ __forceinline__ void add_taps(const Load& load, float scale, bool is_
   }
 }
 
+struct TapSumPointers {
+  void* out;
+  const void* taps[kMaxLevels];
+  const float *scales, *offsets, *bias;
+};
+
 // ---- tiles -----------------------------------------------------------------------------------
 
 constexpr int kTileColumns = 8, kTileRows = 32, kTileChannels = 32;
@@ -122,21 +128,21 @@ struct TapSumPlace {
 
 // One level's taps, from a tile's channels on. Offsets are bytes, and those within an image fit 32
 // bits: that takes few instructions and registers.
-template <class S>
+template <class S, int Ratio>
 struct TapsOfTile {
   const char* start;
   int height, width;
   unsigned row_bytes, pixel_bytes, tap_bytes;
 
-  __device__ TapsOfTile(const TapSumLevel& level, const void* taps, int channels,
+  __device__ TapsOfTile(const TapSumLevel& level, const void* taps, const TapSumSizes& sizes,
                         const TapSumPlace& place)
       : start(static_cast<const char*>(taps) +
               (place.image * level.strides.image + place.tile_channel) * sizeof(S)),
-        height(level.height),
-        width(level.width),
+        height(sizes.height / Ratio),
+        width(sizes.width / Ratio),
         row_bytes(static_cast<unsigned>(level.strides.row * sizeof(S))),
         pixel_bytes(static_cast<unsigned>(level.strides.pixel * sizeof(S))),
-        tap_bytes(static_cast<unsigned>(channels * sizeof(S))) {}
+        tap_bytes(static_cast<unsigned>(sizes.channels * sizeof(S))) {}
 
   __device__ void load(unsigned offset, float (&values)[kQuad]) const {
     cuda::load<kQuad>(reinterpret_cast<const S*>(start + offset), values);
@@ -157,8 +163,8 @@ constexpr int kLine = kTileColumns * kTileChannels + 4;
 __host__ __device__ constexpr int lines_of_kernel_row(int ratio) { return kTileRows / ratio + 2; }
 
 // The lines of a tile, by all threads: a thread sums a quad of a line's columns.
-template <int Ratio, class S>
-__device__ __forceinline__ void make_lines(const TapsOfTile<S>& level, const TapSumPlace& place,
+template <class S, int Ratio>
+__device__ __forceinline__ void make_lines(const TapsOfTile<S, Ratio>& level, const TapSumPlace& place,
                                            float* lines) {
   static_assert(kTileColumns == kRun, "along x a thread has all of the tile");
   constexpr int kQuads = kTileChannels / kQuad, kLines = lines_of_kernel_row(Ratio);
@@ -196,7 +202,7 @@ __device__ __forceinline__ void add_lines(const float* lines, const TapSumPlace&
 
 // A level of the output's size: every value of the taps is read by one output.
 template <class S>
-__device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S>& level,
+__device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S, 1>& level,
                                                        const TapSumPlace& place, float scale,
                                                        Quads& totals) {
 #pragma unroll 1
@@ -204,8 +210,7 @@ __device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S>& leve
     const int x = place.tile_x + place.x + tap % kTapsAlong - 1;
     const int y = place.tile_y + place.y + tap / kTapsAlong - 1;
     if (x < 0 || x >= level.width) continue;
-    const unsigned offset =
-        place.channel * sizeof(S) + tap * level.tap_bytes + level.column(x);
+    const unsigned offset = place.channel * sizeof(S) + tap * level.tap_bytes + level.column(x);
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
       if (y + i < 0 || y + i >= level.height) continue;
@@ -216,35 +221,40 @@ __device__ __forceinline__ void add_level_of_same_size(const TapsOfTile<S>& leve
   }
 }
 
-template <int Ratio, class S>
-__device__ __forceinline__ void add_level_of(const TapsOfTile<S>& level, const TapSumPlace& place,
-                                             float scale, float* lines, Quads& totals) {
-  __syncthreads();  // the lines of the level before are read
-  if (place.has_channels) make_lines<Ratio>(level, place, lines);
-  __syncthreads();
-  if (place.is_inside) add_lines<Ratio>(lines, place, level.height * Ratio, scale, totals);
+// Level i, of taps of type S.
+template <class S, int Ratio>
+__device__ __forceinline__ void add_level(int i, const TapSumPointers& pointers,
+                                          const TapSumSizes& sizes, const TapSumPlace& place,
+                                          Quads& totals) {
+  const TapsOfTile<S, Ratio> level(sizes.levels[i], pointers.taps[i], sizes, place);
+  float* lines = dynamic_shared<float>();
+  if constexpr (Ratio > 1) {
+    __syncthreads();  // the lines of the level before are read
+    if (place.has_channels) make_lines(level, place, lines);
+    __syncthreads();
+  }
+  if (!place.is_inside) return;
+  const float scale = pointers.scales == nullptr ? 1 : pointers.scales[1 + i];
+  if constexpr (Ratio == 1) {
+    add_level_of_same_size(level, place, scale, totals);
+  } else {
+    add_lines<Ratio>(lines, place, sizes.height, scale, totals);
+  }
 }
 
 template <class S>
-__device__ __forceinline__ void add_level(const TapsOfTile<S>& level, const TapSumPlace& place,
-                                          int ratio, float scale, float* lines, Quads& totals) {
-  switch (ratio) {
-    case 1:
-      if (place.is_inside) add_level_of_same_size(level, place, scale, totals);
-      break;
-    case 2: add_level_of<2>(level, place, scale, lines, totals); break;
-    case 4: add_level_of<4>(level, place, scale, lines, totals); break;
-    case 8: add_level_of<8>(level, place, scale, lines, totals);
+__device__ __forceinline__ void add_level(int i, const TapSumPointers& pointers,
+                                          const TapSumSizes& sizes, const TapSumPlace& place,
+                                          Quads& totals) {
+  switch (sizes.height / sizes.levels[i].height) {
+    case 1: return add_level<S, 1>(i, pointers, sizes, place, totals);
+    case 2: return add_level<S, 2>(i, pointers, sizes, place, totals);
+    case 4: return add_level<S, 4>(i, pointers, sizes, place, totals);
+    case 8: return add_level<S, 8>(i, pointers, sizes, place, totals);
   }
 }
 
 // ---- the kernel ------------------------------------------------------------------------------
-
-struct TapSumPointers {
-  void* out;
-  const void* taps[kMaxLevels];
-  const float *scales, *offsets, *bias;
-};
 
 // The bias and the offsets of the taps that fall inside.
 __device__ __forceinline__ void add_constants(const float* bias, const float* offsets,
@@ -276,7 +286,6 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
     tap_sum_kernel(const __grid_constant__ TapSumPointers pointers,
                    const __grid_constant__ TapSumSizes sizes) {
   const TapSumPlace place(sizes);
-  float* lines = dynamic_shared<float>();
   const int y = place.tile_y + place.y, x = place.tile_x + place.x;
   const int channel = place.tile_channel + place.channel;
 
@@ -285,16 +294,10 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
 
 #pragma unroll 1
   for (int i = 0; i < sizes.num_levels; ++i) {
-    const TapSumLevel level = sizes.levels[i];
-    const void* taps = pointers.taps[i];
-    const float scale = pointers.scales == nullptr ? 1 : pointers.scales[1 + i];
-    const int ratio = sizes.height / level.height;
-    if (level.dtype == sizes.dtype) {
-      add_level(TapsOfTile<T>(level, taps, sizes.channels, place), place, ratio, scale, lines,
-                totals);
+    if (sizes.levels[i].dtype == sizes.dtype) {
+      add_level<T>(i, pointers, sizes, place, totals);
     } else {
-      add_level(TapsOfTile<float>(level, taps, sizes.channels, place), place, ratio, scale, lines,
-                totals);
+      add_level<float>(i, pointers, sizes, place, totals);
     }
   }
 
