@@ -294,10 +294,13 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
 
 #pragma unroll 1
   for (int i = 0; i < sizes.num_levels; ++i) {
+    TapSumPlace of_level = place;
+    // Hides that all levels share it: what they would share ahead of the loop takes registers.
+    asm volatile("" : "+r"(of_level.tile_y), "+r"(of_level.tile_x), "+r"(of_level.y));
     if (sizes.levels[i].dtype == sizes.dtype) {
-      add_level<T>(i, pointers, sizes, place, totals);
+      add_level<T>(i, pointers, sizes, of_level, totals);
     } else {
-      add_level<float>(i, pointers, sizes, place, totals);
+      add_level<float>(i, pointers, sizes, of_level, totals);
     }
   }
 
