@@ -118,7 +118,7 @@ __device__ __forceinline__ void gather_columns(const float* line, bool is_first,
 
 template <class T, int Ratio>
 __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 : 3)
-    tap_sum_backward_kernel(const __grid_constant__ TapSumBackwardSizes sizes, T* grad_taps,
+    tap_sum_backward_kernel(const TapSumBackwardSizes sizes, T* grad_taps,
                             const T* grad_output, const float* scale_pointer) {
   using Tile = BackwardTile<Ratio>;
   constexpr int kQuads = kTileChannels / kQuad;

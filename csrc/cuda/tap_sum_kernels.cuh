@@ -307,16 +307,18 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
   if (!place.is_inside) return;
   T* out = static_cast<T*>(pointers.out) + place.image * sizes.out.image + y * sizes.out.row +
            x * sizes.out.pixel + channel;
-  const float base = pointers.scales == nullptr ? 1 : pointers.scales[0];
+  if (sizes.accumulate) {
+    const float base = pointers.scales == nullptr ? 1 : pointers.scales[0];
+    const T* there = out;
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    if (sizes.accumulate) {
-      float there[kQuad];
-      load<kQuad>(out + i * sizes.out.row, there);
-      add(base, there, totals[i]);
+    for (int i = 0; i < kRun; ++i, there += sizes.out.row) {
+      float values[kQuad];
+      load<kQuad>(there, values);
+      add(base, values, totals[i]);
     }
-    store<kQuad>(totals[i], out + i * sizes.out.row);
   }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i, out += sizes.out.row) store<kQuad>(totals[i], out);
 }
 
 }  // namespace fastfuse::cuda
