@@ -13,7 +13,7 @@ namespace {
 int lines_of(const TapSumSizes& sizes) {
   int lines = 0;
   for (int i = 0; i < sizes.num_levels; ++i) {
-    const int ratio = sizes.height / sizes.levels[i].height;
+    const int ratio = sizes.levels[i].ratio;
     if (ratio > 1) lines = std::max(lines, kTapsAlong * lines_of_kernel_row(ratio));
   }
   return lines;
@@ -31,9 +31,9 @@ template <class T, int Ratio>
 int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const void* grad_output,
                     const float* scale, cudaStream_t stream) {
   using Tile = BackwardTile<Ratio>;
-  const TapSumLevel& level = sizes.grad_taps;
-  const dim3 grid(ceil_div(sizes.channels, kTileChannels), ceil_div(level.width, Tile::kColumns),
-                  ceil_div(level.height, Tile::kRows) * sizes.batch);
+  const dim3 grid(ceil_div(sizes.channels, kTileChannels),
+                  ceil_div(sizes.width / Ratio, Tile::kColumns),
+                  ceil_div(sizes.height / Ratio, Tile::kRows) * sizes.batch);
   return launch(tap_sum_backward_kernel<T, Ratio>, grid, dim3(Tile::kThreads), Tile::kSharedBytes,
                 stream, sizes, static_cast<T*>(grad_taps), static_cast<const T*>(grad_output),
                 scale);
@@ -42,7 +42,7 @@ int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const voi
 template <class T>
 int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const void* grad_output,
                     const float* scale, cudaStream_t stream) {
-  switch (sizes.height / sizes.grad_taps.height) {
+  switch (sizes.grad_taps.ratio) {
     case 2: return launch_backward<T, 2>(sizes, grad_taps, grad_output, scale, stream);
     case 4: return launch_backward<T, 4>(sizes, grad_taps, grad_output, scale, stream);
     default: return launch_backward<T, 8>(sizes, grad_taps, grad_output, scale, stream);

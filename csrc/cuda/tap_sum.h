@@ -20,12 +20,11 @@ struct TapSumStrides {
   int64_t image, row, pixel;
 };
 
-// The taps of a level: (N, 9 * C, height, width), their channels tap-major.
+// The taps of a level: (N, 9 * C, height / ratio, width / ratio), their channels tap-major.
 struct TapSumLevel {
   TapSumStrides strides;
-  int32_t height, width;
+  int32_t ratio;
   int32_t dtype;  // the output's or float32
-  int32_t unused;
 };
 
 struct TapSumSizes {

@@ -35,7 +35,7 @@ struct BackwardPlace {
   template <int Ratio>
   __device__ static BackwardPlace of(const TapSumBackwardSizes& sizes) {
     using Tile = BackwardTile<Ratio>;
-    const int row_tiles = ceil_div(sizes.grad_taps.height, Tile::kRows);
+    const int row_tiles = ceil_div(sizes.height / Ratio, Tile::kRows);
     const int quad = threadIdx.x % (kTileChannels / kQuad) * kQuad;
     return {static_cast<int>(blockIdx.z) / row_tiles,
             static_cast<int>(blockIdx.z) % row_tiles * Tile::kRows,
@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 
   constexpr int kQuads = kTileChannels / kQuad;
   float* lines = dynamic_shared<float>();
   const auto place = BackwardPlace::of<Ratio>(sizes);
-  const TapSumLevel& level = sizes.grad_taps;
+  const TapSumStrides& strides = sizes.grad_taps.strides;
+  const int in_height = sizes.height / Ratio, in_width = sizes.width / Ratio;
   const bool has_channels = place.channel < sizes.channels;
 
   const int target = threadIdx.x / kQuads;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 
     gather_rows<Ratio>(grad_output + place.image * sizes.grad_output.image +
                            x * sizes.grad_output.pixel + place.channel,
                        sizes.grad_output.row, has_channels && x >= 0 && x < sizes.width, place.y,
-                       level.height, lines + target * kTileChannels + place.quad);
+                       in_height, lines + target * kTileChannels + place.quad);
   }
   __syncthreads();
 
@@ -143,13 +144,13 @@ __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 
        i += Tile::kThreads / kQuads) {
     const int column = i % Tile::kColumns, line = i / Tile::kColumns;
     const int in_y = place.y + line / kTapsAlong, in_x = place.x + column;
-    if (in_y >= level.height || in_x >= level.width) continue;
+    if (in_y >= in_height || in_x >= in_width) continue;
     float sums[kTapsAlong][kQuad] = {};
     gather_columns<Ratio>(
         lines + line * Tile::kLine + column * Ratio * kTileChannels + place.quad, in_x == 0,
-        in_x == level.width - 1, sums);
-    T* taps = grad_taps + place.image * level.strides.image + in_y * level.strides.row +
-              in_x * level.strides.pixel + line % kTapsAlong * kTapsAlong * sizes.channels +
+        in_x == in_width - 1, sums);
+    T* taps = grad_taps + place.image * strides.image + in_y * strides.row +
+              in_x * strides.pixel + line % kTapsAlong * kTapsAlong * sizes.channels +
               place.channel;
 #pragma unroll
     for (int kx = 0; kx < kTapsAlong; ++kx) {

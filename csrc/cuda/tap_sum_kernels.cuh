@@ -246,7 +246,7 @@ template <class S>
 __device__ __forceinline__ void add_level(int i, const TapSumPointers& pointers,
                                           const TapSumSizes& sizes, const TapSumPlace& place,
                                           Quads& totals) {
-  switch (sizes.height / sizes.levels[i].height) {
+  switch (sizes.levels[i].ratio) {
     case 1: return add_level<S, 1>(i, pointers, sizes, place, totals);
     case 2: return add_level<S, 2>(i, pointers, sizes, place, totals);
     case 4: return add_level<S, 4>(i, pointers, sizes, place, totals);
@@ -305,8 +305,8 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
   }
 
   if (!place.is_inside) return;
-  T* out = static_cast<T*>(pointers.out) + place.image * sizes.out.image + y * sizes.out.row +
-           x * sizes.out.pixel + channel;
+  T* out = static_cast<T*>(pointers.out) + place.image * sizes.out.image +
+           (y * static_cast<unsigned>(sizes.out.row) + x * static_cast<unsigned>(sizes.out.pixel) + channel);
   if (sizes.accumulate) {
     const float base = pointers.scales == nullptr ? 1 : pointers.scales[0];
     const T* there = out;
