@@ -1,8 +1,7 @@
 // Launches of tap_sum and its adjoint.
-#include "cuda/tap_sum.h"
-
 #include <algorithm>
 
+#include "cuda/tap_sum.h"
 #include "cuda/tap_sum_backward_kernels.cuh"
 #include "cuda/tap_sum_kernels.cuh"
 
@@ -43,9 +42,12 @@ template <class T>
 int launch_backward(const TapSumBackwardSizes& sizes, void* grad_taps, const void* grad_output,
                     const float* scale, cudaStream_t stream) {
   switch (sizes.grad_taps.ratio) {
-    case 2: return launch_backward<T, 2>(sizes, grad_taps, grad_output, scale, stream);
-    case 4: return launch_backward<T, 4>(sizes, grad_taps, grad_output, scale, stream);
-    default: return launch_backward<T, 8>(sizes, grad_taps, grad_output, scale, stream);
+    case 2:
+      return launch_backward<T, 2>(sizes, grad_taps, grad_output, scale, stream);
+    case 4:
+      return launch_backward<T, 4>(sizes, grad_taps, grad_output, scale, stream);
+    default:
+      return launch_backward<T, 8>(sizes, grad_taps, grad_output, scale, stream);
   }
 }
 
@@ -60,9 +62,12 @@ int fastfuse_tap_sum(const TapSumSizes* sizes, void* out, const void* const* tap
   TapSumPointers pointers = {out, {}, scales, offsets, bias};
   std::copy_n(taps, sizes->num_levels, pointers.taps);
   switch (sizes->dtype) {
-    case kFloat32: return launch_forward<float>(pointers, *sizes, stream);
-    case kBFloat16: return launch_forward<__nv_bfloat16>(pointers, *sizes, stream);
-    default: return launch_forward<__half>(pointers, *sizes, stream);
+    case kFloat32:
+      return launch_forward<float>(pointers, *sizes, stream);
+    case kBFloat16:
+      return launch_forward<__nv_bfloat16>(pointers, *sizes, stream);
+    default:
+      return launch_forward<__half>(pointers, *sizes, stream);
   }
 }
 
@@ -73,6 +78,7 @@ int fastfuse_tap_sum_backward(const TapSumBackwardSizes* sizes, void* grad_taps,
       return launch_backward<float>(*sizes, grad_taps, grad_output, scale, stream);
     case kBFloat16:
       return launch_backward<__nv_bfloat16>(*sizes, grad_taps, grad_output, scale, stream);
-    default: return launch_backward<__half>(*sizes, grad_taps, grad_output, scale, stream);
+    default:
+      return launch_backward<__half>(*sizes, grad_taps, grad_output, scale, stream);
   }
 }

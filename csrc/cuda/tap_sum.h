@@ -1,12 +1,14 @@
 // tap_sum in CUDA: levels of taps are upsampled, shifted and summed, and the adjoint of that.
 //
 // Both cover kernels of 3 x 3 with a padding of 1 and without align_corners, where
-// - dtypes are float32, bfloat16 and float16; the taps are the output's dtype, or float32,
-// - channels are contiguous and a multiple of 16 bytes of the output's dtype, and so are all
-//   strides and addresses (twice that for float32 taps of a narrower output),
-// - the output's height and width are multiples of 8, and so many times a level's along both axes:
-//   1, 2, 4 or 8 forward, 2, 4 or 8 backward,
-// - images are at most 65535, levels 8.
+// - dtypes are float32, bfloat16 and float16; the taps of a level are the output's dtype or
+// float32,
+// - channels are contiguous, and their number, all strides and addresses multiples of 4 elements,
+// - the output's sides are the same multiple of a level's: 1, 2, 4 or 8 forward, and then they are
+//   multiples of 8; 2, 4 or 8 backward, where the gradient of the taps has the output's dtype,
+// - offsets within an image of a level, or of the output, are below 2^32 bytes,
+// - there are up to 8 levels, 524280 columns, and batch * ceil(height / 32) <= 65535 forward,
+//   batch * ceil(height / ratio / 4) <= 65535 backward.
 #pragma once
 
 #include "cuda/runtime.h"
@@ -44,8 +46,8 @@ struct TapSumBackwardSizes {
 }  // namespace fastfuse::cuda
 
 // out = (accumulate ? scales[0] * out : 0) + bias + sum_i scales[1 + i] * tap_sum(taps[i]), with
-// the offsets (9 * C,), which are not scaled, added wherever their tap falls inside. Scales, offsets
-// and bias are float32 on the device, null for 1, 0 and 0; taps is a list on the host.
+// the offsets (9 * C,), which are not scaled, added wherever their tap falls inside. Scales,
+// offsets and bias are float32 on the device, null for 1, 0 and 0; taps is a list on the host.
 FASTFUSE_API int fastfuse_tap_sum(const fastfuse::cuda::TapSumSizes* sizes, void* out,
                                   const void* const* taps, const float* scales,
                                   const float* offsets, const float* bias, cudaStream_t stream);

@@ -50,7 +50,7 @@ __device__ __forceinline__ void gather_rows(const T* gradient, int64_t row_strid
                                             int first_source, int in_height, float* line) {
   using Tile = BackwardTile<Ratio>;
   const int height = in_height * Ratio;
-  const auto load_row = [&](int y, float(&values)[kQuad]) {
+  const auto load_row = [&](int y, float (&values)[kQuad]) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) values[i] = 0;
     if (is_there && y >= 0 && y < height) load<kQuad>(gradient + y * row_stride, values);
@@ -106,11 +106,13 @@ __device__ __forceinline__ void gather_columns(const float* line, bool is_first,
     load<kQuad>(line + column * kTileChannels, values);
 #pragma unroll
     for (int kx = 0; kx < kTapsAlong; ++kx) {
-      const int i = column - 2 + kx;  // target, of the interval before the source and the one behind
+      const int i =
+          column - 2 + kx;  // target, of the interval before the source and the one behind
       if (i < 0 || i >= 2 * Ratio) continue;
       if (kx == 0 && i == Ratio / 2 - 1 && is_first) continue;  // outside
       if (kx == 2 && i == Ratio + Ratio / 2 && is_last) continue;
-      const float share = i < Ratio ? share_of_end<Ratio>(i) : share_of_end<Ratio>(2 * Ratio - 1 - i);
+      const float share =
+          i < Ratio ? share_of_end<Ratio>(i) : share_of_end<Ratio>(2 * Ratio - 1 - i);
       add((i < Ratio ? is_first : is_last) ? 1 : share, values, sums[kx]);
     }
   }
@@ -118,8 +120,8 @@ __device__ __forceinline__ void gather_columns(const float* line, bool is_first,
 
 template <class T, int Ratio>
 __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 : 3)
-    tap_sum_backward_kernel(const TapSumBackwardSizes sizes, T* grad_taps,
-                            const T* grad_output, const float* scale_pointer) {
+    tap_sum_backward_kernel(const TapSumBackwardSizes sizes, T* grad_taps, const T* grad_output,
+                            const float* scale_pointer) {
   using Tile = BackwardTile<Ratio>;
   constexpr int kQuads = kTileChannels / kQuad;
   float* lines = dynamic_shared<float>();
@@ -146,12 +148,10 @@ __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 
     const int in_y = place.y + line / kTapsAlong, in_x = place.x + column;
     if (in_y >= in_height || in_x >= in_width) continue;
     float sums[kTapsAlong][kQuad] = {};
-    gather_columns<Ratio>(
-        lines + line * Tile::kLine + column * Ratio * kTileChannels + place.quad, in_x == 0,
-        in_x == in_width - 1, sums);
-    T* taps = grad_taps + place.image * strides.image + in_y * strides.row +
-              in_x * strides.pixel + line % kTapsAlong * kTapsAlong * sizes.channels +
-              place.channel;
+    gather_columns<Ratio>(lines + line * Tile::kLine + column * Ratio * kTileChannels + place.quad,
+                          in_x == 0, in_x == in_width - 1, sums);
+    T* taps = grad_taps + place.image * strides.image + in_y * strides.row + in_x * strides.pixel +
+              line % kTapsAlong * kTapsAlong * sizes.channels + place.channel;
 #pragma unroll
     for (int kx = 0; kx < kTapsAlong; ++kx) {
 #pragma unroll

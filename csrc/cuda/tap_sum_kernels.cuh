@@ -21,9 +21,7 @@ constexpr int kQuad = 4;       // channels of a thread
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-__device__ __forceinline__ int clamped(int index, int size) {
-  return min(max(index, 0), size - 1);
-}
+__device__ __forceinline__ int clamped(int index, int size) { return min(max(index, 0), size - 1); }
 
 // ---- along an axis ---------------------------------------------------------------------------
 
@@ -70,13 +68,13 @@ __device__ __forceinline__ void upsample(const Load& load, float scale, bool ski
 
 // Adds to the totals what all taps give; `load` gives the values of a tap at a source.
 template <int Ratio, class Load>
-__device__ __forceinline__ void add_taps(const Load& load, float scale, bool is_first,
-                                         bool is_last, Quads& totals) {
+__device__ __forceinline__ void add_taps(const Load& load, float scale, bool is_first, bool is_last,
+                                         Quads& totals) {
   const auto of = [&load](int tap) {
-    return [&load, tap](int source, float(&values)[kQuad]) { load(tap, source, values); };
+    return [&load, tap](int source, float (&values)[kQuad]) { load(tap, source, values); };
   };
   if constexpr (Ratio == 2) {
-    const auto of_outer = [&load](int source, float(&values)[kQuad]) {
+    const auto of_outer = [&load](int source, float (&values)[kQuad]) {
       float others[kQuad];
       load(0, source, values);
       load(2, source + 1, others);
@@ -164,17 +162,17 @@ __host__ __device__ constexpr int lines_of_kernel_row(int ratio) { return kTileR
 
 // The lines of a tile, by all threads: a thread sums a quad of a line's columns.
 template <class S, int Ratio>
-__device__ __forceinline__ void make_lines(const TapsOfTile<S, Ratio>& level, const TapSumPlace& place,
-                                           float* lines) {
+__device__ __forceinline__ void make_lines(const TapsOfTile<S, Ratio>& level,
+                                           const TapSumPlace& place, float* lines) {
   static_assert(kTileColumns == kRun, "along x a thread has all of the tile");
   constexpr int kQuads = kTileChannels / kQuad, kLines = lines_of_kernel_row(Ratio);
   const int x = place.tile_x;
   for (int i = threadIdx.x / kQuads; i < kTapsAlong * kLines; i += kTapSumThreads / kQuads) {
-    const unsigned row = level.row(place.tile_y / Ratio - 1 + i % kLines, i / kLines) +
-                         place.channel * sizeof(S);
+    const unsigned row =
+        level.row(place.tile_y / Ratio - 1 + i % kLines, i / kLines) + place.channel * sizeof(S);
     Quads totals = {};
     add_taps<Ratio>(
-        [&](int tap, int source, float(&values)[kQuad]) {
+        [&](int tap, int source, float (&values)[kQuad]) {
           level.load(row + tap * level.tap_bytes + level.column(x / Ratio + source), values);
         },
         1, x == 0, x + kRun == level.width * Ratio, totals);
@@ -192,7 +190,7 @@ __device__ __forceinline__ void add_lines(const float* lines, const TapSumPlace&
       lines + (place.y / Ratio + 1) * kLine + place.x * kTileChannels + place.channel;
   const int y = place.tile_y + place.y;
   add_taps<Ratio>(
-      [&](int tap, int source, float(&values)[kQuad]) {
+      [&](int tap, int source, float (&values)[kQuad]) {
         load<kQuad>(run + (tap * lines_of_kernel_row(Ratio) + source) * kLine, values);
       },
       scale, y == 0, y + kRun == height, totals);
@@ -247,10 +245,14 @@ __device__ __forceinline__ void add_level(int i, const TapSumPointers& pointers,
                                           const TapSumSizes& sizes, const TapSumPlace& place,
                                           Quads& totals) {
   switch (sizes.levels[i].ratio) {
-    case 1: return add_level<S, 1>(i, pointers, sizes, place, totals);
-    case 2: return add_level<S, 2>(i, pointers, sizes, place, totals);
-    case 4: return add_level<S, 4>(i, pointers, sizes, place, totals);
-    case 8: return add_level<S, 8>(i, pointers, sizes, place, totals);
+    case 1:
+      return add_level<S, 1>(i, pointers, sizes, place, totals);
+    case 2:
+      return add_level<S, 2>(i, pointers, sizes, place, totals);
+    case 4:
+      return add_level<S, 4>(i, pointers, sizes, place, totals);
+    case 8:
+      return add_level<S, 8>(i, pointers, sizes, place, totals);
   }
 }
 
@@ -306,7 +308,8 @@ __global__ void __launch_bounds__(kTapSumThreads, 2)
 
   if (!place.is_inside) return;
   T* out = static_cast<T*>(pointers.out) + place.image * sizes.out.image +
-           (y * static_cast<unsigned>(sizes.out.row) + x * static_cast<unsigned>(sizes.out.pixel) + channel);
+           (y * static_cast<unsigned>(sizes.out.row) + x * static_cast<unsigned>(sizes.out.pixel) +
+            channel);
   if (sizes.accumulate) {
     const float base = pointers.scales == nullptr ? 1 : pointers.scales[0];
     const T* there = out;
