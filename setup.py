@@ -1,8 +1,11 @@
-"""Builds fastfuse._C with CMake and Ninja; everything else about the build is in CMakeLists.txt.
+"""Builds fastfuse._C and fastfuse/_CUDA.so with CMake and Ninja; everything else about the build is
+in CMakeLists.txt.
 
 Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
 FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`);
-FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone.
+FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone. fastfuse/_CUDA.so is built
+where nvcc is found: FASTFUSE_CUDA=OFF leaves it out, ON insists; FASTFUSE_CUDA_ARCHS="90a" builds
+for these compute capabilities alone.
 """
 
 import os
@@ -16,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+CUDA_LIBRARY = "_CUDA.so"  # of its own: it knows neither Python nor torch
 
 
 class CMakeBuild(build_ext):
@@ -36,6 +40,7 @@ class CMakeBuild(build_ext):
         isas = os.environ.get("FASTFUSE_ISAS", "")
         parts = [tag, *(["sanitize"] if sanitize else []), *filter(None, isas.split(";"))]
         build = ROOT / "build" / "-".join(parts)
+        (target.parent / CUDA_LIBRARY).unlink(missing_ok=True)  # linked anew, if there is nvcc
         configure = {
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target.parent,
             "CMAKE_BUILD_TYPE": "Release",
@@ -46,8 +51,12 @@ class CMakeBuild(build_ext):
             "FASTFUSE_TORCH_VERSION": torch.__version__,
             "FASTFUSE_SANITIZE": sanitize,
             "FASTFUSE_ISAS": isas,
+            "FASTFUSE_CUDA": os.environ.get("FASTFUSE_CUDA", "auto"),
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }
+        archs = os.environ.get("FASTFUSE_CUDA_ARCHS")
+        if archs:
+            configure["FASTFUSE_CUDA_ARCHS"] = archs
         cache = build / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(build)  # of a tree that was moved or copied, which CMake refuses
@@ -61,6 +70,13 @@ class CMakeBuild(build_ext):
         ):
             executable = shutil.which(command[0], path=path) or command[0]
             subprocess.run([executable, *command[1:]], env=environment, check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        built, source = Path(self.build_lib, "fastfuse", CUDA_LIBRARY), ROOT / "fastfuse"
+        (source / CUDA_LIBRARY).unlink(missing_ok=True)
+        if built.exists():
+            shutil.copy(built, source)
 
 
 class BuildPython(build_py):

@@ -10,7 +10,9 @@ import torch
 from measure import Measurement
 from peak_memory import of_variants
 from regimes import current_regime
-from variants import CHANNELS_LAST, CONTIGUOUS, EXACT, TIMED, Variant
+from variants import BY_TRITON, CHANNELS_LAST, CONTIGUOUS, EXACT, TIMED, Variant
+
+from fastfuse import _cuda, backend
 
 __all__ = [
     "BOTH",
@@ -77,11 +79,19 @@ def _by_timed_algorithms(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
+def _by_triton(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with backend("triton"):
+            return call()
+
+    return run
+
+
 def variants_of(cell: Cell, build: Build, device: str, *, convolves: bool = False) -> list[Variant]:
     """Ours first; where there are no rivals, eager PyTorch checks them.
 
     On GPUs those that convolve and are not compiled are there a second time, by the algorithms that
-    cuDNN chooses by timing them.
+    cuDNN chooses by timing them; and ours without CUDA C++, where there is some.
     """
 
     def variant(name: str, layout: str, **more: Any) -> Variant:
@@ -89,6 +99,8 @@ def variants_of(cell: Cell, build: Build, device: str, *, convolves: bool = Fals
         return Variant(name, call, layout, **more)
 
     variants = [variant(name, layout, rival=False) for name, layout in cell.ours]
+    if device == "cuda" and _cuda.library is not None and cell.shape != TINY:
+        variants += [replace(v, name=v.name + BY_TRITON, call=_by_triton(v.call)) for v in variants]
     for name, layout in cell.rivals:
         compiled = name.startswith("compiled")
         variants.append(variant(name, layout, optional=compiled))

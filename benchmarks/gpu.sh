@@ -125,6 +125,12 @@ tools() {
 
 export -f install missing sanitize
 export python site wheels
+# The device's kernels alone are built.
+capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1)
+case "$capability" in
+  8.*) export FASTFUSE_CUDA_ARCHS=80 ;;
+  9.*) export FASTFUSE_CUDA_ARCHS=90a ;;
+esac
 step "packages" 40 bash -c install
 tools 2>&1 | tee -a "$log"
 step "build" 80 "$python" setup.py build_ext --inplace
@@ -141,13 +147,14 @@ else
   for tool in memcheck racecheck; do
     TRITON_TESTS_ON=device step "compute-sanitizer $tool" 25 bash -c "sanitize $tool"
   done
-  step "verify" 40 "$python" -m fastfuse verify --backend triton "${ops[@]}"
+  step "verify" 40 "$python" -m fastfuse verify --backend cuda --backend triton "${ops[@]}"
   if $full; then
     step "benchmarks" 3000 "$python" benchmarks/report.py --device cuda --out "$out" "${ops[@]}"
   else
     step "benchmarks" 180 "$python" benchmarks/report.py --device cuda --out "$out" --quick \
       --budget 165 "${ops[@]}"
   fi
+  step "CUDA C++ or Triton" 5 "$python" benchmarks/cuda_or_triton.py "$out/report.json"
 fi
 
 printf '\n'

@@ -103,7 +103,7 @@ from fastfuse import backends  # noqa: E402
 from fastfuse.ops import define  # noqa: E402
 
 backends._REFUSALS["triton"] = lambda tensor: None
-define._STEPS["cpu"] = define._STEPS["cuda"]
+define._STEPS["cpu"] = define._STEPS["triton"]
 define._KERNELS["cpu"] = define._KERNELS["cuda"]
 torch.cuda.device_of = lambda tensor: contextlib.nullcontext()  # type: ignore[assignment]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from variants import TIMED, Variant
+from variants import BY_TRITON, TIMED, Variant
 
 __all__ = ["of_variants", "peak_extra_memory"]
 
@@ -75,7 +75,7 @@ def of_variants(
 
     def memory(variants: Sequence[Variant]) -> list[int | None]:
         where = {"shape": cell.shape, "dtype": cell.dtype, "mode": cell.mode, "device": device}
-        known = [v for v in variants if not (v.optional or v.name.endswith(TIMED))]
+        known = [v for v in variants if not (v.optional or v.name.endswith((TIMED, BY_TRITON)))]
         cases = [{"name": v.name, "layout": v.layout, **where} for v in known]
         module = build.__module__.rpartition(".")[2]  # pytest imports it as a part of the project
         target = f"{module}:{build.__name__}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastfuse.ops.layout import memory_format
 
 __all__ = [
+    "BY_TRITON",
     "CHANNELS_LAST",
     "CONTIGUOUS",
     "EXACT",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 CONTIGUOUS, CHANNELS_LAST = "contiguous", "channels_last"
+BY_TRITON = ", Triton"  # at the end of the names of our own variants without CUDA C++
 TIMED = ", cudnn.benchmark"  # at the end of the names of variants whose algorithms cuDNN timed
 EXACT = "exact"  # the variant that computes in float64
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from fastfuse import _extension
+from fastfuse import _cuda, _extension
 from fastfuse.backends import (
     DTYPES,
     ENVIRONMENT,
@@ -40,6 +40,7 @@ class Info:
     versions: dict[str, str]
     devices: list[str]
     extension: str  # the compiled module's file and build, or why it is missing
+    cuda: str  # the library of CUDA C++ kernels, or why it is missing
     isa: str | None  # in force
     supported_isas: list[str]
     machine: Machine
@@ -61,6 +62,7 @@ class Info:
     def __str__(self) -> str:
         lines = ["  ".join(f"{name} {version}" for name, version in self.versions.items())]
         lines += [f"devices: {', '.join(self.devices)}", f"compiled module: {self.extension}"]
+        lines.append(f"CUDA kernels: {self.cuda}")
         if self.isa is not None:
             lines.append(f"instruction set: {self.isa} (of {', '.join(self.supported_isas)})")
         lines.append(f"policy: {_described(self.machine)}; measured on {self.policy}")
@@ -159,6 +161,7 @@ def info() -> Info:
         devices=["cpu"]
         + [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(len(devices) - 1)],
         extension=extension,
+        cuda=str(_cuda.failure) if _cuda.library is None else _cuda.library._name,
         isa=module.isa() if module else None,
         supported_isas=list(module.supported_isas()) if module else [],
         machine=policy.machine or Machine(),

@@ -1,9 +1,10 @@
 """Which backend runs an op, and why.
 
 ``reference`` is plain PyTorch and always there; ``cpu`` is C++ for CPU tensors; ``triton`` is for
-CUDA tensors. ``auto`` takes the first backend of an op that does not refuse the
-input and falls back to the reference with one logged line per reason. A backend asked for by name
-runs or raises :class:`BackendError`.
+CUDA tensors, and so is ``cuda``: CUDA C++ for what it covers of a call, Triton for the rest.
+``auto`` takes the first backend of an op that does not refuse the input and falls back to the
+reference with one logged line per reason. A backend asked for by name runs or raises
+:class:`BackendError`.
 
 Environment variables, read once at import:
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastfuse import _extension
+from fastfuse import _cuda, _extension
 
 __all__ = [
     "BACKENDS",
@@ -41,6 +42,7 @@ __all__ = [
     "backend",
     "backend_refusals",
     "cpu_refusal",
+    "cuda_refusal",
     "is_tracing",
     "requested_backend",
     "select",
@@ -48,7 +50,7 @@ __all__ = [
 ]
 
 # PyTorch's dispatch keys of the fused backends.
-DISPATCH_KEYS = {"cpu": "CPU", "triton": "CUDA"}
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "triton": "CUDA"}
 BACKENDS = ("auto", "reference", *DISPATCH_KEYS)
 ENVIRONMENT = ("FASTFUSE_BACKEND", "FASTFUSE_ISA", "FASTFUSE_EXTENSION")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +106,7 @@ class backend(ContextDecorator):  # noqa: N801  (used like a function)
     The choice is process-wide, not per thread. Backward runs on forward's backend.
 
     Args:
-        name: "auto", "reference", "cpu" or "triton".
+        name: "auto", "reference", "cpu", "cuda" or "triton".
 
     Raises:
         ValueError: for an unknown name.
@@ -191,8 +193,22 @@ def triton_refusal(tensor: Tensor) -> str | None:
     return _constant_gpu_failure(tensor.device) or _common_refusal(tensor)
 
 
+def cuda_refusal(tensor: Tensor) -> str | None:
+    """What it does not cover of a call Triton's kernels run, so it needs what they need."""
+    refusal = triton_refusal(tensor)
+    if refusal is None and _cuda.library is None:
+        return _cuda.failure
+    if refusal is None and tensor.dtype == torch.float64:
+        return "expected dtype float32, bfloat16, float16, got float64"
+    return refusal
+
+
 # What tensors a backend refuses: None ("I can run this tensor"), or a sentence that says why not.
-_REFUSALS: dict[str, Refusal] = {"cpu": cpu_refusal, "triton": triton_refusal}
+_REFUSALS: dict[str, Refusal] = {
+    "cpu": cpu_refusal,
+    "cuda": cuda_refusal,
+    "triton": triton_refusal,
+}
 
 
 class Dispatched(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from types import NoneType, SimpleNamespace
@@ -31,6 +32,7 @@ __all__ = [
     "Operation",
     "Sample",
     "below_autograd",
+    "kernels_of",
     "no_second_derivative",
     "steps_of",
 ]
@@ -48,10 +50,12 @@ Kernel = Callable[..., Any] | str
 below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 
-# By kind of device, the kernels that are functions of Python, by the names of their overloads; as
-# steps of other ops, those of GPUs.
-_STEPS = {"cuda": SimpleNamespace()}
-_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"cpu": {}, "cuda": vars(_STEPS["cuda"])}
+# By kind of device, the kernels that are functions of Python, by the names of their overloads.
+_KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"cpu": {}, "cuda": {}}
+# By backend of GPUs, the kernels by the names of their ops, as steps of others: Triton's where CUDA
+# C++ has none. Which backend a kernel runs on that is made of such steps.
+_STEPS = {"cuda": SimpleNamespace(), "triton": SimpleNamespace()}
+_backend_of_steps = ContextVar("backend of steps", default="triton")
 
 # What the dispatcher adds to the keys of every call, in inference mode and else: nothing more while
 # there is no mode of Python's, no transform, and no batched gradient.
@@ -90,7 +94,8 @@ def steps_of(device_type: str) -> Any:
     On GPUs these are their kernels. Within a kernel nothing is left to the dispatcher to do, and it
     takes as long as several launches.
     """
-    return _STEPS.get(device_type, torch.ops.fastfuse)
+    backend = _backend_of_steps.get() if device_type == "cuda" else device_type
+    return _STEPS.get(backend, torch.ops.fastfuse)
 
 
 @dataclass(frozen=True)
@@ -152,9 +157,12 @@ class Op:
                     )
                 calls[overload] = call
             if kernel != COMPILED:
-                function = _loaded(kernel)
+                function = _loaded(kernel, backend)
                 _LIBRARY.impl(f"{self.name}{overload}", function, key)
                 _KERNELS[key.lower()][f"{self.name}{overload}"] = function
+                for steps, namespace in _STEPS.items():
+                    if steps == backend or (backend == "triton" and steps not in kernels):
+                        setattr(namespace, self.name, function)
             self._calls[backend] = calls[overload]
         if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
@@ -274,9 +282,26 @@ def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], 
     return needs, places, tensors
 
 
-def _loaded(kernel: Kernel) -> Callable[..., Any]:
+def kernels_of(op: str, function: str) -> dict[str, Kernel]:
+    """Of an op that C++ runs on CPUs, on GPUs a function of ``cuda.py`` and of ``triton.py``."""
+    gpus = {backend: f"fastfuse.ops.{op}.{backend}:{function}" for backend in _STEPS}
+    return {"cpu": COMPILED, **gpus}
+
+
+def _loaded(kernel: Kernel, backend: str) -> Callable[..., Any]:
+    """A function of a kernel; one that is a function already is made of steps."""
     if not isinstance(kernel, str):
-        return kernel
+        if backend not in _STEPS:
+            return kernel
+
+        def run(*arguments: Any) -> Any:
+            token = _backend_of_steps.set(backend)
+            try:
+                return kernel(*arguments)
+            finally:
+                _backend_of_steps.reset(token)
+
+        return run
     module, _, name = kernel.partition(":")
 
     @cache

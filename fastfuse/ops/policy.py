@@ -155,6 +155,10 @@ class Policy:
     # ---- blocks ----
     hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
     hidden_rows: int  # of a chunk, at least; shorter products are slow
+    # ---- GPUs: ops that CUDA C++ runs where it covers them, and not Triton ----
+    cuda_ops: frozenset[str]
+    # dtypes of products that are our own, with what follows them, instead of a library's
+    fused_linear: frozenset[torch.dtype]
 
     # ---- fusion_conv2d: where a level is convolved ----
     fusion_costs: Mapping[torch.dtype, FusionCosts]
@@ -230,6 +234,8 @@ def _cpu(machine: Machine) -> Policy:
         cudnn=False,
         hidden_bytes=3 * MIB,
         hidden_rows=512,
+        cuda_ops=frozenset(),
+        fused_linear=frozenset(),
         fusion_costs=dict.fromkeys(DTYPES, CPU_COSTS),
         tf32_costs=None,
         winograd_macs=2.5,
@@ -271,6 +277,10 @@ _CUDA = Policy(
     cudnn=True,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,
+    # By counted instructions, bytes and waves: docs/gpu_report.md.
+    cuda_ops=frozenset({"tap_sum", "depthwise_conv2d", "upsample_cross_entropy"}),
+    # By counted bytes: a library writes the hidden tensor, and what follows reads it, once more.
+    fused_linear=frozenset({torch.bfloat16, torch.float16}),
     fusion_costs=GPU_COSTS,
     tf32_costs=GPU_TF32_COSTS,
     winograd_macs=2.5,

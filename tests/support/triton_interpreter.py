@@ -144,6 +144,24 @@ def patch_fma() -> None:
     InterpreterBuilder.create_fma = patched
 
 
+# splat. That of triton 3.9 makes a comparison of scalars, a bool, an int32, which no mask may be.
+
+
+def patch_splat() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    splat = InterpreterBuilder.create_splat
+
+    def patched(self: InterpreterBuilder, *arguments: Any) -> TensorHandle:
+        (scalar,) = [a for a in arguments if isinstance(a, TensorHandle)]
+        result = splat(self, *arguments)
+        if scalar.data.dtype == np.bool_:
+            result.data = result.data.astype(np.bool_)
+        return result
+
+    InterpreterBuilder.create_splat = patched
+
+
 if TESTS_ON == "device":
     import triton_device
 
@@ -155,3 +173,4 @@ elif TESTS_ON:
 elif INTERPRETING:
     patch_bfloat16()
     patch_fma()
+    patch_splat()

@@ -31,6 +31,7 @@ import block_stages
 import ced_blocks
 import compact
 import counts
+import cuda_or_triton
 import fusion_stages
 import machine
 import measure
@@ -47,8 +48,9 @@ from cell import DTYPES, FORWARD, LAYOUTS, Cell, every, variants_of
 from peak_memory import of_variants
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from variants import EXACT, Variant, tensors
+from variants import BY_TRITON, EXACT, Variant, tensors
 
+import fastfuse
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import MismatchError
 
@@ -158,6 +160,26 @@ def test_rivals_that_convolve_are_there_twice_on_a_gpu() -> None:
         ("eager", False), ("eager", True), ("compiled", False),
     ]  # fmt: skip
     assert len(variants_of(cell, build, "cpu", convolves=True)) == 4
+
+
+def test_ours_are_measured_without_cuda_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a CUDA library; Triton's time over its is what the policy follows."""
+    cell = Cell("a shape", "float32", FORWARD, every("eager"))
+
+    def build(*_: Any) -> Callable[[], str]:
+        return fastfuse.backends.requested_backend
+
+    assert not [v for v in variants_of(cell, build, "cuda") if v.name.endswith(BY_TRITON)]
+    monkeypatch.setattr(fastfuse._cuda, "library", object())
+    ours = [v for v in variants_of(cell, build, "cuda") if not v.rival]
+    assert [v.call() for v in ours] == ["auto", "auto", "triton", "triton"]
+    times = [
+        {"name": v.name, "layout": v.layout, "rival": False, "median_ms": time}
+        for v, time in zip(ours, (1.0, 2.0, 3.0, 1.0), strict=True)
+    ]
+    measured = {**dataclasses.asdict(cell), "op": "an op", "variants": times}
+    found = cuda_or_triton.ratios([measured])
+    assert [ratio for _, _, ratio in found] == [3.0, 0.5]
 
 
 def test_a_gpu_has_sixteen_images_of_a_block() -> None:

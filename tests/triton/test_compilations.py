@@ -18,12 +18,13 @@ from triton_offline import recorded, specialisation
 from fastfuse.ops.ced_block import kernel as ced_block
 from fastfuse.ops.depthwise_conv2d import triton as depthwise
 from fastfuse.ops.lr_ced_block import kernel as lr_ced_block
+from fastfuse.ops.pointwise import linear
 from fastfuse.ops.pointwise import triton as pointwise
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "depthwise_conv2d": depthwise.forward,
     "depthwise_conv2d_backward_weight": depthwise.backward_weight,
-    **{name: getattr(pointwise, name) for name in pointwise.__all__},
+    **{name: getattr(room, name) for room in (pointwise, linear) for name in room.__all__},
 }
 
 

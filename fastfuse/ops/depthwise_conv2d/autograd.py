@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.ops.define import COMPILED, Derivative, Op
+from fastfuse.ops.define import Derivative, Op, kernels_of
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["forward"]
@@ -108,7 +108,7 @@ def _backward_flops(
 forward = Op(
     "depthwise_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? addend, int dilation, "
     "bool flip, bool channels_last) -> Tensor",
-    kernels={"cpu": COMPILED, "triton": "fastfuse.ops.depthwise_conv2d.triton:forward"},
+    kernels=kernels_of("depthwise_conv2d", "forward"),
     fake=_forward_fake,
     derivative=Derivative(_save, _gradients),
     flops=_forward_flops,
@@ -117,7 +117,7 @@ forward = Op(
 backward_weight = Op(
     "depthwise_conv2d_backward_weight(Tensor grad_output, Tensor x, int kernel_size, int dilation) "
     "-> (Tensor, Tensor)",
-    kernels={"cpu": COMPILED, "triton": "fastfuse.ops.depthwise_conv2d.triton:backward_weight"},
+    kernels=kernels_of("depthwise_conv2d", "backward_weight"),
     fake=_backward_fake,
     derivative=Derivative(_save_backward, _gradients_of_backward),
     flops=_backward_flops,

@@ -219,13 +219,20 @@ def _backward_weight_launches(
     return chunks, partial, Launch(reduce_kernel, programs, device, (chunks, channels), constants)
 
 
+def empty_gradients(x: Tensor, kernel_size: int) -> tuple[Tensor, Tensor]:
+    """Memory for those of weight and bias."""
+    channels = x.shape[1]
+    shape = (channels, 1, kernel_size, kernel_size)
+    grad_weight = torch.empty(shape, dtype=x.dtype, device=x.device)
+    return grad_weight, torch.empty((channels,), dtype=x.dtype, device=x.device)
+
+
 def backward_weight(
     grad_output: Tensor, x: Tensor, kernel_size: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight (C, 1, k, k) and bias (C,), in x's dtype."""
     channels, dtype, device = x.shape[1], x.dtype, x.device
-    grad_weight = torch.empty((channels, 1, kernel_size, kernel_size), dtype=dtype, device=device)
-    grad_bias = torch.empty((channels,), dtype=dtype, device=device)
+    grad_weight, grad_bias = empty_gradients(x, kernel_size)
     if x.numel() == 0:
         return grad_weight.zero_(), grad_bias.zero_()
     channels_last = x.stride(1) == 1 != x.stride(3)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from fastfuse.ops.define import COMPILED, Op
 
-__all__ = ["SCHEMAS"]
+__all__ = ["LINEAR_SCHEMAS", "SCHEMAS"]
 
 SCHEMAS = (
     # out = [skip +] [GELU](LN(x)) over channels, the bracketed parts on demand
@@ -39,3 +39,21 @@ SCHEMAS = (
 for _schema in SCHEMAS:
     _name = _schema.partition("(")[0]
     Op(_schema, kernels={"cpu": COMPILED, "triton": f"fastfuse.ops.pointwise.triton:{_name}"})
+
+# On GPUs, where products are not a library's: the steps above behind the products before them.
+LINEAR_SCHEMAS = (
+    # out = GELU(x weight^T + bias); kept = x weight^T
+    "linear_gelu_into(Tensor(a!) out, Tensor(b!)? kept, Tensor x, Tensor weight, Tensor bias) "
+    "-> ()",
+    # out = skip + keep[image] * scale * (x weight^T + bias)
+    "linear_residual_into(Tensor(a!) out, Tensor skip, Tensor x, Tensor weight, Tensor bias, "
+    "Tensor? scale, Tensor? keep, SymInt pixels, SymInt first) -> ()",
+    # with h = x weight^T + bias, or x + bias: grad_hidden = grad grad_weight^T * GELU'(h);
+    # activated = GELU(h); grad_bias += the sum of grad_hidden's rows
+    "linear_gelu_backward_into(Tensor(a!) grad_hidden, Tensor(b!) activated, Tensor(c!) grad_bias, "
+    "Tensor grad, Tensor grad_weight, Tensor x, Tensor? weight, Tensor bias) -> ()",
+)
+
+for _schema in LINEAR_SCHEMAS:
+    _name = _schema.partition("(")[0]
+    Op(_schema, kernels={"triton": f"fastfuse.ops.pointwise.linear:{_name}"})

@@ -103,7 +103,9 @@ def mlp_route(backend: str, image: Tensor) -> str:
     batch, channels, height, width = image.shape
     rows = image.new_empty(batch * height * width, channels)
     chunks = _Chunks(rows, 4 * channels)
-    products = MatmulRoute.of(image.device.type, image.dtype, chunks.rows)
+    products = str(MatmulRoute.of(image.device.type, image.dtype, chunks.rows))
+    if chunks.fuses:
+        products = "products with what follows them"
     return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
 
 
@@ -115,6 +117,7 @@ class _Chunks:
         policy = policy_of(matrix.device.type)
         self.matrix, self.rows = matrix, matrix.shape[0]
         self.dtype = policy.product_dtype(matrix.dtype)
+        self.fuses = matrix.dtype in policy.fused_linear  # products with what follows them
         limit = max(policy.hidden_bytes // (hidden * self.dtype.itemsize), policy.hidden_rows)
         count = -(-self.rows // limit)
         length = -(-self.rows // (count * ROW_MULTIPLE)) * ROW_MULTIPLE if count else 1
@@ -156,12 +159,23 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     ops = steps_of(x.device.type)
     hidden, channels = mlp.fc1_weight.shape
     chunks = _Chunks(x, hidden)
-    normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
+    normalized, product, activated = chunks.memory(
+        channels if mlp.norm else 0, 0 if chunks.fuses else channels, hidden
+    )
     of_out, of_x, of_inputs, of_kept = chunks.buffers([out, x, inputs, kept])
     fc1, fc2 = (MatmulWeight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
         n = _normalized(of_inputs.read(inputs[chunk]), mlp.norm, normalized)
+        if chunks.fuses:
+            a = activated[:count]
+            kept_chunk = None if kept is None else kept[chunk]
+            ops.linear_gelu_into(a, kept_chunk, n, mlp.fc1_weight, mlp.fc1_bias)
+            ops.linear_residual_into(
+                out[chunk], x[chunk], a, mlp.fc2_weight, mlp.fc2_bias, mlp.scale, mlp.keep,
+                mlp.pixels, chunk.start,
+            )  # fmt: skip
+            continue
         if kept is None:
             h = a = fc1.matmul(n, activated[:count])
         else:
@@ -249,13 +263,19 @@ def backward(
         x = of_inputs.read(inputs[chunk])
         n = _normalized(x, mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
-        if to_hidden is not None:
-            h = a = to_hidden.matmul(n, a)
+        if chunks.fuses:
+            h, weight = (n, mlp.fc1_weight) if kept is None else (kept[chunk], None)
+            ops.linear_gelu_backward_into(
+                gh, a, fc1_bias, g, fc2_weight.t(), h, weight, mlp.fc1_bias
+            )
         else:
-            assert kept is not None
-            h = of_kept.read(kept[chunk])
-        gh = to_grad_hidden.matmul(g, gh)
-        ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
+            if to_hidden is not None:
+                h = a = to_hidden.matmul(n, a)
+            else:
+                assert kept is not None
+                h = of_kept.read(kept[chunk])
+            gh = to_grad_hidden.matmul(g, gh)
+            ops.bias_gelu_backward_into(gh, a, fc1_bias, h, mlp.fc1_bias)
         if fc1 is not None and fc2 is not None:
             fc2.add(g, a)
             fc1.add(gh, n)

@@ -26,8 +26,8 @@ from fastfuse.ops.pointwise.kernels_triton import (
 )
 
 __all__ = [
-    "bias_gelu_backward_into", "bias_gelu_into", "layer_norm_backward_into", "layer_norm_into",
-    "residual_backward_into", "residual_into",
+    "add_launch", "bias_gelu_backward_into", "bias_gelu_into", "layer_norm_backward_into",
+    "layer_norm_into", "residual_backward_into", "residual_into",
 ]  # fmt: skip
 
 NUM_WARPS = 4
@@ -118,13 +118,15 @@ def _summing_launches(
     rows_per_block, blocks = _rows_per_block(rows, channel_blocks, block_r)
     integers = (rows, channels, rows_per_block, *others)
     partial = Launch(kernel, blocks * channel_blocks, device, integers, constants)
+    return blocks, partial, add_launch(device, vectors, blocks, channels)
+
+
+@planned
+def add_launch(device: torch.device, vectors: int, blocks: int, channels: int) -> Launch:
+    """Of what adds blocks' sums to vectors."""
     constants = {"BLOCK_R": ADDED_ROWS, "BLOCK_C": ADDED_CHANNELS, "num_warps": NUM_WARPS}
     programs = vectors * cdiv(channels, ADDED_CHANNELS)
-    return (
-        blocks,
-        partial,
-        Launch(add_sums_kernel, programs, device, (blocks, channels), constants),
-    )
+    return Launch(add_sums_kernel, programs, device, (blocks, channels), constants)
 
 
 def layer_norm_into(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
-from fastfuse.ops.define import COMPILED, Derivative, Op
+from fastfuse.ops.define import Derivative, Op, kernels_of
 from fastfuse.ops.layout import is_channels_last, memory_format
 
 __all__ = ["flops", "forward"]
@@ -171,13 +171,9 @@ def _backward_flops(
 _SIZES = "SymInt height, SymInt width, int kernel_size, int padding, bool align_corners"
 
 
-def _kernels(function: str) -> dict[str, Any]:
-    return {"cpu": COMPILED, "triton": f"fastfuse.ops.tap_sum.triton:{function}"}
-
-
 forward = Op(
     f"tap_sum(Tensor taps, Tensor? offsets, {_SIZES}, bool channels_last) -> Tensor",
-    kernels=_kernels("forward"),
+    kernels=kernels_of("tap_sum", "forward"),
     fake=_forward_fake,
     derivative=Derivative(_save, _gradients),
     flops=_forward_flops,
@@ -186,7 +182,7 @@ forward = Op(
 backward = Op(
     f"tap_sum_backward(Tensor grad_output, SymInt in_height, SymInt in_width, {_SIZES}, "
     "bool channels_last) -> Tensor",
-    kernels=_kernels("backward"),
+    kernels=kernels_of("tap_sum", "backward"),
     fake=_backward_fake,
     derivative=Derivative(_save_backward, _gradients_of_backward),
     flops=_backward_flops,
@@ -197,11 +193,11 @@ backward = Op(
 Op(
     "tap_sum_into(Tensor(a!) out, Tensor[] taps, Tensor? scales, Tensor? offsets, Tensor? bias, "
     f"bool accumulate, {_SIZES}, bool channels_last) -> ()",
-    kernels=_kernels("forward_into"),
+    kernels=kernels_of("tap_sum", "forward_into"),
 )
 # grad_taps = scale * tap_sum_backward(grad_output); scale of shape (1,).
 Op(
     f"tap_sum_backward_into(Tensor(a!) grad_taps, Tensor grad_output, Tensor? scale, {_SIZES}, "
     "bool channels_last) -> ()",
-    kernels=_kernels("backward_into"),
+    kernels=kernels_of("tap_sum", "backward_into"),
 )

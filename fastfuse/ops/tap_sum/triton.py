@@ -15,7 +15,7 @@ of the two is contiguous. Programs that read the same source follow each other, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -117,8 +117,10 @@ def _programs(
 def forward(
     taps: Tensor, offsets: Tensor | None, height: int, width: int,
     kernel_size: int, padding: int, align_corners: bool, channels_last: bool,
+    *, into: Callable[..., None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The sum of taps (N, k * k * C, h, w): (N, C, H + 2 * padding - (k - 1), likewise W)."""
+    """The sum of taps (N, k * k * C, h, w): (N, C, H + 2 * padding - (k - 1), likewise W); written
+    by ``into``, another :func:`forward_into` perhaps."""
     margin = 2 * padding - (kernel_size - 1)
     out = torch.empty(
         (taps.shape[0], taps.shape[1] // kernel_size**2, height + margin, width + margin),
@@ -127,7 +129,7 @@ def forward(
         memory_format=memory_format(channels_last),
     )
     geometry = (height, width, kernel_size, padding, align_corners, channels_last)
-    forward_into(out, [taps], None, offsets, None, False, *geometry)
+    (into or forward_into)(out, [taps], None, offsets, None, False, *geometry)
     return out
 
 
@@ -228,8 +230,9 @@ def _backward_launch(
 def backward(
     grad_output: Tensor, in_height: int, in_width: int, height: int, width: int,
     kernel_size: int, padding: int, align_corners: bool, channels_last: bool,
+    *, into: Callable[..., None] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the taps, (N, k * k * C, in_height, in_width)."""
+    """The gradient of the taps, (N, k * k * C, in_height, in_width), written by ``into``."""
     batch, channels = grad_output.shape[:2]
     grad_taps = torch.empty(
         (batch, kernel_size**2 * channels, in_height, in_width),
@@ -238,7 +241,7 @@ def backward(
         memory_format=memory_format(channels_last),
     )
     geometry = (height, width, kernel_size, padding, align_corners, channels_last)
-    backward_into(grad_taps, grad_output, None, *geometry)
+    (into or backward_into)(grad_taps, grad_output, None, *geometry)
     return grad_taps
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
-from fastfuse.ops.define import COMPILED, Derivative, Op, no_second_derivative
+from fastfuse.ops.define import Derivative, Op, kernels_of, no_second_derivative
 from fastfuse.ops.layout import is_channels_last, memory_format
 from fastfuse.ops.upsample_equalize_concat.autograd import flops
 
@@ -63,7 +63,7 @@ def _flops(logits: torch.Size, target: torch.Size) -> int:
 _ARGUMENTS = "int ignore_index, float label_smoothing, bool align_corners"
 forward = Op(
     f"{NAME}(Tensor logits, Tensor target, Tensor? weight, {_ARGUMENTS}) -> (Tensor, Tensor)",
-    kernels={"cpu": COMPILED, "triton": f"fastfuse.ops.{NAME}.triton:forward"},
+    kernels=kernels_of(NAME, "forward"),
     fake=_forward_fake,
     derivative=Derivative(_save, _gradients),
     flops=lambda logits, target, *_, **__: _flops(logits, target),
@@ -71,7 +71,7 @@ forward = Op(
 backward = Op(
     f"{NAME}_backward(Tensor grad, Tensor logits, Tensor target, Tensor? weight, "
     f"Tensor logsumexp, {_ARGUMENTS}, bool channels_last) -> Tensor",
-    kernels={"cpu": COMPILED, "triton": f"fastfuse.ops.{NAME}.triton:backward"},
+    kernels=kernels_of(NAME, "backward"),
     fake=_backward_fake,
     derivative=no_second_derivative(NAME),
     flops=lambda grad, logits, target, *_, **__: 2 * _flops(logits, target),

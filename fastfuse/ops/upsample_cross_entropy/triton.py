@@ -269,7 +269,7 @@ def _backward_kernel(
             tl.store(out_start + row.to(tl.int64) * out_stride_h, value, mask=mask)
 
 
-def _sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+def sum_of(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
     return weight.sum() if weight is not None and label_smoothing > 0 else None
 
 
@@ -317,7 +317,7 @@ def forward(
             logits.device, logits.dtype, logits.shape, logits.stride(), *target.shape[1:],
             ignore_index, label_smoothing, align_corners, are_classes_innermost(logits),
         )  # fmt: skip
-        weight_sum = _sum_of(weight, label_smoothing)
+        weight_sum = sum_of(weight, label_smoothing)
         launch(logits, target.contiguous(), weight, weight_sum, loss, logsumexp)
     return loss, logsumexp
 
@@ -380,7 +380,7 @@ def backward(
     )  # fmt: skip
     # A thread has a column's classes whatever the layout; a copy costs little beside the walk.
     launch(
-        grad, logits.contiguous(), target.contiguous(), weight, _sum_of(weight, label_smoothing),
+        grad, logits.contiguous(), target.contiguous(), weight, sum_of(weight, label_smoothing),
         logsumexp.contiguous(), grad_logits,
     )  # fmt: skip
     return grad_logits

@@ -1,0 +1,48 @@
+"""Loads ``fastfuse/_CUDA.so``, the kernels in CUDA C++, or keeps the exact reason why it cannot.
+
+The library knows neither Python nor PyTorch: it has a C interface and its own CUDA runtime, and is
+loaded beside a PyTorch that has CUDA. Without it CUDA tensors have the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+__all__ = ["failure", "library", "name_of_error"]
+
+FILE = "_CUDA.so"
+MIN_CUDA = 12  # of PyTorch: a driver for it runs what the library is compiled to
+
+
+def _load() -> tuple[ctypes.PyDLL | None, str | None]:
+    version = torch.version.cuda
+    if version is None:
+        return None, f"expected a PyTorch with CUDA, got {torch.__version__}"
+    major = re.match(r"\d+", version)
+    if major is None or int(major[0]) < MIN_CUDA:
+        return None, f"expected a PyTorch with CUDA {MIN_CUDA} or newer, got {version}"
+    path = Path(__file__).with_name(FILE)
+    if not path.exists():
+        return None, f"expected fastfuse/{FILE}, which is built where nvcc is; it was not"
+    try:
+        return ctypes.PyDLL(str(path)), None  # calls keep the interpreter's lock: none waits
+    except OSError as error:
+        return None, f"expected fastfuse/{FILE} to load, got {error}"
+
+
+def name_of_error(error: int) -> str:
+    """Of a cudaError_t."""
+    if library is None:
+        return "unknown"
+    function = library.fastfuse_error_name
+    function.restype = ctypes.c_char_p
+    return str(function(ctypes.c_int(error)).decode())
+
+
+library: ctypes.PyDLL | None
+failure: str | None
+library, failure = _load()
