@@ -44,34 +44,40 @@ struct BackwardPlace {
   }
 };
 
-// Sums along y for the tile's source rows and all kernel rows, at one column of the gradient.
+// Sums along y for the tile's source rows and all kernel rows, at one column of the gradient, times
+// `scale`.
 template <int Ratio, class T>
-__device__ __forceinline__ void gather_rows(const T* gradient, int64_t row_stride, bool is_there,
-                                            int first_source, int in_height, float* line) {
+__device__ __forceinline__ void gather_rows(const T* column, int64_t row_stride, bool is_there,
+                                            int first_source, int in_height, float scale,
+                                            float* line) {
   using Tile = BackwardTile<Ratio>;
-  const int height = in_height * Ratio;
-  const auto load_row = [&](int y, float (&values)[kQuad]) {
+  const unsigned height = in_height * Ratio;
+  int y = (first_source - 1) * Ratio + Ratio / 2 - 1;
+  const T* at = column + y * row_stride;
+  const auto load_row = [&](float (&values)[kQuad]) {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) values[i] = 0;
-    if (is_there && y >= 0 && y < height) load<kQuad>(gradient + y * row_stride, values);
+    if (is_there && static_cast<unsigned>(y) < height) load<kQuad>(at, values);
+    ++y;
+    at += row_stride;
   };
   // Rows of an interval, and the one above and the one below, which are the next one's as well.
   float rows[Ratio + 2][kQuad];
-  int y = (first_source - 1) * Ratio + Ratio / 2 - 1;
-  load_row(y, rows[Ratio]);
-  load_row(y + 1, rows[Ratio + 1]);
-  y += 2;
+  load_row(rows[Ratio]);
+  load_row(rows[Ratio + 1]);
   float sums[kTapsAlong][kQuad] = {}, sums_of_next[kTapsAlong][kQuad];
-#pragma unroll 1
-  for (int source = first_source - 1; source < first_source + Tile::kRows; ++source, y += Ratio) {
-    const bool is_above = source < 0, is_last = source == in_height - 1;
+  // Not where that would spill.
+#pragma unroll(Ratio == 2 && sizeof(T) == 2 ? Tile::kRows + 1 : 1)
+  for (int interval = -1; interval < Tile::kRows; ++interval) {
+    const bool is_above = first_source + interval < 0;
+    const bool is_last = first_source + interval == in_height - 1;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       rows[0][i] = rows[Ratio][i];
       rows[1][i] = rows[Ratio + 1][i];
     }
 #pragma unroll
-    for (int i = 0; i < Ratio; ++i) load_row(y + i, rows[i + 2]);
+    for (int i = 0; i < Ratio; ++i) load_row(rows[i + 2]);
 #pragma unroll
     for (int ky = 0; ky < kTapsAlong; ++ky) {
 #pragma unroll
@@ -81,15 +87,12 @@ __device__ __forceinline__ void gather_rows(const T* gradient, int64_t row_strid
         // Outside: this row of the gradient is there, its target is not.
         if (ky == 0 && i == Ratio / 2 - 1 && is_above) continue;
         if (ky == 2 && i == Ratio / 2 && is_last) continue;
-        add(1 - share_of_end<Ratio>(i), rows[i + 2 - ky], sums[ky]);
-        add(share_of_end<Ratio>(i), rows[i + 2 - ky], sums_of_next[ky]);
+        add(scale * (1 - share_of_end<Ratio>(i)), rows[i + 2 - ky], sums[ky]);
+        add(scale * share_of_end<Ratio>(i), rows[i + 2 - ky], sums_of_next[ky]);
       }
       if (is_above) add(1, sums[ky], sums_of_next[ky]);
       if (is_last) add(1, sums_of_next[ky], sums[ky]);
-      if (source >= first_source) {
-        store<kQuad>(sums[ky], line);
-        line += Tile::kLine;
-      }
+      if (interval >= 0) store<kQuad>(sums[ky], line + (interval * kTapsAlong + ky) * Tile::kLine);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) sums[ky][i] = sums_of_next[ky][i];
     }
@@ -130,34 +133,32 @@ __global__ void __launch_bounds__(BackwardTile<Ratio>::kThreads, Ratio == 8 ? 2 
   const int in_height = sizes.height / Ratio, in_width = sizes.width / Ratio;
   const bool has_channels = place.channel < sizes.channels;
 
+  const float scale = scale_pointer == nullptr ? 1 : *scale_pointer;
   const int target = threadIdx.x / kQuads;
   const int x = place.x * Ratio - Ratio / 2 - 1 + target;
   if (target < Tile::kTargets) {
     gather_rows<Ratio>(grad_output + place.image * sizes.grad_output.image +
                            x * sizes.grad_output.pixel + place.channel,
                        sizes.grad_output.row, has_channels && x >= 0 && x < sizes.width, place.y,
-                       in_height, lines + target * kTileChannels + place.quad);
+                       in_height, scale, lines + target * kTileChannels + place.quad);
   }
   __syncthreads();
 
-  if (!has_channels) return;
-  const float scale = scale_pointer == nullptr ? 1 : *scale_pointer;
-  for (int i = threadIdx.x / kQuads; i < Tile::kRows * kTapsAlong * Tile::kColumns;
-       i += Tile::kThreads / kQuads) {
-    const int column = i % Tile::kColumns, line = i / Tile::kColumns;
-    const int in_y = place.y + line / kTapsAlong, in_x = place.x + column;
-    if (in_y >= in_height || in_x >= in_width) continue;
+  constexpr int kGroups = Tile::kThreads / (kQuads * Tile::kColumns);
+  const int column = threadIdx.x / kQuads % Tile::kColumns, in_x = place.x + column;
+  const int group = threadIdx.x / (kQuads * Tile::kColumns);
+  if (!has_channels || in_x >= in_width || group >= kGroups) return;
+  T* taps = grad_taps + place.image * strides.image + place.y * strides.row + in_x * strides.pixel +
+            place.channel;
+  for (int line = group; line < Tile::kRows * kTapsAlong; line += kGroups) {
+    const int row = line / kTapsAlong, ky = line % kTapsAlong;
+    if (place.y + row >= in_height) break;
     float sums[kTapsAlong][kQuad] = {};
     gather_columns<Ratio>(lines + line * Tile::kLine + column * Ratio * kTileChannels + place.quad,
                           in_x == 0, in_x == in_width - 1, sums);
-    T* taps = grad_taps + place.image * strides.image + in_y * strides.row + in_x * strides.pixel +
-              line % kTapsAlong * kTapsAlong * sizes.channels + place.channel;
+    T* to = taps + row * strides.row + ky * kTapsAlong * sizes.channels;
 #pragma unroll
-    for (int kx = 0; kx < kTapsAlong; ++kx) {
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) sums[kx][j] *= scale;
-      store<kQuad>(sums[kx], taps + kx * sizes.channels);
-    }
+    for (int kx = 0; kx < kTapsAlong; ++kx) store<kQuad>(sums[kx], to + kx * sizes.channels);
   }
 }
 
