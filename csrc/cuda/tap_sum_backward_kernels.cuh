@@ -10,21 +10,21 @@
 
 namespace fastfuse::cuda {
 
-// Between the centers of two neighbouring sources are Ratio targets, an interval; both sources are
-// read by them. Source s and the one above it are the ends of interval s.
+// Interval s are the Ratio targets between the centers of the sources s and s + 1, which read both.
 template <int Ratio>
 struct BackwardTile {
   static constexpr int kRows = 4, kColumns = 32 / Ratio;  // of sources
-  // Of the gradient: from one column left of interval -1 to one right of the last.
+  // Columns of the gradient: from one left of the interval before the tile to one right of its
+  // last.
   static constexpr int kTargets = (kColumns + 1) * Ratio + 2;
   static constexpr int kThreads = ceil_div(kTargets * kTileChannels / kQuad, 32) * 32;
   static constexpr int kLine = kTargets * kTileChannels;
   static constexpr size_t kSharedBytes = sizeof(float) * kTapsAlong * kRows * kLine;
 };
 
-// What target i of an interval reads of the interval's end.
+// What target i of interval s reads of source s + 1.
 template <int Ratio>
-__device__ constexpr float share_of_end(int i) {
+__device__ constexpr float share_of_next(int i) {
   return (2 * i + 1) / (2.0f * Ratio);
 }
 
@@ -87,8 +87,8 @@ __device__ __forceinline__ void gather_rows(const T* column, int64_t row_stride,
         // Outside: this row of the gradient is there, its target is not.
         if (ky == 0 && i == Ratio / 2 - 1 && is_above) continue;
         if (ky == 2 && i == Ratio / 2 && is_last) continue;
-        add(scale * (1 - share_of_end<Ratio>(i)), rows[i + 2 - ky], sums[ky]);
-        add(scale * share_of_end<Ratio>(i), rows[i + 2 - ky], sums_of_next[ky]);
+        add(scale * (1 - share_of_next<Ratio>(i)), rows[i + 2 - ky], sums[ky]);
+        add(scale * share_of_next<Ratio>(i), rows[i + 2 - ky], sums_of_next[ky]);
       }
       if (is_above) add(1, sums[ky], sums_of_next[ky]);
       if (is_last) add(1, sums_of_next[ky], sums[ky]);
@@ -115,7 +115,7 @@ __device__ __forceinline__ void gather_columns(const float* line, bool is_first,
       if (kx == 0 && i == Ratio / 2 - 1 && is_first) continue;  // outside
       if (kx == 2 && i == Ratio + Ratio / 2 && is_last) continue;
       const float share =
-          i < Ratio ? share_of_end<Ratio>(i) : share_of_end<Ratio>(2 * Ratio - 1 - i);
+          i < Ratio ? share_of_next<Ratio>(i) : share_of_next<Ratio>(2 * Ratio - 1 - i);
       add((i < Ratio ? is_first : is_last) ? 1 : share, values, sums[kx]);
     }
   }
