@@ -10,11 +10,6 @@
 
 namespace fastfuse::cuda {
 
-// In elements, between neighbours; channels are next to each other.
-struct ImageStrides {
-  int64_t image, row, pixel;
-};
-
 struct DepthwiseSizes {
   int32_t dtype, bias_dtype;  // a bias is of float32 or of the images' dtype
   int32_t batch, channels, height, width;

@@ -20,6 +20,11 @@ namespace fastfuse::cuda {
 // As fastfuse/ops/launch_cuda.py numbers them.
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Where the pixels of an image in channels_last are, in elements; channels are next to each other.
+struct ImageStrides {
+  int64_t image, row, pixel;
+};
+
 #ifndef FASTFUSE_EMULATED
 
 // Launches return an error of cudaError_t, 0 for none; nothing waits.

@@ -20,7 +20,7 @@ from fastfuse.backends import requested_backend
 from fastfuse.ops.policy import policy_of
 
 __all__ = [
-    "ALIGNMENT", "DTYPES", "MAX_IMAGES", "MAX_LEVELS", "ImageStrides", "Launch", "are_aligned",
+    "ALIGNMENT", "DTYPES", "MAX_BLOCKS", "MAX_LEVELS", "ImageStrides", "Launch", "are_aligned",
     "are_vectors", "is_preferred", "pointers",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNMENT = 16  # bytes of the widest access
 MAX_LEVELS = 8
-MAX_IMAGES = 65535  # of a grid's third dimension
+MAX_BLOCKS = 65535  # of a grid's second and third dimension
 
 _Levels = ctypes.c_void_p * MAX_LEVELS
 
@@ -50,9 +50,8 @@ def is_preferred(op: str) -> bool:
     return requested_backend() == "cuda" or op in policy_of("cuda").cuda_ops
 
 
-def are_vectors(channels: int, stride: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether vectors of channels can be accessed at once in every pixel of an image."""
-    vector = ALIGNMENT // dtype.itemsize
+def are_vectors(channels: int, stride: Sequence[int], vector: int) -> bool:
+    """Whether so many channels can be accessed at once, everywhere in an image."""
     return stride[1] == 1 and not any(n % vector for n in (channels, *stride[:1], *stride[2:]))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastfuse import _cuda
 from fastfuse.ops.depthwise_conv2d import triton
 from fastfuse.ops.launch_cuda import (
+    ALIGNMENT,
     DTYPES,
-    MAX_IMAGES,
     ImageStrides,
     Launch,
     are_aligned,
@@ -47,8 +47,7 @@ def _sizes(
         dtype not in DTYPES
         or bias_dtype not in (dtype, torch.float32)
         or kernel_size not in KERNEL_SIZES
-        or shape[0] > MAX_IMAGES
-        or not all(are_vectors(shape[1], stride, dtype) for stride in strides)
+        or not all(are_vectors(shape[1], stride, ALIGNMENT // dtype.itemsize) for stride in strides)
     ):
         return None
     return Sizes(

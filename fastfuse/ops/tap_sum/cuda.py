@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfuse.ops.launch_cuda import (
     DTYPES,
-    MAX_IMAGES,
+    MAX_BLOCKS,
     MAX_LEVELS,
     ImageStrides,
     Launch,
@@ -20,34 +20,35 @@ from fastfuse.ops.launch_cuda import (
     is_preferred,
     pointers,
 )
-from fastfuse.ops.launch_triton import planned
+from fastfuse.ops.launch_triton import cdiv, planned
 from fastfuse.ops.tap_sum import triton
 
 __all__ = ["backward", "backward_into", "forward", "forward_into"]
 
 NAME = "tap_sum"
 RATIOS, BACKWARD_RATIOS = (1, 2, 4, 8), (2, 4, 8)
-MULTIPLE = 8  # of the output's sides
+MULTIPLE = 8  # of the output's sides, forward
+VECTOR = 4  # channels of one access
+BLOCK_ROWS, BACKWARD_BLOCK_ROWS, MAX_COLUMNS = 32, 4, 524280
+MAX_BYTES = 2**32  # of an image
 
 _Geometry = tuple[Any, ...]  # the op's last arguments
+_Image = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+_INTEGERS = ("dtype", "batch", "channels", "height", "width")
 
 
 class Level(ctypes.Structure):
-    _fields_ = [
-        ("strides", ImageStrides),
-        *[(name, ctypes.c_int32) for name in ("height", "width", "dtype", "unused")],
-    ]
+    _fields_ = [("strides", ImageStrides), ("ratio", ctypes.c_int32), ("dtype", ctypes.c_int32)]
 
     @classmethod
-    def of(cls, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Level:
-        return cls(ImageStrides.of(stride), *shape[2:], DTYPES[dtype], 0)
+    def of(cls, stride: Sequence[int], ratio: int, dtype: torch.dtype) -> Level:
+        return cls(ImageStrides.of(stride), ratio, DTYPES[dtype])
 
 
 class Sizes(ctypes.Structure):
     _fields_ = [
         ("out", ImageStrides),
-        *[(name, ctypes.c_int32) for name in ("dtype", "batch", "channels", "height", "width")],
-        *[(name, ctypes.c_int32) for name in ("accumulate", "num_levels", "unused")],
+        *[(name, ctypes.c_int32) for name in (*_INTEGERS, "accumulate", "num_levels", "unused")],
         ("levels", Level * MAX_LEVELS),
     ]
 
@@ -55,58 +56,63 @@ class Sizes(ctypes.Structure):
 class BackwardSizes(ctypes.Structure):
     _fields_ = [
         ("grad_output", ImageStrides),
-        *[(name, ctypes.c_int32) for name in ("dtype", "batch", "channels", "height", "width")],
-        ("unused", ctypes.c_int32),
+        *[(name, ctypes.c_int32) for name in (*_INTEGERS, "unused")],
         ("grad_taps", Level),
     ]
 
 
-def _covers_output(
-    dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int], geometry: _Geometry
-) -> bool:
+def _is_covered(image: _Image) -> bool:
+    shape, stride, dtype = image
+    return (
+        dtype in DTYPES
+        and are_vectors(shape[1], stride, VECTOR)
+        and stride[2] * shape[2] * dtype.itemsize < MAX_BYTES
+    )
+
+
+def _levels(
+    out: _Image, levels: Sequence[_Image], geometry: _Geometry, ratios: Sequence[int], rows: int
+) -> list[Level] | None:
+    """Where they are covered, by blocks of so many rows of the finest level or of the output."""
     height, width, kernel_size, padding, align_corners, channels_last = geometry
-    return (
-        channels_last
-        and (kernel_size, padding, align_corners) == (3, 1, False)
-        and dtype in DTYPES
-        and shape[0] <= MAX_IMAGES
-        and height % MULTIPLE == width % MULTIPLE == 0
-        and are_vectors(shape[1], stride, dtype)
-    )
-
-
-def _covers_level(
-    shape: Sequence[int], stride: Sequence[int], dtypes: tuple[torch.dtype, torch.dtype],
-    geometry: _Geometry, ratios: Sequence[int],
-) -> bool:  # fmt: skip
-    """``dtypes``: the level's, and the output's, whose vectors it has."""
-    (height, width), (in_height, in_width) = geometry[:2], shape[2:]
-    return (
-        any((ratio * in_height, ratio * in_width) == (height, width) for ratio in ratios)
-        and dtypes[0] in (dtypes[1], torch.float32)
-        and are_vectors(shape[1], stride, dtypes[1])
-    )
+    if (
+        not channels_last
+        or (kernel_size, padding, align_corners) != (3, 1, False)
+        or len(levels) > MAX_LEVELS
+        or width > MAX_COLUMNS
+        or out[0][0] * cdiv(height, rows) > MAX_BLOCKS
+        or not _is_covered(out)
+    ):
+        return None
+    found = []
+    for image in levels:
+        (*_, in_height, in_width), stride, dtype = image
+        known = [r for r in ratios if (r * in_height, r * in_width) == (height, width)]
+        if not known or dtype not in (out[2], torch.float32) or not _is_covered(image):
+            return None
+        found.append(Level.of(stride, known[0], dtype))
+    return found
 
 
 @planned
 def _forward_launch(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...],
-    levels: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...], accumulate: bool,
+    device: torch.device, out: _Image, images: tuple[_Image, ...], accumulate: bool,
     geometry: _Geometry,
 ) -> Launch | None:  # fmt: skip
-    """``levels``: shape, strides and dtype of each."""
-    if len(levels) > MAX_LEVELS or not _covers_output(dtype, shape, stride, geometry):
+    height, width = geometry[:2]
+    levels = _levels(out, images, geometry, RATIOS, BLOCK_ROWS)
+    if levels is None or height % MULTIPLE or width % MULTIPLE:
         return None
-    for level_shape, level_stride, level_dtype in levels:
-        dtypes = level_dtype, dtype
-        if not _covers_level(level_shape, level_stride, dtypes, geometry, RATIOS):
-            return None
-    batch, channels = shape[:2]
+    (batch, channels, *_), stride, dtype = out
     sizes = Sizes(
-        ImageStrides.of(stride), DTYPES[dtype], batch, channels, *geometry[:2], accumulate,
-        len(levels), 0, (Level * MAX_LEVELS)(*[Level.of(*level) for level in levels]),
+        ImageStrides.of(stride), DTYPES[dtype], batch, channels, height, width, accumulate,
+        len(levels), 0, (Level * MAX_LEVELS)(*levels),
     )  # fmt: skip
     return Launch("fastfuse_tap_sum", sizes, device)
+
+
+def _image(tensor: Tensor) -> _Image:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 def forward_into(
@@ -115,11 +121,8 @@ def forward_into(
 ) -> None:  # fmt: skip
     launch = None
     if is_preferred(NAME) and out.numel() > 0 and are_aligned(out, *taps):
-        launch = _forward_launch(
-            out.device, out.dtype, out.shape, out.stride(),
-            tuple([(level.shape, level.stride(), level.dtype) for level in taps]), accumulate,
-            geometry,
-        )  # fmt: skip
+        images = tuple([_image(level) for level in taps])
+        launch = _forward_launch(out.device, _image(out), images, accumulate, geometry)
     if launch is None:
         triton.forward_into(out, taps, scales, offsets, bias, accumulate, *geometry)
     else:
@@ -133,22 +136,16 @@ def forward(taps: Tensor, offsets: Tensor | None, *geometry: Any) -> Tensor:
 
 @planned
 def _backward_launch(
-    device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...],
-    stride: tuple[int, ...], out_shape: tuple[int, ...], out_stride: tuple[int, ...],
-    geometry: _Geometry,
-) -> Launch | None:  # fmt: skip
-    """Of the gradient of taps, and of the output's."""
-    dtype = dtypes[1]
-    if dtypes[0] != dtype or not (
-        _covers_output(dtype, out_shape, out_stride, geometry)
-        and _covers_level(shape, stride, dtypes, geometry, BACKWARD_RATIOS)
-    ):
+    device: torch.device, grad_taps: _Image, grad_output: _Image, geometry: _Geometry
+) -> Launch | None:
+    (batch, channels, *_), stride, dtype = grad_output
+    rows = BACKWARD_BLOCK_ROWS * BACKWARD_RATIOS[0]
+    levels = _levels(grad_output, [grad_taps], geometry, BACKWARD_RATIOS, rows)
+    if levels is None or grad_taps[2] != dtype:
         return None
-    batch, channels = out_shape[:2]
     sizes = BackwardSizes(
-        ImageStrides.of(out_stride), DTYPES[dtype], batch, channels, *geometry[:2], 0,
-        Level.of(shape, stride, dtype),
-    )  # fmt: skip
+        ImageStrides.of(stride), DTYPES[dtype], batch, channels, *geometry[:2], 0, levels[0]
+    )
     return Launch("fastfuse_tap_sum_backward", sizes, device)
 
 
@@ -158,9 +155,8 @@ def backward_into(
     launch = None
     if is_preferred(NAME) and grad_taps.numel() > 0 and are_aligned(grad_taps, grad_output):
         launch = _backward_launch(
-            grad_taps.device, (grad_taps.dtype, grad_output.dtype), grad_taps.shape,
-            grad_taps.stride(), grad_output.shape, grad_output.stride(), geometry,
-        )  # fmt: skip
+            grad_taps.device, _image(grad_taps), _image(grad_output), geometry
+        )
     if launch is None:
         triton.backward_into(grad_taps, grad_output, scale, *geometry)
     else:
