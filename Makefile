@@ -140,4 +140,4 @@ wheel: $(READY)
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist bench-results fastfuse/_C*.so *.egg-info $(VENV)/.built*
+	rm -rf build dist bench-results fastfuse/_C*.so fastfuse/lib *.egg-info $(VENV)/.built*

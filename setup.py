@@ -1,11 +1,11 @@
-"""Builds fastfuse._C and fastfuse/_CUDA.so with CMake and Ninja; everything else about the build is
-in CMakeLists.txt.
+"""Builds fastfuse._C and fastfuse/lib/_CUDA.so with CMake and Ninja; everything else about the
+build is in CMakeLists.txt.
 
 Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
 FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`);
-FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone. fastfuse/_CUDA.so is built
-where nvcc is found: FASTFUSE_CUDA=OFF leaves it out, ON insists; FASTFUSE_CUDA_ARCHS="90a" builds
-for these compute capabilities alone.
+FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone. fastfuse/lib/_CUDA.so is
+built where nvcc is found: FASTFUSE_CUDA=OFF leaves it out, ON insists; FASTFUSE_CUDA_ARCHS="90a"
+builds for these compute capabilities alone.
 """
 
 import os
@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-CUDA_LIBRARY = "_CUDA.so"  # of its own: it knows neither Python nor torch
+CUDA_LIBRARY = "lib/_CUDA.so"  # no module: it knows neither Python nor torch
 
 
 class CMakeBuild(build_ext):
@@ -76,7 +76,8 @@ class CMakeBuild(build_ext):
         built, source = Path(self.build_lib, "fastfuse", CUDA_LIBRARY), ROOT / "fastfuse"
         (source / CUDA_LIBRARY).unlink(missing_ok=True)
         if built.exists():
-            shutil.copy(built, source)
+            (source / CUDA_LIBRARY).parent.mkdir(exist_ok=True)
+            shutil.copy(built, source / CUDA_LIBRARY)
 
 
 class BuildPython(build_py):

@@ -1,4 +1,4 @@
-"""Loads ``fastfuse/_CUDA.so``, the kernels in CUDA C++, or keeps the exact reason why it cannot.
+"""Loads ``fastfuse/lib/_CUDA.so``, the kernels in CUDA C++, or keeps the exact reason why it cannot.
 
 The library knows neither Python nor PyTorch: it has a C interface and its own CUDA runtime, and is
 loaded beside a PyTorch that has CUDA. Without it CUDA tensors have the Triton kernels.
@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["failure", "library", "name_of_error"]
 
-FILE = "_CUDA.so"
+FILE = "lib/_CUDA.so"  # not beside modules, of which it is none
 MIN_CUDA = 12  # of PyTorch: a driver for it runs what the library is compiled to
 
 
@@ -25,7 +25,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
     major = re.match(r"\d+", version)
     if major is None or int(major[0]) < MIN_CUDA:
         return None, f"expected a PyTorch with CUDA {MIN_CUDA} or newer, got {version}"
-    path = Path(__file__).with_name(FILE)
+    path = Path(__file__).parent / FILE
     if not path.exists():
         return None, f"expected fastfuse/{FILE}, which is built where nvcc is; it was not"
     try:

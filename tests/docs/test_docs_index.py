@@ -70,21 +70,22 @@ def test_arrows_of_the_diagram_are_the_calls_of_the_source() -> None:
 
 def includes(path: Path) -> set[Path]:
     """Headers of csrc that a file includes, and what these include."""
-    names = re.findall(r'#include "(cpu/.*?)"', path.read_text(encoding="utf-8"))
+    names = re.findall(r'#include "((?:cpu|cuda)/.*?)"', path.read_text(encoding="utf-8"))
     direct = {ROOT / "csrc" / name for name in names}
     return direct.union(*(includes(header) for header in direct))
 
 
 def users(shared: Path) -> set[str]:
     if shared.suffix == ".h":
-        bodies = {op: ROOT / "csrc" / "cpu" / f"{op}_simd.cpp" for op in OPERATIONS}
+        end = {"cpu": "_simd.cpp", "cuda": ".cu"}[shared.parent.name]
+        bodies = {op: shared.with_name(f"{op}{end}") for op in OPERATIONS}
         return {op for op, body in bodies.items() if body.exists() and shared in includes(body)}
     module = f"fastfuse.ops.{shared.stem} import"
     return {
         op
         for op in OPERATIONS
         for name, source in kernels(op).items()
-        if name.endswith("triton.py") and module in source
+        if name.endswith(("cuda.py", "triton.py")) and module in source
     }
 
 
