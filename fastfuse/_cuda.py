@@ -1,4 +1,4 @@
-"""Loads ``fastfuse/lib/_CUDA.so``, the kernels in CUDA C++, or keeps the exact reason why it cannot.
+"""Loads ``fastfuse/lib/_CUDA.so``, the kernels in CUDA C++, or keeps the reason why it cannot.
 
 The library knows neither Python nor PyTorch: it has a C interface and its own CUDA runtime, and is
 loaded beside a PyTorch that has CUDA. Without it CUDA tensors have the Triton kernels.
