@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -45,7 +45,7 @@ def _room(op: str, backend: str) -> Any:
 
 @dataclass(frozen=True)
 class Case:
-    """What ``call`` calls for a layout and a dtype, and ``cuda`` does of CUDA C++."""
+    """What ``call`` calls for a layout and a dtype; ``cuda`` is its twin in CUDA C++."""
 
     name: str
     call: Call
@@ -53,7 +53,8 @@ class Case:
     dtypes: tuple[str, ...] = BOTH_DTYPES
     cuda: Call | None = None
     cuda_layouts: tuple[str, ...] = (CHANNELS_LAST,)
-    counted_on: int = 90  # whose code the machine runs
+    counted_on: int = 90  # the architecture whose code is run
+    backend: str = "triton"
 
 
 def image(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -182,7 +183,7 @@ def _residual_backward(layout: str, dtype: torch.dtype) -> None:
 
 
 def _linear(which: str) -> Call:
-    """Of a block's MLP: to its hidden rows, back from them, and the first one's gradient."""
+    """Of a block's MLP: to its hidden rows, back from them, and the hidden rows' gradient."""
     batch, channels, side = BLOCK
 
     def call(layout: str, dtype: torch.dtype) -> None:
@@ -197,15 +198,9 @@ def _linear(which: str) -> Call:
             linear.linear_residual_into(out, x, hidden, falling, v, v, _vector(batch), side**2, 0)
         else:
             grad = torch.empty_like(x)
+            activated, sums = torch.empty_like(hidden), _vector(HIDDEN)
             linear.linear_gelu_backward_into(
-                hidden,
-                torch.empty_like(hidden),
-                bias,
-                grad,
-                falling.t(),
-                x,
-                rising,
-                _vector(HIDDEN),
+                hidden, activated, sums, grad, falling.t(), x, rising, bias
             )
 
     return call
@@ -286,15 +281,11 @@ CASES = (
     Case("upsample_argmax ADE", _argmax(ADE, False), BOTH_LAYOUTS),
     Case("upsample_argmax ADE confidence", _argmax(ADE, True)),
     Case("upsample_argmax CamVid", _argmax(CAMVID, False)),
-    _twins(
-        "upsample_cross_entropy ADE",
-        _cross_entropy,
-        ADE,
-        False,
-        layouts=BOTH_LAYOUTS,
-        cuda_layouts=BOTH_LAYOUTS,
+    replace(
+        _twins("upsample_cross_entropy ADE", _cross_entropy, ADE, False),
+        layouts=BOTH_LAYOUTS, cuda_layouts=BOTH_LAYOUTS,
     ),
     _twins("upsample_cross_entropy ADE backward", _cross_entropy, ADE, True),
     _twins("upsample_cross_entropy CamVid", _cross_entropy, CAMVID, False),
     _twins("upsample_cross_entropy CamVid backward", _cross_entropy, CAMVID, True),
-)
+)  # fmt: skip

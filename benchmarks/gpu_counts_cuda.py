@@ -120,6 +120,12 @@ def _version() -> str:
     return subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def release() -> str:
+    """Of nvcc; ``MissingCompilerError`` if there is none."""
+    found = re.search(r"release ([\d.]+)", _version())
+    return found[1] if found else "unknown"
+
+
 @cache
 def _own_text() -> str:
     return Path(__file__).read_text(encoding="utf-8")
