@@ -101,7 +101,7 @@ test-gpu-proof: $(BUILT)
 	$(PYTEST) tests/triton/test_ptx_mutations.py
 	$(PYTEST) tests/cuda
 
-# What can be counted of the Triton kernels without a device; the host's time is printed alone.
+# What can be counted of the GPU kernels without a device; the host's time is printed alone.
 gpu-report: $(BUILT)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/support $(BIN)/python benchmarks/gpu_report.py
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/host_time.py

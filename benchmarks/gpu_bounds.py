@@ -45,8 +45,10 @@ class Device:
     accessed: int = 4  # sectors; one wavefront of shared memory, or one shuffle
     alu: int = 2  # of integers, comparisons, selections
     special: float = 0.5  # exponentials, reciprocals, roots
+    matrix_rate: float = 989.4e12  # FLOP a second of products of 16-bit matrices, at that clock
 
 
+OF_MULTIPROCESSORS = ("access", "issue", "alu", "special", "matrix")
 H100 = Device("H100 SXM", 3.35e12)
 H200 = Device("H200", 4.8e12)
 
@@ -75,9 +77,10 @@ def bounds(counts: Mapping[str, Any], device: Device) -> dict[str, float]:
         "issue": counts["instructions"] / device.issued / cycles,
         "alu": counts["alu"] / device.alu / cycles,
         "special": counts["mix"]["special"] / device.special / cycles,
+        "matrix": counts["matrix_flops"] / device.matrix_rate,
     }
     share = counts["programs"] / device.multiprocessors
-    of_multiprocessor = max(found[name] for name in ("access", "issue", "alu", "special"))
+    of_multiprocessor = max(found[name] for name in OF_MULTIPROCESSORS)
     return {**found, "tail": of_multiprocessor * math.ceil(share) / share}
 
 

@@ -1,20 +1,19 @@
-"""Calls of Triton kernels at the shapes of the benchmarks, on tensors that need no memory."""
+"""Calls of GPU kernels at the shapes of the benchmarks, on tensors that need no memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfuse.ops.depthwise_conv2d import triton as depthwise
+from fastfuse.ops.pointwise import linear
 from fastfuse.ops.pointwise import triton as pointwise
-from fastfuse.ops.tap_sum import triton as tap_sum
 from fastfuse.ops.upsample_add import triton as add
 from fastfuse.ops.upsample_argmax import triton as argmax
-from fastfuse.ops.upsample_cross_entropy import triton as cross_entropy
 from fastfuse.ops.upsample_equalize_concat import triton as concat
 
 CHANNELS_LAST, CONTIGUOUS = "channels_last", "contiguous"
@@ -36,14 +35,26 @@ CAMVID = (19, (90, 120), (360, 480))
 BATCH = 2
 
 
+Call = Callable[[str, torch.dtype], Any]
+
+
+def _room(op: str, backend: str) -> Any:
+    """Its launchers: of the same signatures."""
+    return import_module(f"fastfuse.ops.{op}.{backend}")
+
+
 @dataclass(frozen=True)
 class Case:
-    """What ``call`` calls for a layout and a dtype."""
+    """What ``call`` calls for a layout and a dtype; ``cuda`` is its twin in CUDA C++."""
 
     name: str
-    call: Callable[[str, torch.dtype], Any]
+    call: Call
     layouts: tuple[str, ...] = (CHANNELS_LAST,)
     dtypes: tuple[str, ...] = BOTH_DTYPES
+    cuda: Call | None = None
+    cuda_layouts: tuple[str, ...] = (CHANNELS_LAST,)
+    counted_on: int = 90  # the architecture whose code is run
+    backend: str = "triton"
 
 
 def image(shape: Sequence[int], layout: str, dtype: torch.dtype) -> Tensor:
@@ -59,7 +70,7 @@ def _levels(levels: Sequence[tuple[int, int]], layout: str, dtype: torch.dtype) 
     return [image((BATCH, channels, side, side), layout, dtype) for channels, side in levels]
 
 
-def _concat_forward(levels: Sequence[tuple[int, int]]) -> Callable[[str, torch.dtype], Any]:
+def _concat_forward(levels: Sequence[tuple[int, int]]) -> Call:
     side, count = levels[0][1], len(levels)
     return lambda layout, dtype: concat.forward(
         _levels(levels, layout, dtype), side, side, _vector(count), _vector(count), False,
@@ -67,7 +78,7 @@ def _concat_forward(levels: Sequence[tuple[int, int]]) -> Callable[[str, torch.d
     )  # fmt: skip
 
 
-def _concat_backward(levels: Sequence[tuple[int, int]]) -> Callable[[str, torch.dtype], Any]:
+def _concat_backward(levels: Sequence[tuple[int, int]]) -> Call:
     channels, sides = [c for c, _ in levels], [side for _, side in levels]
     offsets = [sum(channels[:i]) for i in range(len(levels))]
     shape = (BATCH, sum(channels), sides[0], sides[0])
@@ -88,27 +99,31 @@ def _taps(
     return out, taps, geometry
 
 
-def _tap_sum_forward(sides: Sequence[int], target: int) -> Callable[[str, torch.dtype], Any]:
+def _tap_sum_forward(sides: Sequence[int], target: int, backend: str) -> Call:
     """Of all levels onto what the level of the target's size has given."""
+    room = _room("tap_sum", backend)
 
     def call(layout: str, dtype: torch.dtype) -> None:
         out, taps, geometry = _taps(sides, target, layout, dtype)
-        tap_sum.forward_into(out, taps, None, None, None, True, *geometry)
+        room.forward_into(out, taps, None, None, None, True, *geometry)
 
     return call
 
 
-def _tap_sum_backward(sides: Sequence[int], target: int) -> Callable[[str, torch.dtype], Any]:
+def _tap_sum_backward(sides: Sequence[int], target: int, backend: str) -> Call:
+    room = _room("tap_sum", backend)
+
     def call(layout: str, dtype: torch.dtype) -> None:
         out, taps, geometry = _taps(sides, target, layout, dtype)
         for level in taps:
-            tap_sum.backward_into(level, out, None, *geometry)
+            room.backward_into(level, out, None, *geometry)
 
     return call
 
 
-def _depthwise(kernel_size: int, dilation: int, which: str) -> Callable[[str, torch.dtype], Any]:
+def _depthwise(kernel_size: int, dilation: int, which: str, backend: str) -> Call:
     batch, channels, side = BLOCK
+    room = _room("depthwise_conv2d", backend)
 
     def call(layout: str, dtype: torch.dtype) -> None:
         x = image((batch, channels, side, side), layout, dtype)
@@ -116,11 +131,11 @@ def _depthwise(kernel_size: int, dilation: int, which: str) -> Callable[[str, to
         bias = torch.empty(channels, dtype=dtype, device="meta")
         is_last = layout == CHANNELS_LAST
         if which == "forward":
-            depthwise.forward(x, weight, bias, None, dilation, False, is_last)
+            room.forward(x, weight, bias, None, dilation, False, is_last)
         elif which == "input":
-            depthwise.forward(x, weight, None, x, dilation, True, is_last)
+            room.forward(x, weight, None, x, dilation, True, is_last)
         else:
-            depthwise.backward_weight(x, x.clone(), kernel_size, dilation)
+            room.backward_weight(x, x.clone(), kernel_size, dilation)
 
     return call
 
@@ -167,6 +182,30 @@ def _residual_backward(layout: str, dtype: torch.dtype) -> None:
     pointwise.residual_backward_into(out, _vector(channels), grad, _vector(batch), side**2, 0)
 
 
+def _linear(which: str) -> Call:
+    """Of a block's MLP: to its hidden rows, back from them, and the hidden rows' gradient."""
+    batch, channels, side = BLOCK
+
+    def call(layout: str, dtype: torch.dtype) -> None:
+        x, hidden = _rows(dtype, channels), _rows(dtype, HIDDEN)
+        rising = torch.empty(HIDDEN, channels, dtype=dtype, device="meta")
+        falling = torch.empty(channels, HIDDEN, dtype=dtype, device="meta")
+        bias, v = _vector(HIDDEN), _vector(channels)
+        if which == "gelu":
+            linear.linear_gelu_into(hidden, None, x, rising, bias)
+        elif which == "residual":
+            out = torch.empty_like(x)
+            linear.linear_residual_into(out, x, hidden, falling, v, v, _vector(batch), side**2, 0)
+        else:
+            grad = torch.empty_like(x)
+            activated, sums = torch.empty_like(hidden), _vector(HIDDEN)
+            linear.linear_gelu_backward_into(
+                hidden, activated, sums, grad, falling.t(), x, rising, bias
+            )
+
+    return call
+
+
 def _upsample_add(layout: str, dtype: torch.dtype) -> None:
     skip, x = _levels(UPER[:2], layout, dtype)
     add.forward(x, skip, False, layout == CHANNELS_LAST)
@@ -183,21 +222,23 @@ def _logits(sizes: Sizes, layout: str, dtype: torch.dtype) -> tuple[Tensor, Tens
     return image((BATCH, classes, *size), layout, dtype), labels
 
 
-def _argmax(sizes: Sizes, confidence: bool) -> Callable[[str, torch.dtype], Any]:
+def _argmax(sizes: Sizes, confidence: bool) -> Call:
     function = argmax.forward_confidence if confidence else argmax.forward
     return lambda layout, dtype: function(
         _logits(sizes, layout, dtype)[0], *sizes[2], False
     )  # fmt: skip
 
 
-def _cross_entropy(sizes: Sizes, backward: bool) -> Callable[[str, torch.dtype], Any]:
+def _cross_entropy(sizes: Sizes, backward: bool, backend: str) -> Call:
+    room = _room("upsample_cross_entropy", backend)
+
     def call(layout: str, dtype: torch.dtype) -> None:
         logits, labels = _logits(sizes, layout, dtype)
         if not backward:
-            cross_entropy.forward(logits, labels, None, 255, 0.0, False)
+            room.forward(logits, labels, None, 255, 0.0, False)
             return
         each = torch.empty(labels.shape, device="meta")
-        cross_entropy.backward(
+        room.backward(
             torch.empty_like(each), logits, labels, None, each, 255, 0.0, False,
             layout == CHANNELS_LAST,
         )  # fmt: skip
@@ -206,32 +247,45 @@ def _cross_entropy(sizes: Sizes, backward: bool) -> Callable[[str, torch.dtype],
 
 
 BOTH_LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
+
+
+def _twins(name: str, make: Callable[..., Call], *sizes: Any, **options: Any) -> Case:
+    """Of an op's kernels in Triton and in CUDA C++."""
+    return Case(name, make(*sizes, "triton"), cuda=make(*sizes, "cuda"), **options)
+
+
 CASES = (
     Case("upsample_equalize_concat UPer", _concat_forward(UPER), BOTH_LAYOUTS),
     Case("upsample_equalize_concat UPer backward", _concat_backward(UPER)),
     Case("upsample_equalize_concat PSP", _concat_forward(PSP)),
     Case("upsample_equalize_concat PSP backward", _concat_backward(PSP)),
-    Case("tap_sum UPer", _tap_sum_forward(*UPER_TAPS)),
-    Case("tap_sum UPer backward", _tap_sum_backward(*UPER_TAPS)),
-    Case("tap_sum PSP", _tap_sum_forward(*PSP_TAPS)),
-    Case("tap_sum PSP backward", _tap_sum_backward(*PSP_TAPS), dtypes=("bfloat16",)),
-    Case("depthwise_conv2d 7x7", _depthwise(7, 1, "forward"), BOTH_LAYOUTS),
-    Case("depthwise_conv2d 7x7 input's gradient", _depthwise(7, 1, "input")),
-    Case("depthwise_conv2d 7x7 weight's gradient", _depthwise(7, 1, "weight")),
-    Case("depthwise_conv2d 7x7 dilated 3", _depthwise(7, 3, "forward")),
-    Case("depthwise_conv2d 7x7 dilated 3 weight's gradient", _depthwise(7, 3, "weight")),
+    _twins("tap_sum UPer", _tap_sum_forward, *UPER_TAPS),
+    _twins("tap_sum UPer backward", _tap_sum_backward, *UPER_TAPS),
+    Case("tap_sum PSP", _tap_sum_forward(*PSP_TAPS, "triton")),
+    Case("tap_sum PSP backward", _tap_sum_backward(*PSP_TAPS, "triton"), dtypes=("bfloat16",)),
+    _twins("depthwise_conv2d 7x7", _depthwise, 7, 1, "forward", layouts=BOTH_LAYOUTS),
+    _twins("depthwise_conv2d 7x7 input's gradient", _depthwise, 7, 1, "input"),
+    _twins("depthwise_conv2d 7x7 weight's gradient", _depthwise, 7, 1, "weight"),
+    _twins("depthwise_conv2d 7x7 dilated 3", _depthwise, 7, 3, "forward"),
+    _twins("depthwise_conv2d 7x7 dilated 3 weight's gradient", _depthwise, 7, 3, "weight"),
     Case("layer_norm", _layer_norm),
     Case("layer_norm backward", _layer_norm_backward),
     Case("bias_gelu", _bias_gelu),
     Case("bias_gelu backward", _bias_gelu_backward),
     Case("residual", _residual),
     Case("residual backward", _residual_backward),
+    Case("linear_gelu", _linear("gelu"), dtypes=("bfloat16",), counted_on=80),
+    Case("linear_residual", _linear("residual"), dtypes=("bfloat16",), counted_on=80),
+    Case("linear_gelu backward", _linear("backward"), dtypes=("bfloat16",), counted_on=80),
     Case("upsample_add", _upsample_add),
     Case("upsample_argmax ADE", _argmax(ADE, False), BOTH_LAYOUTS),
     Case("upsample_argmax ADE confidence", _argmax(ADE, True)),
     Case("upsample_argmax CamVid", _argmax(CAMVID, False)),
-    Case("upsample_cross_entropy ADE", _cross_entropy(ADE, False), BOTH_LAYOUTS),
-    Case("upsample_cross_entropy ADE backward", _cross_entropy(ADE, True)),
-    Case("upsample_cross_entropy CamVid", _cross_entropy(CAMVID, False)),
-    Case("upsample_cross_entropy CamVid backward", _cross_entropy(CAMVID, True)),
-)
+    replace(
+        _twins("upsample_cross_entropy ADE", _cross_entropy, ADE, False),
+        layouts=BOTH_LAYOUTS, cuda_layouts=BOTH_LAYOUTS,
+    ),
+    _twins("upsample_cross_entropy ADE backward", _cross_entropy, ADE, True),
+    _twins("upsample_cross_entropy CamVid", _cross_entropy, CAMVID, False),
+    _twins("upsample_cross_entropy CamVid backward", _cross_entropy, CAMVID, True),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What can be counted of every Triton kernel without a device, and what that bounds.
+"""What can be counted of every GPU kernel without a device, and what that bounds.
 
 ``make gpu-report`` writes benchmarks/results/gpu-report.json, which tests hold the kernels to, and
 docs/gpu_report.md. Of some cases alone, and nothing written:
@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_counts_cuda
 import torch
 import triton
+from cuda.sources import MissingCompilerError
 from gpu_bounds import H100, MULTIPROCESSORS, WARP, binding, bounds, resident_programs
 from gpu_cases import CASES, Case
-from gpu_counts import COUNTED_ON, assembled, class_sizes, counted
-from gpu_table import page, per_32_outputs, useful
+from gpu_counts import COUNTED_ON, Assembled, assembled, class_sizes, counted
+from gpu_table import IN_CUDA, page, per_32_outputs, useful
 from triton_offline import recorded_programs, specialisation
 
 from fastfuse._terminal import spell_out
@@ -40,28 +44,57 @@ def calls() -> Iterator[tuple[str, tuple[Case, str, str]]]:
         for layout in case.layouts:
             for dtype in case.dtypes:
                 yield f"{case.name}, {layout} {dtype}", (case, layout, dtype)
+                if case.cuda is not None and layout in case.cuda_layouts:
+                    twin = replace(case, call=case.cuda, backend="cuda")
+                    yield f"{case.name}, {layout} {dtype}{IN_CUDA}", (twin, layout, dtype)
+
+
+def _row(
+    kernel: str, counts: Row, architectures: Sequence[int], assembled: Callable[[int], Assembled],
+    shared: int = 0,
+) -> Row:  # fmt: skip
+    """Of a launch; ``shared`` bytes come to those that a kernel has."""
+    built = {}
+    for arch in architectures:
+        made = assembled(arch)
+        made = {**made, "shared": made["shared"] + shared}
+        limits = made["registers"], made["shared"], counts["threads"]
+        resident = resident_programs(*limits, MULTIPROCESSORS[arch])
+        built[f"sm_{arch}"] = {
+            **{name: made[name] for name in ("registers", "stack", "shared", "ld", "st")},
+            "programs": resident,
+            "warps": resident * counts["threads"] // WARP,
+            "code": class_sizes(made["machine"]),
+        }
+    return {"kernel": kernel, **counts, "built": built}
 
 
 def measured(case: Case, layout: str, dtype: str, architectures: Sequence[int]) -> Row:
     """What a call launches and compiles, and the counts of each launch."""
-    recorded = recorded_programs(lambda: case.call(layout, getattr(torch, dtype)))
+    call = partial(case.call, layout, getattr(torch, dtype))
+    if case.backend == "cuda":
+        return _measured_cuda(call, architectures)
+    recorded = recorded_programs(call)
     rows = []
     for launch, programs in recorded:
-        counts = counted(launch, programs)
-        built = {}
-        for arch in architectures:
-            made = assembled(launch, arch)
-            limits = made["registers"], made["shared"], counts["threads"]
-            resident = resident_programs(*limits, MULTIPROCESSORS[arch])
-            built[f"sm_{arch}"] = {
-                **{name: made[name] for name in ("registers", "stack", "shared", "ld", "st")},
-                "programs": resident,
-                "warps": resident * counts["threads"] // WARP,
-                "code": class_sizes(made["machine"]),
-            }
-        rows.append({"kernel": launch[0].__name__.strip("_"), **counts, "built": built})
+        counts = counted(launch, programs, case.counted_on)
+        counts["counted_on"] = case.counted_on
+        kernel = launch[0].__name__.strip("_")
+        rows.append(_row(kernel, counts, architectures, partial(assembled, launch)))
     compilations = len({specialisation(launch) for launch, _ in recorded})
     return {"compilations": compilations, "launches": rows}
+
+
+def _measured_cuda(call: Callable[[], Any], architectures: Sequence[int]) -> Row:
+    rows, kernels = [], set()
+    for launched in gpu_counts_cuda.recorded(call):
+        launch = launched.launch
+        counts = {**gpu_counts_cuda.counted(launched), "counted_on": COUNTED_ON}
+        made = partial(gpu_counts_cuda.assembled, launched.program, launch.kernel)
+        name = f"cuda {launched.name}"
+        rows.append(_row(name, counts, architectures, made, launch.shared_bytes))
+        kernels.add(launch.kernel)
+    return {"compilations": len(kernels), "launches": rows}
 
 
 def regressions(name: str, before: Row, now: Row) -> list[str]:
@@ -109,7 +142,8 @@ def save(report: dict[str, Any], path: Path) -> None:
     """JSON with a line for each launch: its values, in the order of their names."""
     rows = {name: list(map(_flat, call["launches"])) for name, call in report["calls"].items()}
     names = list(next(iter(rows.values()))[0])
-    text = f'{{"triton": "{report["triton"]}", "values": {json.dumps(names)}, "calls": {{'
+    made_with = f'"triton": "{report["triton"]}", "nvcc": "{report["nvcc"]}"'
+    text = f'{{{made_with}, "values": {json.dumps(names)}, "calls": {{'
     for i, (name, launches) in enumerate(rows.items()):
         compilations = report["calls"][name]["compilations"]
         lines = [json.dumps([row[n] for n in names], separators=(",", ":")) for row in launches]
@@ -175,9 +209,18 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     is_whole = arguments.only is None and arguments.dtypes is None
-    report: dict[str, Any] = {"triton": triton.__version__, "calls": {}}
+    try:
+        missing, release = None, gpu_counts_cuda.release()
+    except MissingCompilerError as reason:
+        missing, release = reason, ""
+        if is_whole:
+            parser.error(str(missing))
+    report: dict[str, Any] = {"triton": triton.__version__, "nvcc": release, "calls": {}}
     for name, (case, layout, dtype) in calls():
         if (arguments.only or "") not in name or dtype not in (arguments.dtypes or dtype):
+            continue
+        if missing and case.backend == "cuda":
+            print(f"{name}: {missing}")
             continue
         start = time.perf_counter()
         call = measured(case, layout, dtype, ARCHITECTURES if is_whole else (COUNTED_ON,))

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
-from gpu_bounds import H100, H200, binding, bounds
+from gpu_bounds import H100, H200, Device, binding, bounds
 
 Row = dict[str, Any]
 
-HEAD = """# What the Triton kernels do, counted without a device
+IN_CUDA = ", CUDA C++"  # ends a call's name
+
+HEAD = """# What the GPU kernels do, counted without a device
 
 `make gpu-report` writes this page and `benchmarks/results/gpu-report.json`, which the tests hold
-the kernels to (`tests/triton/test_gpu_report.py`). It was made with triton {triton}. Nothing here
-is measured, and no number is a time: [gpu.md](gpu.md#what-is-counted) says how each is found, what
-it assumes and what it leaves out.
+the kernels to (`tests/triton/test_gpu_report.py`). It was made with triton {triton} and nvcc
+{nvcc}. Nothing here is measured, and no number is a time: [gpu.md](gpu.md#what-is-counted) says how
+each is found, what it assumes and what it leaves out.
 
 Images are 2 (16 for `depthwise_conv2d`, of 192 channels and 64 x 64, and for the steps of blocks,
-which have 65,536 rows of 192 or 768 channels); `benchmarks/gpu_cases.py` has all shapes.
+which have 65,536 rows of 192 or 768 channels); `benchmarks/gpu_cases.py` has all shapes. Kernels of
+which sm_80 is said are counted as they are compiled for it: for sm_90 they multiply with
+instructions that the machine does not know, and access shared memory less.
 
 {summary}
+
+## Triton and CUDA C++
+
+Of the ops that have kernels in both, in channels_last: the sum of every launch's largest bound, in
+µs, and what binds most of it.
+
 """
+TWINS_COLUMNS = ("call", "Triton, H100", "CUDA C++, H100", "Triton, H200", "CUDA C++, H200")
 
 CALLS = """
 ## Calls
@@ -40,18 +51,19 @@ BOUNDS = """
 - **conflicts**: wavefronts of shared memory, by those that there would be without bank conflicts.
 - **instr**: machine instructions of warps for 32 elements that are written; **mix**, of these in
   percent: memory, float, integer (addresses and moves too), conversion, special, control (barriers
-  and shuffles too).
+  and shuffles too), and matrix where there are such.
 - **Bounds**, in µs: **dram** (each tensor once; at 3.35 TB/s on a H100, 4.8 on a H200), **l2**
   (the distinct sectors of each program), **access** (4 sectors, one wavefront or one shuffle a
   cycle), **issue** (4 instructions a cycle), **alu** (2 of integers, comparisons and selections),
-  **special** (one of exponentials, reciprocals and roots in two cycles), **tail** (the largest of
-  these four on the multiprocessor that has the most programs).
+  **special** (one of exponentials, reciprocals and roots in two cycles), **matrix** (products of
+  16-bit matrices at 989 TFLOPS), **tail** (the largest of these five on the multiprocessor that has
+  the most programs).
 - **binds**: the largest, the tail if it is so by a tenth; on a H100 and, if another, on a H200.
 
 """
 BOUNDS_COLUMNS = (
     "call", "kernel", "programs", "waves", "useful", "conflicts", "instr", "mix", "dram", "H200",
-    "l2", "access", "issue", "alu", "special", "tail", "binds",
+    "l2", "access", "issue", "alu", "special", "matrix", "tail", "binds",
 )  # fmt: skip
 
 BUILT = """
@@ -103,11 +115,12 @@ def _bounds_line(name: str, row: Row) -> str:
     h100, h200 = bounds(row, H100), bounds(row, H200)
     resident = row["built"]["sm_90"]["programs"] * H100.multiprocessors
     mix, shared = row["mix"], row["shared"]
-    order = ("memory", "float", "integer", "conversion", "special", "control")
+    order = ["memory", "float", "integer", "conversion", "special", "control"]
+    order += ["matrix"] if mix["matrix"] else []
     binds = list(dict.fromkeys([binding(h100), binding(h200)]))
     cells = [
         name,
-        row["kernel"],
+        row["kernel"] + (f" (sm_{row['counted_on']})" if row["counted_on"] != 90 else ""),
         f"{row['programs']:,}",
         f"{row['programs'] / resident:.2f}",
         f"{useful(row, 'loads')} {useful(row, 'stores')}",
@@ -117,7 +130,7 @@ def _bounds_line(name: str, row: Row) -> str:
         *(_number(1e6 * seconds) for seconds in (h100["dram"], h200["dram"])),
         *(
             _number(1e6 * h100[what])
-            for what in ("l2", "access", "issue", "alu", "special", "tail")
+            for what in ("l2", "access", "issue", "alu", "special", "matrix", "tail")
         ),
         ", ".join(binds),
     ]
@@ -139,6 +152,22 @@ def _built_line(name: str, compilations: str, row: Row) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
+def _bound(call: Row, device: Device) -> str:
+    """Of all launches, and what binds the largest part of it."""
+    parts: dict[str, float] = defaultdict(float)
+    for row in call["launches"]:
+        found = bounds(row, device)
+        parts[binding(found)] += max(found.values())
+    return f"{_number(1e6 * sum(parts.values()))}, {max(parts, key=parts.__getitem__)}"
+
+
+def _twins_line(name: str, twins: tuple[Row, Row]) -> str:
+    cells = [name.replace(", channels_last ", ", ")]
+    for device in (H100, H200):
+        cells += [_bound(call, device) for call in twins]
+    return f"| {' | '.join(cells)} |\n"
+
+
 def page(report: dict[str, Any]) -> str:
     calls: dict[str, Row] = report["calls"]
     rows = [row for call in calls.values() for row in call["launches"]]
@@ -150,7 +179,11 @@ def page(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {n}" for name, n in binds.most_common())
         + "."
     )
-    text = HEAD.format(triton=report["triton"], summary=summary) + CALLS + _header(CALLS_COLUMNS)
+    text = HEAD.format(**report, summary=summary) + _header(TWINS_COLUMNS)
+    for name in calls:
+        if "channels_last" in name and name + IN_CUDA in calls:
+            text += _twins_line(name, (calls[name], calls[name + IN_CUDA]))
+    text += CALLS + _header(CALLS_COLUMNS)
     text += "".join(_call_line(*call) for call in calls.items())
     text += BOUNDS + _header(BOUNDS_COLUMNS)
     for name, call in calls.items():

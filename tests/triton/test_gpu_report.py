@@ -21,12 +21,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 if INTERPRETING:
     pytest.skip("the compiler, or what it makes, is replaced", allow_module_level=True)
 
+import gpu_counts_cuda
 import triton
+from cuda.examples import skip_without_nvcc
 from gpu_bounds import H100, H200, MULTIPROCESSORS, binding, bounds, resident_programs
 from gpu_cases import CHANNELS_LAST, Case
-from gpu_counts import assembled
+from gpu_counts import COUNTED_ON, Assembled, assembled
 from gpu_report import ARCHITECTURES, BASELINE, PAGE, ROOT, calls, load, measured, regressions, save
-from gpu_table import page
+from gpu_table import IN_CUDA, page
 from ptx.parse import parse
 from triton_offline import Launch, recorded, specialisation
 
@@ -36,6 +38,9 @@ Row = dict[str, Any]
 
 BEFORE: Row = load(BASELINE)
 CALLS = dict(calls())
+IN_TRITON = [name for name, (case, _, _) in CALLS.items() if case.backend == "triton"]
+CUDA = [name for name in CALLS if name not in IN_TRITON]
+FAST_CUDA = f"tap_sum UPer, channels_last bfloat16{IN_CUDA}"
 FAST = [
     f"{name}, channels_last bfloat16"
     for name in ("upsample_equalize_concat UPer", "tap_sum UPer", "depthwise_conv2d 7x7")
@@ -75,6 +80,12 @@ def launches_of(name: str) -> list[Launch]:
     return recorded(lambda: case.call(layout, getattr(torch, dtype)))
 
 
+@lru_cache
+def launches_in_cuda(name: str) -> list[gpu_counts_cuda.Recorded]:
+    case, layout, dtype = CALLS[name]
+    return gpu_counts_cuda.recorded(lambda: case.call(layout, getattr(torch, dtype)))
+
+
 def test_every_kernel_is_counted() -> None:
     files = (ROOT / "fastfuse").glob("ops/**/*triton.py")
     kernels = {
@@ -83,12 +94,12 @@ def test_every_kernel_is_counted() -> None:
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(encoding="utf-8"), re.M)
     }
     assert len(kernels) > 15
-    launched = {kernel.fn for name in CALLS for kernel, _ in launches_of(name)}
+    launched = {kernel.fn for name in IN_TRITON for kernel, _ in launches_of(name)}
     assert {(function.__module__, function.__name__) for function in launched} == kernels
 
 
 def test_no_more_launches_and_compilations() -> None:
-    for name in CALLS:
+    for name in IN_TRITON:
         before, launches = BEFORE["calls"][name], launches_of(name)
         assert len(launches) <= len(before["launches"]), name
         assert len(set(map(specialisation, launches))) <= before["compilations"], name
@@ -96,10 +107,42 @@ def test_no_more_launches_and_compilations() -> None:
 
 @counted_by_the_same
 @fast_and_slow("name architectures", [(name, (90,)) for name in FAST],
-               [(name, ARCHITECTURES) for name in CALLS])  # fmt: skip
+               [(name, ARCHITECTURES) for name in IN_TRITON])  # fmt: skip
 def test_no_more_than_before(name: str, architectures: tuple[int, ...]) -> None:
+    _hold(name, architectures)
+
+
+def _hold(name: str, architectures: tuple[int, ...]) -> None:
     found = regressions(name, BEFORE["calls"][name], measured(*CALLS[name], architectures))
     assert not found, "\n".join(found)
+
+
+@fast_and_slow("name architectures", [(FAST_CUDA, (90,))],
+               [(name, ARCHITECTURES) for name in CUDA])  # fmt: skip
+def test_no_more_than_before_in_cuda(name: str, architectures: tuple[int, ...]) -> None:
+    _skip_without_the_same_nvcc()
+    _hold(name, architectures)
+
+
+def _skip_without_the_same_nvcc() -> None:
+    skip_without_nvcc()
+    if (release := gpu_counts_cuda.release()) != BEFORE["nvcc"]:
+        pytest.skip(f"counted with nvcc {BEFORE['nvcc']}; got {release}")
+
+
+@pytest.mark.slow
+def test_every_kernel_in_cuda_is_counted() -> None:
+    """And no more is launched than was."""
+    skip_without_nvcc()
+    launched = set()
+    for name in CUDA:
+        launches = launches_in_cuda(name)
+        assert len(launches) <= len(BEFORE["calls"][name]["launches"]), name
+        launched |= {launch.name for launch in launches}
+    text = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "csrc/cuda").iterdir())
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(", text)
+    assert len(kernels) > 5
+    assert launched == set(kernels)
 
 
 @counted_by_the_same
@@ -154,9 +197,21 @@ def test_what_is_reported(what: str, plant: Callable[[Row], None]) -> None:
 @pytest.mark.parametrize("name", FAST)
 def test_nothing_is_unrolled_by_the_assembler(name: str) -> None:
     """Instructions of a line of PTX are counted as often as it is executed."""
-    made = assembled(launches_of(name)[0], 90)
+    _hold_as_written(assembled(launches_of(name)[0], COUNTED_ON))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CUDA)
+def test_nothing_is_unrolled_by_the_assembler_in_cuda(name: str) -> None:
+    skip_without_nvcc()
+    for launched in launches_in_cuda(name):
+        program, kernel = launched.program, launched.launch.kernel
+        _hold_as_written(gpu_counts_cuda.assembled(program, kernel, COUNTED_ON), kernel)
+
+
+def _hold_as_written(made: Assembled, kernel: str | None = None) -> None:
     one = {"fma.rn.f32": "FFMA", "ld.global": "LDG", "st.global": "STG"}
-    for instruction in parse(made["ptx"]).instructions:
+    for instruction in parse(made["ptx"], kernel).instructions:
         for opcode, expected in one.items():
             if instruction.opcode.startswith(opcode):
                 code = made["machine"].get(str(instruction.line), [])
@@ -194,9 +249,11 @@ def test_bounds() -> None:
         "stores": {"moved": 132 * 4 * 1755},
         "shared": {"moved": 132 * 1000},
         "shuffles": 132 * 755,
+        "matrix_flops": 989.4e6,
     }
     found = bounds(row, H100)
-    expected = {"dram": 1, "l2": 1, "access": 3, "issue": 1, "alu": 1, "special": 2, "tail": 3}
+    expected = {"dram": 1, "l2": 1, "access": 3, "issue": 1, "alu": 1, "special": 2, "matrix": 1}
+    expected["tail"] = 3
     assert {name: round(1e6 * value, 6) for name, value in found.items()} == expected
     assert binding(found) == "access"
     assert bounds(row, H200)["dram"] < found["dram"]

@@ -16,9 +16,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-from ptx.storages import FreshMemory, Storage, storages
+from ptx.storages import FreshMemory, storages
 from torch import Tensor
 
+from cuda.emulation import Call
 from cuda.proof import emulated, run_ptx
 from cuda.sources import INCLUDES, ROOT, Program
 from fastfuse import _cuda, backends
@@ -58,8 +59,7 @@ class Launcher(ExitStack):
         program = self._program(launch.function)
         groups = [a if isinstance(a, tuple) else (a,) for a in arguments]
         tensors = [t for group in groups for t in group if isinstance(t, Tensor)]
-        memory = storages([t for t in tensors if t.numel() > 0], self._fresh.written)
-        pointers = [_pointer(argument) for argument in arguments]
+        pointers = [self._pointer(argument) for argument in arguments]
 
         def call(library: ctypes.CDLL) -> int:
             function = getattr(library, launch.function)
@@ -67,14 +67,23 @@ class Launcher(ExitStack):
             return int(function(ctypes.addressof(launch.sizes), *pointers, None))
 
         self.launched.append(launch.function)
-        self._run(program, call, memory)
+        self._run(program, call, tensors)
 
     def _program(self, function: str) -> Program:
         name = _program_of(function)
         return self._programs.get(name, Program(name))
 
-    def _run(self, program: Program, call: Any, memory: list[Storage]) -> None:
+    def _address(self, tensor: Tensor) -> int:
+        return tensor.data_ptr()
+
+    def _pointer(self, argument: Argument) -> Any:
+        if isinstance(argument, tuple):
+            return (ctypes.c_void_p * launch_cuda.MAX_LEVELS)(*map(self._address, argument))
+        return self._address(argument) if isinstance(argument, Tensor) else argument
+
+    def _run(self, program: Program, call: Call, tensors: Sequence[Tensor]) -> None:
         emulator = emulated(program)
+        memory = storages([t for t in tensors if t.numel() > 0], self._fresh.written)
         if self._seed is not None:
             emulator.run(call, memory, self._seed)
         elif self._arch is not None:
@@ -90,12 +99,6 @@ class _Library:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(emulated(self._program_of(name)).library, name)
-
-
-def _pointer(argument: Argument) -> Any:
-    if isinstance(argument, tuple):
-        return (ctypes.c_void_p * launch_cuda.MAX_LEVELS)(*[t.data_ptr() for t in argument])
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
 
 
 def _users() -> list[Any]:

@@ -72,7 +72,8 @@ class Counts:
 
     @property
     def loads(self) -> Traffic:
-        return self._of("global", "ld")
+        """Copies to shared memory are too."""
+        return self._of("global", ("ld", "cp"))
 
     @property
     def stores(self) -> Traffic:
@@ -82,7 +83,7 @@ class Counts:
     def shared(self) -> Traffic:
         return self._of("shared", "")
 
-    def _of(self, space: str, name: str) -> Traffic:
+    def _of(self, space: str, name: str | tuple[str, ...]) -> Traffic:
         return Traffic.sum(
             traffic
             for (instruction, where), traffic in self.traffic.items()
@@ -100,6 +101,8 @@ class Counts:
 
     def accesses(self, space: str, places: Array, size: int, threads: Array) -> None:
         assert self._instruction is not None
+        if len(threads) == 0:  # copies that all write zeros
+            return
         if space == "global":
             self._sectors(places, size, threads)
         elif "matrix" not in self._instruction.opcode:

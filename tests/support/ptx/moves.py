@@ -87,12 +87,12 @@ def _copy(context: Context) -> Step:
         return machine.copies.commit
     if what in ("wait_group", "wait_all"):
         open_too = what == "wait_all"
-        but = 0 if open_too else int(context.operands[0])
+        but = 0 if open_too else int(context.operands[0], 0)
         return lambda lanes: machine.copies.wait(but, lanes, open_too)
     if context.modifiers not in (["async", cache, "shared", "global"] for cache in ("ca", "cg")):
         raise context.unknown()
     target, source, count, *given = context.operands
-    size, read = int(count), context.read(given[0], "u32") if given else None
+    size, read = int(count, 0), context.read(given[0], "u32") if given else None
     to, of = context.addresses(target), context.addresses(source)
 
     def copy(lanes: Lanes) -> None:

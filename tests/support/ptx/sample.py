@@ -52,6 +52,8 @@ class SampledMemory:
     """Storages of tensors, which are read; what is written is checked and dropped."""
 
     def __init__(self) -> None:
+        self._addresses: dict[int, int] = {}
+        self._tensors: list[Tensor] = []  # live on: numbers of storages are not given again
         self._begins: list[int] = []
         self._sizes: list[int] = []
         self._data: list[Array] = []
@@ -68,6 +70,18 @@ class SampledMemory:
         self._data.append(_values(tensor))
         self._next = begin + size + GUARD
         return begin
+
+    def address(self, tensor: Tensor) -> int:
+        """Where a machine has it; its storage is placed when it is first asked for."""
+        if (name := storage(tensor)) not in self._addresses:
+            self._addresses[name] = Machine.GLOBAL_BASE + self.place(tensor)
+            self._tensors.append(tensor)
+        return self._addresses[name] + int(tensor.storage_offset()) * tensor.element_size()
+
+    def names(self, numbers: set[int]) -> set[int]:
+        """Storages (by ``storage``) that were placed by their address, of ``read``, ``written``."""
+        names = list(self._addresses)
+        return {names[i] for i in numbers}
 
     def load(self, places: Array, size: int, who: Array) -> Array:
         numbers, offsets = self._found(places, size)
@@ -106,27 +120,20 @@ def storage(tensor: Tensor) -> int:
 
 def count(
     kernel: Kernel,
-    values: Sequence[Any],
+    values: Sequence[Tensor | int | bytes],
     grid: tuple[int, int, int],
     blocks: Array,
     shared_size: int,
+    memory: SampledMemory | None = None,
 ) -> tuple[Counts, set[int], set[int]]:
-    """What blocks do, and which storages (by ``storage``) are read and written."""
-    memory = SampledMemory()
-    begins: dict[int, int] = {}
-    for tensor in values:
-        if isinstance(tensor, Tensor) and storage(tensor) not in begins:
-            begins[storage(tensor)] = memory.place(tensor)
+    """What blocks do, and which storages (by ``storage``) are read and written.
 
-    def bits(value: Any) -> int:
-        if not isinstance(value, Tensor):
-            return int(value)
-        offset = int(value.storage_offset()) * value.element_size()
-        return Machine.GLOBAL_BASE + begins[storage(value)] + offset
-
-    arguments = list(map(bits, values))
+    Bytes may have addresses of the ``memory``.
+    """
+    memory = memory or SampledMemory()
+    memory.read, memory.written = set(), set()
+    arguments = [memory.address(v) if isinstance(v, Tensor) else v for v in values]
     arguments += [0] * (len(kernel.parameters) - len(arguments))
     counts = Counts(kernel.threads)
     Machine(kernel, arguments, grid, blocks, memory, shared_size, counts).run()
-    names = list(begins)
-    return counts, {names[i] for i in memory.read}, {names[i] for i in memory.written}
+    return counts, memory.names(memory.read), memory.names(memory.written)
