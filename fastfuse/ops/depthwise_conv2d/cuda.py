@@ -110,7 +110,8 @@ def backward_weight(
         return triton.backward_weight(grad_output, x, kernel_size, dilation)
     chunks, launch = plan
     channels = x.shape[1]
-    partials = torch.empty((chunks, kernel_size**2 + 1, channels), device=x.device)
+    shape = chunks, kernel_size**2 + 1, channels
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = triton.empty_gradients(x, kernel_size)
     launch(partials, grad_weight, grad_bias, grad_output, x)
     return grad_weight, grad_bias

@@ -73,7 +73,7 @@ def forward(
         )  # fmt: skip
     if launch is None:
         return triton.forward(logits, target, weight, ignore_index, label_smoothing, align_corners)
-    loss = torch.empty(target.shape, device=logits.device)
+    loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     logsumexp = torch.empty_like(loss)
     weight = None if weight is None else weight.contiguous()
     weight_sum = triton.sum_of(weight, label_smoothing)
