@@ -4,6 +4,7 @@ calls are run)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from cuda.launch import Launcher
 from torch import Tensor
 
 from fastfuse.ops.depthwise_conv2d import cuda as depthwise_conv2d
+from fastfuse.ops.tap_sum import cuda as tap_sum
 from fastfuse.ops.upsample_cross_entropy import cuda as upsample_cross_entropy
 
 
@@ -45,3 +47,35 @@ def test_another_default_dtype() -> None:
     assert torch.equal(grad_bias, grad.sum((0, 2, 3)))
     upsampled = F.interpolate(logits, scale_factor=2, mode="bilinear")
     torch.testing.assert_close(loss, F.cross_entropy(upsampled, target, reduction="none"))
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """The same, from the second element of another tensor on."""
+    flat = torch.cat([torch.zeros(1, dtype=tensor.dtype), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
+
+
+WAYS = pytest.mark.parametrize("way", [{"seed": 3}, {"arch": "sm_90a"}], ids=str)
+
+
+@WAYS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_at_any_address(way: dict[str, Any], dtype: torch.dtype) -> None:
+    x, taps = _image(1, 8, 5, 6).to(dtype), _image(1, 72, 4, 4).to(dtype)
+    weight, bias = integers(8, 1, 3, 3, dtype=dtype), integers(8, dtype=dtype)
+    offsets, vector = integers(72), integers(8)
+    geometry = (8, 8, 3, 1, False, True)
+    results = []
+    for change in (torch.clone, _part):
+        out = torch.empty(1, 8, 8, 8, dtype=dtype, memory_format=torch.channels_last)
+        with Launcher(**way) as launcher:
+            convolved = depthwise_conv2d.forward(
+                x, change(weight), change(bias), None, 1, False, True
+            )
+            tap_sum.forward_into(
+                out, [taps], None, change(offsets), change(vector), False, *geometry
+            )
+        assert len(launcher.launched) == 2
+        results.append((convolved, out))
+    for aligned, other in zip(*results, strict=True):
+        assert torch.equal(aligned, other)

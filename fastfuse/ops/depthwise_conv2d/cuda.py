@@ -18,6 +18,7 @@ from fastfuse.ops.launch_cuda import (
     Launch,
     are_aligned,
     are_vectors,
+    dense,
     is_preferred,
 )
 from fastfuse.ops.launch_triton import planned
@@ -80,7 +81,7 @@ def forward(
             weight.shape[2], dilation, flip,
         )  # fmt: skip
         if launch is not None:
-            launch(out, x, weight.contiguous(), None if bias is None else bias.contiguous(), addend)
+            launch(out, x, dense(weight), dense(bias), addend)
             return out
     return triton.forward(x, weight, bias, addend, dilation, flip, channels_last)
 

@@ -17,6 +17,7 @@ from fastfuse.ops.launch_cuda import (
     Launch,
     are_aligned,
     are_vectors,
+    dense,
     is_preferred,
     pointers,
 )
@@ -126,8 +127,7 @@ def forward_into(
     if launch is None:
         triton.forward_into(out, taps, scales, offsets, bias, accumulate, *geometry)
     else:
-        vectors = [None if v is None else v.contiguous() for v in (scales, offsets, bias)]
-        launch(out, pointers(taps), *vectors)
+        launch(out, pointers(taps), dense(scales), dense(offsets), dense(bias))
 
 
 def forward(taps: Tensor, offsets: Tensor | None, *geometry: Any) -> Tensor:
