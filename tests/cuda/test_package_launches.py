@@ -79,3 +79,46 @@ def test_parameters_at_any_address(way: dict[str, Any], dtype: torch.dtype) -> N
         results.append((convolved, out))
     for aligned, other in zip(*results, strict=True):
         assert torch.equal(aligned, other)
+
+
+CPU = torch.device("cpu")
+
+
+def test_images_too_large_for_tap_sum() -> None:
+    """Offsets within an image are of 32 bits, along whichever axis they are far."""
+
+    def covered(stride: tuple[int, ...]) -> bool:
+        out = (1, 4, 8, 8), (256, 1, 32, 4), torch.float32
+        taps = (1, 36, 4, 4), stride, torch.float32
+        plan = tap_sum._forward_launch(CPU, out, (taps,), False, (8, 8, 3, 1, False, True))
+        return plan is not None
+
+    assert covered((576, 1, 144, 36))
+    assert covered((2**27, 1, 36, 2**25))
+    assert not covered((2**30, 1, 36, 2**28))
+    assert not covered((2**30, 1, 2**28, 36))
+
+
+def test_images_too_large_for_depthwise_conv2d() -> None:
+    def covered(pixel: int, dilation: int, height: int = 9) -> bool:
+        out = (2**14, 1, 2**10, 8)
+        stride, dtypes = (2**40, 1, 2**35, pixel), (torch.float32, torch.float32)
+        args = (2**10, 8, height, 2**15), (stride, out, out), 3, dilation, False
+        return depthwise_conv2d._sizes(dtypes, *args) is not None
+
+    assert covered(2**16, 2**9)
+    assert not covered(2**16, 2**10)
+    assert not covered(2**32 + 8, 1)
+    assert not covered(8, 1, height=2**20)
+
+
+def test_dilation_beyond_the_image() -> None:
+    x, weight = _image(1, 8, 5, 6), integers(8, 1, 3, 3)
+    with Launcher(seed=3):
+        results = [
+            depthwise_conv2d.forward(x, weight, None, None, dilation, False, True)
+            for dilation in (6, 2**15, 2**31 - 1)
+        ]
+    assert all(
+        torch.equal(result, x * weight[:, :, 1:2, 1:2].view(1, 8, 1, 1)) for result in results
+    )

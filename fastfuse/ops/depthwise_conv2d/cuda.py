@@ -27,6 +27,8 @@ __all__ = ["backward_weight", "forward"]
 
 NAME = "depthwise_conv2d"
 KERNEL_SIZES = (3, 5, 7)
+MAX_ROWS = 2**30  # of a batch
+MAX_PIXELS_STRIDE = 2**26  # of neighbours in a kernel: a thread's next fits 32 bits
 
 
 class Sizes(ctypes.Structure):
@@ -44,10 +46,13 @@ def _sizes(
 ) -> Sizes | None:  # fmt: skip
     """Where they are covered. ``dtypes``: of images and bias; ``strides``: x's, out's, addend's."""
     dtype, bias_dtype = dtypes
+    dilation = min(dilation, max(shape[2:]))  # what is beyond is outside
     if (
         dtype not in DTYPES
         or bias_dtype not in (dtype, torch.float32)
         or kernel_size not in KERNEL_SIZES
+        or shape[0] * shape[2] >= MAX_ROWS
+        or dilation * max(stride[3] for stride in strides) >= MAX_PIXELS_STRIDE
         or not all(are_vectors(shape[1], stride, ALIGNMENT // dtype.itemsize) for stride in strides)
     ):
         return None

@@ -67,7 +67,7 @@ def _is_covered(image: _Image) -> bool:
     return (
         dtype in DTYPES
         and are_vectors(shape[1], stride, VECTOR)
-        and stride[2] * shape[2] * dtype.itemsize < MAX_BYTES
+        and (stride[2] * shape[2] + stride[3] * shape[3]) * dtype.itemsize < MAX_BYTES
     )
 
 

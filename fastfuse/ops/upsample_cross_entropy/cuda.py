@@ -17,7 +17,7 @@ __all__ = ["backward", "forward"]
 
 NAME = "upsample_cross_entropy"
 RATIOS, MAX_CLASSES = (2, 4, 8), 1024
-MAX_STRIDE = 2**28  # of rows and columns: of a tile's, multiples fit 32 bits
+MAX_STRIDE = 2**27  # of rows and columns: of a tile's, 15 times that fits 32 bits
 
 
 class LogitsStrides(ctypes.Structure):
