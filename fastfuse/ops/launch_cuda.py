@@ -43,9 +43,11 @@ class ImageStrides(ctypes.Structure):
         return cls(stride[0], stride[2], stride[3])
 
 
-def is_preferred(op: str) -> bool:
+def is_preferred(op: str, device: torch.device) -> bool:
     """Whether CUDA C++ runs an op where it covers it: asked for by name, or by the policy."""
     if _cuda.library is None:
+        return False
+    if device.type == "cuda" and _cuda.failure_on(device) is not None:
         return False
     return requested_backend() == "cuda" or op in policy_of("cuda").cuda_ops
 

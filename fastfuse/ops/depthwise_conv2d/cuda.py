@@ -75,7 +75,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None,
     dilation: int, flip: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
-    if channels_last and is_preferred(NAME) and x.numel() > 0 and are_aligned(x, addend):
+    if channels_last and is_preferred(NAME, x.device) and x.numel() > 0 and are_aligned(x, addend):
         out = torch.empty(
             x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
@@ -109,7 +109,7 @@ def backward_weight(
     grad_output: Tensor, x: Tensor, kernel_size: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     plan = None
-    if is_preferred(NAME) and x.numel() > 0 and are_aligned(grad_output, x):
+    if is_preferred(NAME, x.device) and x.numel() > 0 and are_aligned(grad_output, x):
         strides = x.stride(), grad_output.stride(), x.stride()
         plan = _backward_weight_launch(x.device, x.dtype, x.shape, strides, kernel_size, dilation)
     if plan is None:

@@ -121,7 +121,7 @@ def forward_into(
     bias: Tensor | None, accumulate: bool, *geometry: Any,
 ) -> None:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and out.numel() > 0 and are_aligned(out, *taps):
+    if is_preferred(NAME, out.device) and out.numel() > 0 and are_aligned(out, *taps):
         images = tuple([_image(level) for level in taps])
         launch = _forward_launch(out.device, _image(out), images, accumulate, geometry)
     if launch is None:
@@ -153,7 +153,11 @@ def backward_into(
     grad_taps: Tensor, grad_output: Tensor, scale: Tensor | None, *geometry: Any
 ) -> None:
     launch = None
-    if is_preferred(NAME) and grad_taps.numel() > 0 and are_aligned(grad_taps, grad_output):
+    if (
+        is_preferred(NAME, grad_taps.device)
+        and grad_taps.numel() > 0
+        and are_aligned(grad_taps, grad_output)
+    ):
         launch = _backward_launch(
             grad_taps.device, _image(grad_taps), _image(grad_output), geometry
         )

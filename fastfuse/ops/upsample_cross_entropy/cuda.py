@@ -65,7 +65,7 @@ def forward(
     label_smoothing: float, align_corners: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and target.numel() > 0:
+    if is_preferred(NAME, logits.device) and target.numel() > 0:
         launch = _launch(
             "upsample_cross_entropy", logits.device, logits.dtype, logits.shape, logits.stride(),
             target.shape[1:], logits.stride(), target.stride(), ignore_index, label_smoothing,
@@ -86,7 +86,7 @@ def backward(
     ignore_index: int, label_smoothing: float, align_corners: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and logits.numel() > 0:
+    if is_preferred(NAME, logits.device) and logits.numel() > 0:
         logits = logits.contiguous(memory_format=torch.channels_last)  # lanes are classes
         grad_logits = torch.empty(
             logits.shape, dtype=logits.dtype, device=logits.device,
