@@ -60,7 +60,9 @@ class CMakeBuild(build_ext):
         cache = build / "CMakeCache.txt"
         if cache.exists() and f"CMAKE_HOME_DIRECTORY:INTERNAL={ROOT}\n" not in cache.read_text():
             shutil.rmtree(build)  # of a tree that was moved or copied, which CMake refuses
-        definitions = [f"-D{name}={value}" for name, value in configure.items()]
+        # CMake would keep what an earlier build was told, such as one capability alone.
+        forgotten = ["-UFASTFUSE_CUDA_ARCHS", "-UFASTFUSE_NVCC"]
+        definitions = forgotten + [f"-D{name}={value}" for name, value in configure.items()]
         # cmake and ninja may be installed beside this Python without being on the path.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         environment = {**os.environ, "PATH": path}

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["failure", "library", "name_of_error"]
+__all__ = ["failure", "failure_on", "library", "name_of_error"]
 
 FILE = "lib/_CUDA.so"  # not beside modules, of which it is none
-MIN_CUDA = 12  # of PyTorch: a driver for it runs what the library is compiled to
+MIN_CUDA = 12  # of PyTorch
 
 
 def _load() -> tuple[ctypes.PyDLL | None, str | None]:
@@ -41,6 +42,19 @@ def name_of_error(error: int) -> str:
     function = library.fastfuse_error_name
     function.restype = ctypes.c_char_p
     return str(function(ctypes.c_int(error)).decode())
+
+
+@lru_cache
+def failure_on(device: torch.device) -> str | None:
+    """Why a device does not run the kernels: the library may be built for others, or with a newer
+    CUDA than the driver knows."""
+    if library is None:
+        return failure
+    with torch.cuda.device(device):
+        error = library.fastfuse_check_device()
+    if error == 0:
+        return None
+    return f"expected fastfuse/{FILE} to run on {device}, got {name_of_error(error)} ({error})"
 
 
 library: ctypes.PyDLL | None

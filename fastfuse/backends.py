@@ -182,9 +182,14 @@ def _constant_gpu_failure(device: torch.device) -> str | None:
     return _gpu_failure(device)
 
 
-# Dynamo cannot trace it, and takes the answer as it is. torch.compiler.assume_constant_result says
-# the same, and imports Dynamo.
-_constant_gpu_failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _constant_library_failure(device: torch.device) -> str | None:
+    return _cuda.failure_on(device)
+
+
+# Dynamo cannot trace them, and takes the answers as they are.
+# torch.compiler.assume_constant_result says the same, and imports Dynamo.
+for _constant in (_constant_gpu_failure, _constant_library_failure):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def triton_refusal(tensor: Tensor) -> str | None:
@@ -196,8 +201,8 @@ def triton_refusal(tensor: Tensor) -> str | None:
 def cuda_refusal(tensor: Tensor) -> str | None:
     """What it does not cover of a call Triton's kernels run, so it needs what they need."""
     refusal = triton_refusal(tensor)
-    if refusal is None and _cuda.library is None:
-        return _cuda.failure
+    if refusal is None:
+        refusal = _constant_library_failure(tensor.device)
     if refusal is None and tensor.dtype == torch.float64:
         return "expected dtype float32, bfloat16, float16, got float64"
     return refusal

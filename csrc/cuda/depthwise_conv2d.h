@@ -2,6 +2,7 @@
 //
 // They take channels_last images of float32, bfloat16 or float16 with
 //   - kernel_size 3, 5 or 7, any dilation, none of the sizes 0;
+//   - up to 2^30 rows of a batch, and neighbours in a kernel up to 2^26 elements apart along x;
 //   - channels, and the strides of images, rows and pixels, multiples of 16 bytes;
 //   - tensors that start at multiples of 16 bytes.
 #pragma once

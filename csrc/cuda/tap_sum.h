@@ -2,7 +2,8 @@
 //
 // Both cover kernels of 3 x 3 with a padding of 1 and without align_corners, where
 // - dtypes are float32, bfloat16 and float16; a level's taps have the output's dtype or float32,
-// - channels are contiguous, and their number, all strides and addresses multiples of 4 elements,
+// - channels are contiguous, and their number, all strides and addresses, those of vectors as well,
+//   multiples of 4 elements,
 // - the output's sides are the same multiple of a level's: 1, 2, 4 or 8 forward, and then they are
 //   multiples of 8; 2, 4 or 8 backward, where gradients of taps and output have one dtype,
 // - offsets within an image of a level, or of the output, are below 2^32 bytes,

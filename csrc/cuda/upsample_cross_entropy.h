@@ -3,7 +3,7 @@
 // They take logits of float32, bfloat16 or float16 with
 //   - a target 2, 4 or 8 times as high and as wide, without align_corners;
 //   - at most 1024 classes;
-//   - any strides, of rows and columns below 2^28.
+//   - any strides, of rows and columns below 2^27.
 // Threads of forward lie along classes or along columns, whichever are innermost in memory, those
 // of backward along classes. Gradients of the loss are below 2^25.
 #pragma once

@@ -21,7 +21,7 @@ from fastfuse.ops.policy import policy_of
 
 __all__ = [
     "ALIGNMENT", "DTYPES", "MAX_BLOCKS", "MAX_LEVELS", "ImageStrides", "Launch", "are_aligned",
-    "are_vectors", "is_preferred", "pointers",
+    "are_vectors", "dense", "is_preferred", "pointers",
 ]  # fmt: skip
 
 # As csrc/cuda/runtime.h numbers them.
@@ -43,9 +43,11 @@ class ImageStrides(ctypes.Structure):
         return cls(stride[0], stride[2], stride[3])
 
 
-def is_preferred(op: str) -> bool:
+def is_preferred(op: str, device: torch.device) -> bool:
     """Whether CUDA C++ runs an op where it covers it: asked for by name, or by the policy."""
     if _cuda.library is None:
+        return False
+    if device.type == "cuda" and _cuda.failure_on(device) is not None:
         return False
     return requested_backend() == "cuda" or op in policy_of("cuda").cuda_ops
 
@@ -57,6 +59,15 @@ def are_vectors(channels: int, stride: Sequence[int], vector: int) -> bool:
 
 def are_aligned(*tensors: Tensor | None) -> bool:
     return not any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor, such as a parameter, without gaps and where the widest access may start:
+    those that are parts of others, as optimizers flatten them, start anywhere."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if are_aligned(tensor) else tensor.clone()
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:

@@ -295,6 +295,10 @@ def test_what_is_left_to_triton() -> None:
     assert not covered((1, 5, 2, 2), (2, 2))
     assert not covered((1, 5, 2, 2), (6, 6))
     assert not covered((1, 5, 2, 2), (4, 4), dtype=torch.float64)
+    far_apart = ((1, 2**31, 2**27, 1), *common)
+    name, shape = "upsample_cross_entropy_backward", (1, 5, 16, 2**27)  # offsets of 15 rows
+    args = (device, torch.float32, shape, stride, (32, 2**28), far_apart[0], *common[1:], False)
+    assert plan(name, *args) is None
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import fastfuse
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(fastfuse.__path__, "fastfuse.")
-    if not name.endswith(("__main__", "._C", "triton"))
+    if not name.endswith(("__main__", "._C", "._CUDA", "triton"))
 ]
 
 

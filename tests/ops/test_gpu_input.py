@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfuse
-from fastfuse import BackendError, backend, backends
+from fastfuse import BackendError, _cuda, backend, backends
 from fastfuse.ops import OPERATIONS, checks
 from fastfuse.ops.define import Sample
 
@@ -29,9 +31,12 @@ each_op = pytest.mark.parametrize("op", OPERATIONS)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A device of compute capability 9.0; what was found of it is asked anew."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    backends._gpu_failure.cache_clear()
+    caches = backends._gpu_failure, _cuda.failure_on
+    for cache in caches:
+        cache.cache_clear()
     yield
-    backends._gpu_failure.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def sample_of(op: str) -> Sample:
@@ -91,6 +96,33 @@ def test_old_devices_run_the_reference(
 def test_new_devices_and_software() -> None:
     with FakeTensorMode():
         assert backends.triton_refusal(torch.empty(1, device="cuda")) is None
+
+
+@pytest.mark.parametrize("error", [0, 209])
+def test_a_library_built_for_other_devices(error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are left out, wherever they were preferred."""
+
+    def name_of_error(error: Any) -> bytes:
+        return b"cudaErrorNoKernelImageForDevice"
+
+    library = SimpleNamespace(
+        fastfuse_check_device=lambda: error, fastfuse_error_name=name_of_error
+    )
+    monkeypatch.setattr(_cuda, "library", library)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    is_preferred = pytest.importorskip("fastfuse.ops.launch_cuda").is_preferred
+    with FakeTensorMode():
+        image = torch.empty(1, 3, 4, 5, device="cuda:0")
+    assert is_preferred("tap_sum", image.device) == (error == 0)
+    assert backends.select(OPERATIONS["tap_sum"], image) == ("triton" if error else "cuda")
+    refusal = backends.cuda_refusal(image)
+    if error:
+        assert refusal == (
+            "expected fastfuse/lib/_CUDA.so to run on cuda:0, "
+            "got cudaErrorNoKernelImageForDevice (209)"
+        )
+    else:
+        assert refusal is None
 
 
 def test_a_compiled_graph_takes_the_answer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

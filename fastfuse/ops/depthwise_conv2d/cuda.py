@@ -18,6 +18,7 @@ from fastfuse.ops.launch_cuda import (
     Launch,
     are_aligned,
     are_vectors,
+    dense,
     is_preferred,
 )
 from fastfuse.ops.launch_triton import planned
@@ -26,6 +27,8 @@ __all__ = ["backward_weight", "forward"]
 
 NAME = "depthwise_conv2d"
 KERNEL_SIZES = (3, 5, 7)
+MAX_ROWS = 2**30  # of a batch
+MAX_PIXELS_STRIDE = 2**26  # of neighbours in a kernel: a thread's next fits 32 bits
 
 
 class Sizes(ctypes.Structure):
@@ -43,10 +46,13 @@ def _sizes(
 ) -> Sizes | None:  # fmt: skip
     """Where they are covered. ``dtypes``: of images and bias; ``strides``: x's, out's, addend's."""
     dtype, bias_dtype = dtypes
+    dilation = min(dilation, max(shape[2:]))  # what is beyond is outside
     if (
         dtype not in DTYPES
         or bias_dtype not in (dtype, torch.float32)
         or kernel_size not in KERNEL_SIZES
+        or shape[0] * shape[2] >= MAX_ROWS
+        or dilation * max(stride[3] for stride in strides) >= MAX_PIXELS_STRIDE
         or not all(are_vectors(shape[1], stride, ALIGNMENT // dtype.itemsize) for stride in strides)
     ):
         return None
@@ -69,7 +75,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor | None,
     dilation: int, flip: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
-    if channels_last and is_preferred(NAME) and x.numel() > 0 and are_aligned(x, addend):
+    if channels_last and is_preferred(NAME, x.device) and x.numel() > 0 and are_aligned(x, addend):
         out = torch.empty(
             x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
@@ -80,7 +86,7 @@ def forward(
             weight.shape[2], dilation, flip,
         )  # fmt: skip
         if launch is not None:
-            launch(out, x, weight.contiguous(), None if bias is None else bias.contiguous(), addend)
+            launch(out, x, dense(weight), dense(bias), addend)
             return out
     return triton.forward(x, weight, bias, addend, dilation, flip, channels_last)
 
@@ -103,14 +109,15 @@ def backward_weight(
     grad_output: Tensor, x: Tensor, kernel_size: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     plan = None
-    if is_preferred(NAME) and x.numel() > 0 and are_aligned(grad_output, x):
+    if is_preferred(NAME, x.device) and x.numel() > 0 and are_aligned(grad_output, x):
         strides = x.stride(), grad_output.stride(), x.stride()
         plan = _backward_weight_launch(x.device, x.dtype, x.shape, strides, kernel_size, dilation)
     if plan is None:
         return triton.backward_weight(grad_output, x, kernel_size, dilation)
     chunks, launch = plan
     channels = x.shape[1]
-    partials = torch.empty((chunks, kernel_size**2 + 1, channels), device=x.device)
+    shape = chunks, kernel_size**2 + 1, channels
+    partials = torch.empty(shape, dtype=torch.float32, device=x.device)
     grad_weight, grad_bias = triton.empty_gradients(x, kernel_size)
     launch(partials, grad_weight, grad_bias, grad_output, x)
     return grad_weight, grad_bias

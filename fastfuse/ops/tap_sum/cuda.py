@@ -17,6 +17,7 @@ from fastfuse.ops.launch_cuda import (
     Launch,
     are_aligned,
     are_vectors,
+    dense,
     is_preferred,
     pointers,
 )
@@ -66,7 +67,7 @@ def _is_covered(image: _Image) -> bool:
     return (
         dtype in DTYPES
         and are_vectors(shape[1], stride, VECTOR)
-        and stride[2] * shape[2] * dtype.itemsize < MAX_BYTES
+        and (stride[2] * shape[2] + stride[3] * shape[3]) * dtype.itemsize < MAX_BYTES
     )
 
 
@@ -120,14 +121,13 @@ def forward_into(
     bias: Tensor | None, accumulate: bool, *geometry: Any,
 ) -> None:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and out.numel() > 0 and are_aligned(out, *taps):
+    if is_preferred(NAME, out.device) and out.numel() > 0 and are_aligned(out, *taps):
         images = tuple([_image(level) for level in taps])
         launch = _forward_launch(out.device, _image(out), images, accumulate, geometry)
     if launch is None:
         triton.forward_into(out, taps, scales, offsets, bias, accumulate, *geometry)
     else:
-        vectors = [None if v is None else v.contiguous() for v in (scales, offsets, bias)]
-        launch(out, pointers(taps), *vectors)
+        launch(out, pointers(taps), dense(scales), dense(offsets), dense(bias))
 
 
 def forward(taps: Tensor, offsets: Tensor | None, *geometry: Any) -> Tensor:
@@ -153,7 +153,11 @@ def backward_into(
     grad_taps: Tensor, grad_output: Tensor, scale: Tensor | None, *geometry: Any
 ) -> None:
     launch = None
-    if is_preferred(NAME) and grad_taps.numel() > 0 and are_aligned(grad_taps, grad_output):
+    if (
+        is_preferred(NAME, grad_taps.device)
+        and grad_taps.numel() > 0
+        and are_aligned(grad_taps, grad_output)
+    ):
         launch = _backward_launch(
             grad_taps.device, _image(grad_taps), _image(grad_output), geometry
         )

@@ -17,7 +17,7 @@ __all__ = ["backward", "forward"]
 
 NAME = "upsample_cross_entropy"
 RATIOS, MAX_CLASSES = (2, 4, 8), 1024
-MAX_STRIDE = 2**28  # of rows and columns: of a tile's, multiples fit 32 bits
+MAX_STRIDE = 2**27  # of rows and columns: of a tile's, 15 times that fits 32 bits
 
 
 class LogitsStrides(ctypes.Structure):
@@ -65,7 +65,7 @@ def forward(
     label_smoothing: float, align_corners: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and target.numel() > 0:
+    if is_preferred(NAME, logits.device) and target.numel() > 0:
         launch = _launch(
             "upsample_cross_entropy", logits.device, logits.dtype, logits.shape, logits.stride(),
             target.shape[1:], logits.stride(), target.stride(), ignore_index, label_smoothing,
@@ -73,7 +73,7 @@ def forward(
         )  # fmt: skip
     if launch is None:
         return triton.forward(logits, target, weight, ignore_index, label_smoothing, align_corners)
-    loss = torch.empty(target.shape, device=logits.device)
+    loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     logsumexp = torch.empty_like(loss)
     weight = None if weight is None else weight.contiguous()
     weight_sum = triton.sum_of(weight, label_smoothing)
@@ -86,7 +86,7 @@ def backward(
     ignore_index: int, label_smoothing: float, align_corners: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     launch = None
-    if is_preferred(NAME) and logits.numel() > 0:
+    if is_preferred(NAME, logits.device) and logits.numel() > 0:
         logits = logits.contiguous(memory_format=torch.channels_last)  # lanes are classes
         grad_logits = torch.empty(
             logits.shape, dtype=logits.dtype, device=logits.device,
