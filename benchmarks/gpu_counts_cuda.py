@@ -11,6 +11,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,10 @@ from ptx.sample import SampledMemory, count
 from torch import Tensor
 from triton_offline import inspect, kept
 
+ONE = {
+    "fma.rn.f32": "FFMA", "ld.global": "LDG", "st.global": "STG", "ld.shared": "LDS",
+    "st.shared": "STS",
+}  # fmt: skip
 ARCHS = {80: "sm_80", 90: "sm_90a", 100: "sm_100"}  # as the library has them
 
 
@@ -131,6 +136,27 @@ def _own_text() -> str:
     return Path(__file__).read_text(encoding="utf-8")
 
 
+def rolled(kernel: Kernel, code: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Machine instructions by lines, with one round of each loop that the assembler unrolled."""
+    ends = {*kernel.labels.values(), len(kernel.instructions)}
+    ends |= {n + 1 for n, i in enumerate(kernel.instructions) if i.opcode.startswith("bra")}
+    found, begin = dict(code), 0
+    for end in sorted(ends):
+        lines = {str(i.line): i.opcode for i in kernel.instructions[begin:end]}
+        rounds = [_rounds(opcode, code.get(line, [])) for line, opcode in lines.items()]
+        for line in lines:
+            times = Counter(code.get(line, []))
+            found[line] = [c for c, n in times.items() for _ in range(-(-n // max(rounds)))]
+        begin = end
+    return found
+
+
+def _rounds(opcode: str, made: list[str]) -> int:
+    """As how often an instruction is there of which one is made."""
+    one = next((name for begin, name in ONE.items() if opcode.startswith(begin)), None)
+    return max(sum(code.startswith(one) for code in made), 1) if one else 1
+
+
 def counted(launched: Recorded) -> dict[str, Any]:
     """As ``gpu_counts.counted``."""
     launch, tensors, memory = launched.launch, launched.tensors, launched.memory
@@ -148,6 +174,6 @@ def counted(launched: Recorded) -> dict[str, Any]:
             )
             return (counts, *moved({"tensors": tensors}, read, written))
 
-        return estimated(kernel, made["machine"], launch.grid, run)
+        return estimated(kernel, rolled(kernel, made["machine"]), launch.grid, run)
 
     return kept(COUNTED / f"{key}.json", make)

@@ -202,11 +202,13 @@ def test_nothing_is_unrolled_by_the_assembler(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CUDA)
-def test_nothing_is_unrolled_by_the_assembler_in_cuda(name: str) -> None:
+def test_loops_that_the_assembler_unrolls_in_cuda(name: str) -> None:
     skip_without_nvcc()
     for launched in launches_in_cuda(name):
         program, kernel = launched.program, launched.launch.kernel
-        _hold_as_written(gpu_counts_cuda.assembled(program, kernel, COUNTED_ON), kernel)
+        made = gpu_counts_cuda.assembled(program, kernel, COUNTED_ON)
+        rolled = gpu_counts_cuda.rolled(parse(made["ptx"], kernel), made["machine"])
+        _hold_as_written({**made, "machine": rolled}, kernel)
 
 
 def _hold_as_written(made: Assembled, kernel: str | None = None) -> None:
