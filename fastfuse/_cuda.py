@@ -30,9 +30,12 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
     if not path.exists():
         return None, f"expected fastfuse/{FILE}, which is built where nvcc is; it was not"
     try:
-        return ctypes.PyDLL(str(path)), None  # calls keep the interpreter's lock: none waits
+        found = ctypes.PyDLL(str(path))  # calls keep the interpreter's lock: none waits
     except OSError as error:
         return None, f"expected fastfuse/{FILE} to load, got {error}"
+    if not hasattr(found, "fastfuse_check_device"):
+        return None, f"expected fastfuse/{FILE} as this version builds it, got an older one"
+    return found, None
 
 
 def name_of_error(error: int) -> str:

@@ -316,6 +316,13 @@ def _checks(
                 if refusals.get(device) is not None:
                     continue
                 for dtype in dtypes or DTYPES:
+                    kind = str(dtype).removeprefix("torch.")
+                    if which != "reference":
+                        probe = torch.empty(0, dtype=dtype, device=device)
+                        refusal = backend_refusals(operation, probe)[which]
+                        if refusal is not None:  # of this dtype
+                            yield Check(name, which, kind, "", "skipped", refusal)
+                            continue
                     for channels_last in (False, True):
                         try:
                             with backend(which), _plain_float32():
@@ -328,9 +335,7 @@ def _checks(
                         label = (
                             which if device == "cpu" or which != "reference" else "reference@cuda"
                         )
-                        yield Check(
-                            name, label, str(dtype).removeprefix("torch."), layout, status, detail
-                        )
+                        yield Check(name, label, kind, layout, status, detail)
             if refusals and all(refusals.values()):
                 reason = refusals[_devices()[-1]] or ""
                 yield Check(name, which, "", "", "skipped", reason)

@@ -125,6 +125,15 @@ def test_a_library_built_for_other_devices(error: int, monkeypatch: pytest.Monke
         assert refusal is None
 
 
+def test_a_library_of_an_older_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_cuda, "FILE", "__init__.py")  # some file that is there
+    monkeypatch.setattr(_cuda.ctypes, "PyDLL", lambda path: object())
+    assert _cuda._load() == (
+        None, "expected fastfuse/__init__.py as this version builds it, got an older one"
+    )  # fmt: skip
+
+
 def test_a_compiled_graph_takes_the_answer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo cannot trace how it was found."""
     torch._dynamo.reset()

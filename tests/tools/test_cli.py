@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastfuse import cli, verify
+from fastfuse import backends, cli, verify
 from fastfuse.backends import requested_backend
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.define import Sample
@@ -167,6 +167,19 @@ def test_everything_else_off_is_a_failure(
     failed = (*backends, str(dtype).removeprefix("torch."))
     assert [where for where, status in statuses.items() if status != "passed"] == [failed]
     assert statuses[failed] == "failed"
+
+
+def test_a_dtype_that_a_backend_refuses_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA C++ refuses float64."""
+
+    def refusal(tensor: torch.Tensor) -> str | None:
+        return "expected another dtype" if tensor.dtype == torch.float64 else None
+
+    monkeypatch.setitem(backends._REFUSALS, "cpu", refusal)
+    dtypes = [torch.float64, torch.float32]
+    found = list(verify.verify(ops=["upsample_add"], backends=["cpu"], dtypes=dtypes))
+    statuses = [(check.dtype, check.status) for check in found]
+    assert statuses == [("float64", "skipped"), *[("float32", "passed")] * 2]
 
 
 def test_nothing_to_run_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
