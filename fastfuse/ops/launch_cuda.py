@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastfuse import _cuda
 from fastfuse.backends import requested_backend
+from fastfuse.ops.launch_triton import OnDevice
 from fastfuse.ops.policy import policy_of
 
 __all__ = [
@@ -82,7 +83,7 @@ def _function(name: str, arguments: int) -> Any:
     return function
 
 
-class Launch:
+class Launch(OnDevice):
     """A call of a function of the library but for its tensors, with which it is called.
 
     Args:
@@ -91,21 +92,15 @@ class Launch:
         device: whose current stream runs it.
     """
 
-    __slots__ = ("_address", "device", "function", "sizes")
+    __slots__ = ("_address", "function", "sizes")
 
     def __init__(self, function: str, sizes: ctypes.Structure, device: torch.device) -> None:
-        self.function, self.sizes, self.device = function, sizes, device
+        super().__init__(device)
+        self.function, self.sizes = function, sizes
         self._address = ctypes.addressof(sizes)
 
-    def __call__(self, *tensors: Any) -> None:
-        """Tensors, None, or :func:`pointers`."""
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                self._launch(tensors)
-        else:
-            self._launch(tensors)
-
     def _launch(self, tensors: tuple[Any, ...]) -> None:
+        """Of tensors, None, or :func:`pointers`."""
         arguments = [t.data_ptr() if isinstance(t, Tensor) else t for t in tensors]
         stream = _current_stream(self.device)
         error = _function(self.function, len(arguments))(self._address, *arguments, stream)

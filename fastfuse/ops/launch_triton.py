@@ -20,7 +20,9 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
-__all__ = ["Launch", "cdiv", "forget_plans", "memory_format", "planned", "power_of_two"]
+__all__ = [
+    "Launch", "OnDevice", "cdiv", "forget_plans", "memory_format", "planned", "power_of_two",
+]  # fmt: skip
 
 PLANS = 1024  # kept of each launcher, the latest used ones
 
@@ -54,7 +56,26 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-class Launch:
+class OnDevice:
+    """What a device's current stream runs: called with tensors, wherever the host is."""
+
+    __slots__ = ("device",)
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, *tensors: Any) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self._launch(tensors)
+        else:
+            self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
+        raise NotImplementedError
+
+
+class Launch(OnDevice):
     """A launch of a kernel but for its tensors, with which it is called.
 
     Args:
@@ -64,7 +85,7 @@ class Launch:
         constants: by name, the kernel's constants and the options of its compilation.
     """
 
-    __slots__ = ("_compiled", "constants", "device", "integers", "kernel", "programs", "values")
+    __slots__ = ("_compiled", "constants", "integers", "kernel", "programs", "values")
 
     def __init__(
         self,
@@ -74,18 +95,12 @@ class Launch:
         integers: tuple[Any, ...],
         constants: dict[str, Any],
     ) -> None:
-        self.kernel, self.programs, self.device = kernel, programs, device
+        super().__init__(device)
+        self.kernel, self.programs = kernel, programs
         self.integers, self.constants = integers, {"enable_fp_fusion": True, **constants}
         names = [name for name in kernel.arg_names if name in constants]
         self.values = (*integers, *[constants[name] for name in names])
         self._compiled: dict[Any, tuple[CompiledKernel, Any, Any]] = {}
-
-    def __call__(self, *tensors: Any) -> None:
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            with torch.cuda.device(self.device):
-                self._launch(tensors)
-        else:
-            self._launch(tensors)
 
     def _launch(self, tensors: tuple[Any, ...]) -> None:
         kinds = tuple([_kind(tensor) for tensor in tensors])

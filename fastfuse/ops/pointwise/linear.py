@@ -26,14 +26,13 @@ NUM_WARPS, STAGES = 8, 3
 # A tile's sides. Each narrower block of columns reads the input once more, like COLUMN_COST more.
 BLOCK_R, MIN_BLOCK_R = 128, 64
 COLUMN_BLOCKS, COLUMN_COST = (128, 64, 32), 64
-MAX_BLOCK_C_OF_TWO = 64  # of two products, whose sums are registers
+COLUMN_BLOCKS_OF_TWO = (64, 32)  # of two products, whose sums are registers
 BLOCK_K = 64
 MIN_PROGRAMS = 132  # fill today's devices once: below, tiles have fewer rows
 
 
 def _blocks(rows: int, columns: int, products: int) -> tuple[int, int]:
-    limit = MAX_BLOCK_C_OF_TWO if products == 2 else BLOCK_R
-    allowed = [block for block in COLUMN_BLOCKS if block <= limit]
+    allowed = COLUMN_BLOCKS if products == 1 else COLUMN_BLOCKS_OF_TWO
     block_c = min(allowed, key=lambda block: cdiv(columns, block) * (block + COLUMN_COST))
     block_r = BLOCK_R
     while block_r > MIN_BLOCK_R and cdiv(rows, block_r) * cdiv(columns, block_c) < MIN_PROGRAMS:
