@@ -13,6 +13,7 @@ from regimes import current_regime
 from variants import BY_TRITON, CHANNELS_LAST, CONTIGUOUS, EXACT, TIMED, Variant
 
 from fastfuse import _cuda, backend
+from fastfuse.ops.policy import policy_of
 
 __all__ = [
     "BOTH",
@@ -87,7 +88,15 @@ def _by_triton(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def variants_of(cell: Cell, build: Build, device: str, *, convolves: bool = False) -> list[Variant]:
+def _has_cuda(op: str) -> bool:
+    """Whether CUDA C++ is measured beside Triton: the op has some, or others in it may."""
+    single = hasattr(torch.ops.fastfuse, op) and op not in CONVOLVING
+    return not single or op in policy_of("cuda").cuda_ops
+
+
+def variants_of(
+    cell: Cell, build: Build, device: str, *, convolves: bool = False, has_cuda: bool = True
+) -> list[Variant]:
     """Ours first; where there are no rivals, eager PyTorch checks them.
 
     On GPUs those that convolve and are not compiled are there a second time, by the algorithms that
@@ -99,7 +108,7 @@ def variants_of(cell: Cell, build: Build, device: str, *, convolves: bool = Fals
         return Variant(name, call, layout, **more)
 
     variants = [variant(name, layout, rival=False) for name, layout in cell.ours]
-    if device == "cuda" and _cuda.library is not None and cell.shape != TINY:
+    if has_cuda and device == "cuda" and _cuda.library is not None and cell.shape != TINY:
         variants += [replace(v, name=v.name + BY_TRITON, call=_by_triton(v.call)) for v in variants]
     for name, layout in cell.rivals:
         compiled = name.startswith("compiled")
@@ -138,7 +147,7 @@ def measurement_of(
     names = {"dtype": cell.dtype, "mode": cell.mode, "series": series}
     measures_memory = memory and current_regime() == "fresh"
     measured = Measurement(
-        variants_of(cell, build, device, convolves=op in CONVOLVING),
+        variants_of(cell, build, device, convolves=op in CONVOLVING, has_cuda=_has_cuda(op)),
         info={"op": op, "shape": cell.shape, **(about or {}), **names},
         device=device,
         exact=lambda: build(EXACT, CONTIGUOUS, cell.shape, cell.dtype, cell.mode, device)(),

@@ -20,17 +20,21 @@ MIN_CUDA = 12  # of PyTorch
 
 
 def _load() -> tuple[ctypes.PyDLL | None, str | None]:
-    version = torch.version.cuda
+    path, version = Path(__file__).parent / FILE, torch.version.cuda
+    if not path.exists():
+        return None, (
+            f"expected fastfuse/{FILE}; it was not built, for want of an nvcc that compiles it or "
+            f"by FASTFUSE_CUDA=OFF"
+        )
     if version is None:
-        return None, f"expected a PyTorch with CUDA, got {torch.__version__}"
+        return None, (
+            f"expected a PyTorch with CUDA, got {torch.__version__} (fastfuse/{FILE} is built)"
+        )
     major = re.match(r"\d+", version)
     if major is None or int(major[0]) < MIN_CUDA:
         return None, f"expected a PyTorch with CUDA {MIN_CUDA} or newer, got {version}"
-    path = Path(__file__).parent / FILE
-    if not path.exists():
-        return None, f"expected fastfuse/{FILE}, which is built where nvcc is; it was not"
     try:
-        found = ctypes.PyDLL(str(path))  # calls keep the interpreter's lock: none waits
+        found = ctypes.PyDLL(str(path))  # keeps the interpreter's lock: a launch is short
     except OSError as error:
         return None, f"expected fastfuse/{FILE} to load, got {error}"
     if not hasattr(found, "fastfuse_check_device"):

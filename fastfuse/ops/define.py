@@ -52,8 +52,8 @@ below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", nullcontext)
 
 # By kind of device, the kernels that are functions of Python, by the names of their overloads.
 _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {"cpu": {}, "cuda": {}}
-# By backend of GPUs, the kernels by the names of their ops, as steps of others: Triton's where CUDA
-# C++ has none. Which backend a kernel runs on that is made of such steps.
+# By backend of GPUs, the kernels by the names of their ops, as steps of others; and which backend a
+# kernel runs on that is made of such steps.
 _STEPS = {"cuda": SimpleNamespace(), "triton": SimpleNamespace()}
 _backend_of_steps = ContextVar("backend of steps", default="triton")
 
@@ -118,7 +118,8 @@ class Op:
 
     Args:
         schema: as PyTorch's, ``name(Tensor x, ...) -> Tensor``.
-        kernels: by backend, fastest first; none yet: the op is its reference alone.
+        kernels: by backend, fastest first; none yet: the op is its reference alone. Without one for
+            ``cuda``, ``triton``'s is that too.
         fake: what it returns, of the same arguments, with no values.
         derivative: None: nothing is ever recorded of it.
         flops: of the arguments, with shapes in the places of tensors.
@@ -136,6 +137,7 @@ class Op:
         flops_of_tensors: bool = False,
     ) -> None:
         self.name, _, arguments = schema.partition("(")
+        kernels = _with_cuda(kernels)
         self.backends = tuple(kernels)
         self._calls: dict[str, _Call] = {}
         calls: dict[str, _Call] = {}  # by overload
@@ -160,9 +162,8 @@ class Op:
                 function = _loaded(kernel, backend)
                 _LIBRARY.impl(f"{self.name}{overload}", function, key)
                 _KERNELS[key.lower()][f"{self.name}{overload}"] = function
-                for steps, namespace in _STEPS.items():
-                    if steps == backend or (backend == "triton" and steps not in kernels):
-                        setattr(namespace, self.name, function)
+                if backend in _STEPS:
+                    setattr(_STEPS[backend], self.name, function)
             self._calls[backend] = calls[overload]
         if flops is not None and kernels:
             register_flop_formula(packet, get_raw=flops_of_tensors)(flops)
@@ -280,6 +281,13 @@ def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], 
         else:
             needs.append(False)
     return needs, places, tensors
+
+
+def _with_cuda(kernels: Mapping[str, Kernel]) -> Mapping[str, Kernel]:
+    """That backend runs every op of Triton's: in CUDA C++ where there is some."""
+    if "triton" in kernels:
+        kernels = {"cuda": kernels["triton"], **kernels}
+    return {name: kernels[name] for name in ("cpu", "cuda", "triton") if name in kernels}
 
 
 def kernels_of(op: str, function: str) -> dict[str, Kernel]:

@@ -155,7 +155,7 @@ class BlockOp:
     def _op(
         schema: str, kernel: Any, fake: Any, derivative: Derivative, flops: Callable[..., int]
     ) -> Op:
-        kernels = dict.fromkeys(("cpu", "cuda", "triton"), kernel)
+        kernels = dict.fromkeys(("cpu", "triton"), kernel)
         return Op(schema, kernels=kernels, fake=fake, derivative=derivative, flops=flops)
 
     # ---- calls -----------------------------------------------------------------------------------

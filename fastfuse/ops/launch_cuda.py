@@ -22,7 +22,7 @@ from fastfuse.ops.policy import policy_of
 
 __all__ = [
     "ALIGNMENT", "DTYPES", "MAX_BLOCKS", "MAX_LEVELS", "ImageStrides", "Launch", "are_aligned",
-    "are_vectors", "dense", "is_preferred", "pointers",
+    "are_vectors", "channels_last_strides", "dense", "is_preferred", "pointers",
 ]  # fmt: skip
 
 # As csrc/cuda/runtime.h numbers them.
@@ -51,6 +51,12 @@ def is_preferred(op: str, device: torch.device) -> bool:
     if device.type == "cuda" and _cuda.failure_on(device) is not None:
         return False
     return requested_backend() == "cuda" or op in policy_of("cuda").cuda_ops
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of a dense image."""
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
 
 
 def are_vectors(channels: int, stride: Sequence[int], vector: int) -> bool:

@@ -280,12 +280,13 @@ def test_exponentials_that_are_approximated(runs: Runs) -> None:
 def test_what_is_left_to_triton() -> None:
     plan = kernels._launch
     device, stride = torch.device("cpu"), (20, 1, 10, 5)
-    common = (stride, (4, 4, 1), -100, 0.0)
+    loss = (-100, 0.0)  # ignore_index, label_smoothing
 
     def covered(shape: tuple[int, ...], size: tuple[int, int], corners: bool = False,
                 dtype: torch.dtype = torch.float32) -> bool:  # fmt: skip
         name = "upsample_cross_entropy"
-        return plan(name, device, dtype, shape, stride, size, *common, corners) is not None
+        args = (device, dtype, shape, stride, size, (4, 4, 1), *loss, corners, True)
+        return plan(name, *args) is not None
 
     assert covered((1, 5, 2, 2), (4, 4))
     assert covered((1, 1024, 2, 2), (16, 16))
@@ -295,9 +296,9 @@ def test_what_is_left_to_triton() -> None:
     assert not covered((1, 5, 2, 2), (2, 2))
     assert not covered((1, 5, 2, 2), (6, 6))
     assert not covered((1, 5, 2, 2), (4, 4), dtype=torch.float64)
-    far_apart = ((1, 2**31, 2**27, 1), *common)
     name, shape = "upsample_cross_entropy_backward", (1, 5, 16, 2**27)  # offsets of 15 rows
-    args = (device, torch.float32, shape, stride, (32, 2**28), far_apart[0], *common[1:], False)
+    grad = (2**31, 2**27, 1)
+    args = (device, torch.float32, shape, stride, (32, 2**28), grad, *loss, False, True)
     assert plan(name, *args) is None
 
 

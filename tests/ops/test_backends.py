@@ -14,7 +14,7 @@ import torch
 
 import fastfuse
 from fastfuse import BackendError, _extension, backend, backends, upsample_equalize_concat
-from fastfuse.ops import OPERATIONS
+from fastfuse.ops import OPERATIONS, define
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -177,3 +177,11 @@ def test_set_isa_refuses() -> None:
     assert _extension.module is not None
     with pytest.raises(ValueError, match=r"set_isa: expected an instruction set .*; got 'sse9'"):
         _extension.module.set_isa("sse9")
+
+
+def test_cuda_runs_every_op_of_tritons() -> None:
+    """In Triton where it has no kernel of its own: a model asks for one backend."""
+    for operation in OPERATIONS.values():
+        gpus = [name for name in operation.backends if name != "cpu"]
+        assert gpus == (["cuda", "triton"] if gpus else [])
+    assert vars(define._STEPS["cuda"]).keys() == vars(define._STEPS["triton"]).keys()

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfuse
-from fastfuse.backends import BackendError, backend
+from fastfuse.backends import BackendError, backend, backend_refusals
 from fastfuse.ops import OPERATIONS
 from fastfuse.ops.define import Sample
 from fastfuse.ops.policy import policy_of, use_policy
@@ -379,10 +379,10 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=p
 
 
 @contextlib.contextmanager
-def kernels_of(device: str) -> Iterator[None]:
+def kernels_of(device: str, gpu_backend: str = "triton") -> Iterator[None]:
     """Without TF32, to which PyTorch's float32 convolutions may round their inputs."""
     usual, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    with backend("triton" if device == "cuda" else "cpu"):
+    with backend(gpu_backend if device == "cuda" else "cpu"):
         yield
     torch.backends.cudnn.allow_tf32 = usual
 
@@ -391,8 +391,15 @@ def kernels_of(device: str) -> Iterator[None]:
 @each_op
 @both_layouts
 @every_dtype
-def test_equals_the_definition_on_gpus(op: str, dtype: torch.dtype, channels_last: bool) -> None:
-    with kernels_of("cuda"):
+@pytest.mark.parametrize("which", ["cuda", "triton"])
+def test_equals_the_definition_on_gpus(
+    op: str, dtype: torch.dtype, channels_last: bool, which: str
+) -> None:
+    probe = torch.empty(0, dtype=dtype, device="cuda")
+    refusal = backend_refusals(OPERATIONS[op], probe).get(which, "no such kernel")
+    if which == "cuda" and refusal is not None:
+        pytest.skip(refusal)
+    with kernels_of("cuda", which):
         for is_small in (True, False):
             for sample in samples(op, dtype, channels_last, device="cuda", small=is_small):
                 check_sample(sample)

@@ -83,3 +83,4 @@ def test_an_nvcc_that_does_not_compile(tmp_path: Path) -> None:
     assert f"fastfuse: without CUDA kernels: expected {nvcc} to compile" in without.stdout
     assert "unsupported GNU version" in without.stdout
     assert configure("ON").returncode != 0
+    assert "expected auto, ON or OFF; got maybe" in configure("maybe").stderr

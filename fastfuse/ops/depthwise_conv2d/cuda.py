@@ -18,6 +18,7 @@ from fastfuse.ops.launch_cuda import (
     Launch,
     are_aligned,
     are_vectors,
+    channels_last_strides,
     dense,
     is_preferred,
 )
@@ -44,7 +45,8 @@ def _sizes(
     dtypes: tuple[torch.dtype, torch.dtype], shape: Sequence[int],
     strides: tuple[Sequence[int], ...], kernel_size: int, dilation: int, flip: bool,
 ) -> Sizes | None:  # fmt: skip
-    """Where they are covered. ``dtypes``: of images and bias; ``strides``: x's, out's, addend's."""
+    """Where they are covered. ``dtypes``: of images and bias; ``strides``: of x, of the output or
+    its gradient, of the addend."""
     dtype, bias_dtype = dtypes
     dilation = min(dilation, max(shape[2:]))  # what is beyond is outside
     if (
@@ -65,8 +67,11 @@ def _sizes(
 @planned
 def _forward_launch(
     device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...],
-    strides: tuple[tuple[int, ...], ...], kernel_size: int, dilation: int, flip: bool,
+    stride: tuple[int, ...], addend_stride: tuple[int, ...] | None, kernel_size: int,
+    dilation: int, flip: bool,
 ) -> Launch | None:  # fmt: skip
+    out_stride = channels_last_strides(shape)
+    strides = stride, out_stride, addend_stride or out_stride
     sizes = _sizes(dtypes, shape, strides, kernel_size, dilation, flip)
     return None if sizes is None else Launch("fastfuse_depthwise_conv2d", sizes, device)
 
@@ -76,16 +81,16 @@ def forward(
     dilation: int, flip: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
     if channels_last and is_preferred(NAME, x.device) and x.numel() > 0 and are_aligned(x, addend):
-        out = torch.empty(
-            x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
         bias_dtype = x.dtype if bias is None else bias.dtype
-        added = out if addend is None else addend
+        added = None if addend is None else addend.stride()
         launch = _forward_launch(
-            x.device, (x.dtype, bias_dtype), x.shape, (x.stride(), out.stride(), added.stride()),
-            weight.shape[2], dilation, flip,
+            x.device, (x.dtype, bias_dtype), x.shape, x.stride(), added, weight.shape[2], dilation,
+            flip,
         )  # fmt: skip
         if launch is not None:
+            out = torch.empty(
+                x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+            )
             launch(out, x, dense(weight), dense(bias), addend)
             return out
     return triton.forward(x, weight, bias, addend, dilation, flip, channels_last)

@@ -215,7 +215,7 @@ def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
 forward = Op(
     "fusion_conv2d(Tensor[] features, Tensor weight, Tensor? bias, SymInt height, SymInt width, "
     "Tensor? mean, Tensor? std, SymInt padding, bool align_corners, bool channels_last) -> Tensor",
-    kernels=dict.fromkeys(("cpu", "cuda", "triton"), _as_given(kernel.forward)),
+    kernels=dict.fromkeys(("cpu", "triton"), _as_given(kernel.forward)),
     fake=_forward_fake,
     derivative=Derivative(_save, _gradients),
     flops=_forward_flops,
@@ -228,7 +228,7 @@ backward = Op(
     "Tensor? std, SymInt[] channels, SymInt[] heights, SymInt[] widths, SymInt height, "
     "SymInt width, int kernel_size, SymInt padding, bool align_corners, bool[] wanted, "
     "bool channels_last, bool weight_channels_last) -> Tensor[]",
-    kernels=dict.fromkeys(("cpu", "cuda", "triton"), _as_given(kernel.backward)),
+    kernels=dict.fromkeys(("cpu", "triton"), _as_given(kernel.backward)),
     fake=_backward_fake,
     derivative=Derivative(_save_backward, _gradients_of_backward),
     flops=_backward_flops,

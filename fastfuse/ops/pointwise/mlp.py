@@ -159,23 +159,15 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     ops = steps_of(x.device.type)
     hidden, channels = mlp.fc1_weight.shape
     chunks = _Chunks(x, hidden)
-    normalized, product, activated = chunks.memory(
-        channels if mlp.norm else 0, 0 if chunks.fuses else channels, hidden
-    )
+    if chunks.fuses:
+        _fused_forward(chunks, out, x, inputs, mlp, kept)
+        return
+    normalized, product, activated = chunks.memory(channels if mlp.norm else 0, channels, hidden)
     of_out, of_x, of_inputs, of_kept = chunks.buffers([out, x, inputs, kept])
     fc1, fc2 = (MatmulWeight(weight, chunks.rows) for weight in (mlp.fc1_weight, mlp.fc2_weight))
     for chunk in chunks:
         count = chunk.stop - chunk.start
         n = _normalized(of_inputs.read(inputs[chunk]), mlp.norm, normalized)
-        if chunks.fuses:
-            a = activated[:count]
-            kept_chunk = None if kept is None else kept[chunk]
-            ops.linear_gelu_into(a, kept_chunk, n, mlp.fc1_weight, mlp.fc1_bias)
-            ops.linear_residual_into(
-                out[chunk], x[chunk], a, mlp.fc2_weight, mlp.fc2_bias, mlp.scale, mlp.keep,
-                mlp.pixels, chunk.start,
-            )  # fmt: skip
-            continue
         if kept is None:
             h = a = fc1.matmul(n, activated[:count])
         else:
@@ -192,6 +184,24 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
             chunk.start,
         )  # fmt: skip
         of_out.write(result, target)
+
+
+def _fused_forward(
+    chunks: _Chunks, out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | None
+) -> None:
+    """:func:`forward` by products with what follows them."""
+    ops = steps_of(x.device.type)
+    hidden, channels = mlp.fc1_weight.shape
+    normalized, activated = chunks.memory(channels if mlp.norm else 0, hidden)
+    for chunk in chunks:
+        n = _normalized(inputs[chunk], mlp.norm, normalized)
+        a = activated[: n.shape[0]]
+        to_keep = None if kept is None else kept[chunk]
+        ops.linear_gelu_into(a, to_keep, n, mlp.fc1_weight, mlp.fc1_bias)
+        ops.linear_residual_into(
+            out[chunk], x[chunk], a, mlp.fc2_weight, mlp.fc2_bias, mlp.scale, mlp.keep, mlp.pixels,
+            chunk.start,
+        )  # fmt: skip
 
 
 class _Sum:
@@ -252,8 +262,10 @@ def backward(
     fc1 = _Sum(hidden, channels, normalized) if of_parameters else None
     fc2 = _Sum(channels, hidden, normalized) if of_parameters else None
     rows = chunks.rows
-    to_hidden = MatmulWeight(mlp.fc1_weight, rows) if kept is None else None
-    to_grad_hidden = MatmulWeight(fc2_weight.t(), rows)
+    to_hidden = to_grad_hidden = None
+    if not chunks.fuses:
+        to_hidden = MatmulWeight(mlp.fc1_weight, rows) if kept is None else None
+        to_grad_hidden = MatmulWeight(fc2_weight.t(), rows)
     to_grad = MatmulWeight(mlp.fc1_weight.t(), rows)
     for chunk in chunks:
         count = chunk.stop - chunk.start
@@ -263,7 +275,7 @@ def backward(
         x = of_inputs.read(inputs[chunk])
         n = _normalized(x, mlp.norm, normalized)
         a, gh = activated[:count], grad_hidden[:count]
-        if chunks.fuses:
+        if to_grad_hidden is None:
             h, weight = (n, mlp.fc1_weight) if kept is None else (kept[chunk], None)
             ops.linear_gelu_backward_into(
                 gh, a, fc1_bias, g, fc2_weight.t(), h, weight, mlp.fc1_bias

@@ -4,13 +4,13 @@ rest runs in Triton."""
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastfuse.ops.launch_cuda import DTYPES, Launch, is_preferred
+from fastfuse.ops.launch_cuda import DTYPES, Launch, channels_last_strides, is_preferred
 from fastfuse.ops.launch_triton import memory_format, planned
+from fastfuse.ops.strip_triton import are_classes_innermost
 from fastfuse.ops.upsample_cross_entropy import triton
 
 __all__ = ["backward", "forward"]
@@ -39,10 +39,15 @@ class Sizes(ctypes.Structure):
 @planned
 def _launch(
     function: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...],
-    stride: tuple[int, ...], size: tuple[int, int], grad_logits_stride: tuple[int, ...],
-    grad_stride: tuple[int, ...], ignore_index: int, label_smoothing: float, align_corners: bool,
+    stride: tuple[int, ...], size: tuple[int, int], grad_stride: tuple[int, ...],
+    ignore_index: int, label_smoothing: float, align_corners: bool, channels_last: bool,
 ) -> Launch | None:  # fmt: skip
+    """``channels_last``: of the logits forward, of their gradient, which is dense, backward."""
     batch, classes, in_height, in_width = shape
+    pixels = in_height * in_width
+    grad_logits_stride = (classes * pixels, pixels, in_width, 1)
+    if channels_last:
+        grad_logits_stride = channels_last_strides(shape)
     known = [r for r in RATIOS if (r * in_height, r * in_width) == tuple(size)]
     if align_corners or not known or classes > MAX_CLASSES or dtype not in DTYPES:
         return None
@@ -50,14 +55,10 @@ def _launch(
         return None
     sizes = Sizes(
         DTYPES[dtype], batch, classes, in_height, in_width, known[0],
-        _are_classes_innermost(grad_logits_stride), label_smoothing, ignore_index,
+        channels_last, label_smoothing, ignore_index,
         LogitsStrides(*stride), LogitsStrides(*grad_logits_stride), *grad_stride,
     )  # fmt: skip
     return Launch(f"fastfuse_{function}", sizes, device)
-
-
-def _are_classes_innermost(stride: Sequence[int]) -> bool:
-    return stride[1] == 1 != stride[3]
 
 
 def forward(
@@ -68,8 +69,8 @@ def forward(
     if is_preferred(NAME, logits.device) and target.numel() > 0:
         launch = _launch(
             "upsample_cross_entropy", logits.device, logits.dtype, logits.shape, logits.stride(),
-            target.shape[1:], logits.stride(), target.stride(), ignore_index, label_smoothing,
-            align_corners,
+            target.shape[1:], target.stride(), ignore_index, label_smoothing, align_corners,
+            are_classes_innermost(logits),
         )  # fmt: skip
     if launch is None:
         return triton.forward(logits, target, weight, ignore_index, label_smoothing, align_corners)
@@ -87,21 +88,21 @@ def backward(
 ) -> Tensor:  # fmt: skip
     launch = None
     if is_preferred(NAME, logits.device) and logits.numel() > 0:
-        logits = logits.contiguous(memory_format=torch.channels_last)  # lanes are classes
-        grad_logits = torch.empty(
-            logits.shape, dtype=logits.dtype, device=logits.device,
-            memory_format=memory_format(channels_last),
-        )  # fmt: skip
         launch = _launch(
             "upsample_cross_entropy_backward", logits.device, logits.dtype, logits.shape,
-            logits.stride(), target.shape[1:], grad_logits.stride(), grad.stride(), ignore_index,
-            label_smoothing, align_corners,
+            channels_last_strides(logits.shape), target.shape[1:], grad.stride(), ignore_index,
+            label_smoothing, align_corners, channels_last,
         )  # fmt: skip
     if launch is None:
         return triton.backward(
             grad, logits, target, weight, logsumexp, ignore_index, label_smoothing, align_corners,
             channels_last,
         )  # fmt: skip
+    grad_logits = torch.empty(
+        logits.shape, dtype=logits.dtype, device=logits.device,
+        memory_format=memory_format(channels_last),
+    )  # fmt: skip
+    logits = logits.contiguous(memory_format=torch.channels_last)  # lanes are classes
     weight = None if weight is None else weight.contiguous()
     weight_sum = triton.sum_of(weight, label_smoothing)
     launch(

@@ -1,4 +1,4 @@
-// What csrc/cuda/mma.h offers under nvcc, by its definition.
+// What mma.h offers under nvcc, by its definition.
 #pragma once
 
 #include "emulator.h"
