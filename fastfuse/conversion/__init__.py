@@ -11,12 +11,19 @@
 
 from __future__ import annotations
 
-import importlib
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+# A file for each library, which it does not import: a class is looked up where its library is.
+from fastfuse.conversion import (  # noqa: F401
+    segmentation_models_pytorch,
+    timm,
+    torch_nn,
+    torchvision,
+    transformers,
+)
 from fastfuse.conversion.pattern import (
     Pattern,
     is_converted,
@@ -26,9 +33,6 @@ from fastfuse.conversion.pattern import (
 from fastfuse.conversion.report import ConversionReport, Found
 
 __all__ = ["ConversionReport", "Pattern", "convert", "register_pattern", "revert"]
-
-# One file for each library; a pattern's class is looked up where its library is imported.
-LIBRARIES = ("torch_nn", "transformers", "timm", "torchvision", "segmentation_models_pytorch")
 
 
 def _checked(function: str, model: Any) -> None:
@@ -63,8 +67,6 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
     ['']
     """
     _checked("convert", model)
-    for library in LIBRARIES:
-        importlib.import_module(f"fastfuse.conversion.{library}")
     found, planned, count = [], [], 0
     for name, module in model.named_modules():
         count += 1

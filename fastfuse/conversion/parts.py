@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def convolved(
     if is_watched() or _DENSE.read(conv, tensors) is not None or not all(map(is_plain, levels)):
         return conv(concatenated(levels, size, align_corners))
     weight, bias = tensors
-    padding = dense_padding(conv, weight)
+    padding = dense_padding(cast(nn.Conv2d, conv), weight)
     return fusion_conv2d(
         levels, weight, bias, size=tuple(size), padding=padding, align_corners=align_corners
     )
@@ -120,7 +120,8 @@ def as_convnext_block(
         or any(t is None or t.dtype != tensors[0].dtype for t in tensors)
     ):
         return None
-    return ced_block(x, *tensors, layer_scale=scale, keep=keep, eps=norm.eps)
+    dw_norm_mlp: Any = tensors
+    return ced_block(x, *dw_norm_mlp, layer_scale=scale, keep=keep, eps=norm.eps)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:

@@ -70,7 +70,8 @@ def segformer_head(self: Any, encoder_hidden_states: tuple[Tensor, ...], **kwarg
     # A product of each level at its own size: projection and fusion are one linear map.
     channels = projections[0].out_features
     slices = self.linear_fuse.weight.flatten(1).split(channels, dim=1)
-    weights, bias = [], 0.0
+    weights: list[Tensor] = []
+    bias: Any = 0.0
     for projection, weight in zip(projections, reversed(slices), strict=True):
         weights.append(weight @ projection.weight)
         bias = bias + weight @ projection.bias
