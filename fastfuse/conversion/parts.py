@@ -120,8 +120,8 @@ def as_convnext_block(
         or any(t is None or t.dtype != tensors[0].dtype for t in tensors)
     ):
         return None
-    dw_norm_mlp: Any = tensors
-    return ced_block(x, *dw_norm_mlp, layer_scale=scale, keep=keep, eps=norm.eps)
+    options: Any = {"layer_scale": scale, "keep": keep, "eps": norm.eps}
+    return ced_block(x, *tensors, **options)
 
 
 def is_exact_gelu(activation: nn.Module) -> bool:
