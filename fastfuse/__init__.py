@@ -13,6 +13,8 @@ from fastfuse.backends import BackendError, backend
 from fastfuse.calibration import BranchStatistics, calibrate
 from fastfuse.calibration.folding import fold_scale_equalizers
 from fastfuse.calibration.statistics_file import load_calibration, save_calibration
+from fastfuse.conversion import ConversionReport, convert, revert
+from fastfuse.conversion.pattern import register_pattern
 from fastfuse.nn.composition import explain
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
@@ -32,10 +34,12 @@ except importlib.metadata.PackageNotFoundError:  # run from a source tree that i
 __all__ = [
     "BackendError",
     "BranchStatistics",
+    "ConversionReport",
     "Info",
     "backend",
     "calibrate",
     "ced_block",
+    "convert",
     "depthwise_conv2d",
     "explain",
     "fold_scale_equalizers",
@@ -46,6 +50,8 @@ __all__ = [
     "lr_ced_block",
     "models",
     "nn",
+    "register_pattern",
+    "revert",
     "save_calibration",
     "tap_sum",
     "upsample_add",

@@ -20,9 +20,11 @@ from torch.fx import Proxy, Tracer
 from torch.nn.modules import module as globally
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ["Composition", "Part", "explain", "is_plain", "leaf"]
+__all__ = ["CONVERTED", "Composition", "Part", "explain", "is_plain", "is_watched", "leaf"]
 
 # Tensors that are what they seem; the last two stand for such while a graph is captured.
+# Forwards that convert puts in the place of classes', with the same results.
+CONVERTED: set[Callable[..., Any]] = set()
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 
 
@@ -87,7 +89,8 @@ class Part:
             return "has hooks"
         # Set on the module or, since the import, on its class. Dynamo guards what it reads so.
         forward, convolve = methods
-        if getattr(child.forward, "__func__", None) is not forward or (
+        own = getattr(child.forward, "__func__", None)
+        if (own is not forward and own not in CONVERTED) or (
             convolve is not None and getattr(child._conv_forward, "__func__", None) is not convolve
         ):
             return "has a forward of its own"
@@ -106,7 +109,7 @@ class Composition(nn.Module):
 
     def read_parts(self) -> list[Any] | str:
         """The tensors of all parts, for the op; or why it cannot be used, in words."""
-        if _are_watched():
+        if is_watched():
             return "hooks on all modules"
         tensors: list[Any] = []
         children = self._modules
@@ -117,7 +120,7 @@ class Composition(nn.Module):
         return tensors
 
 
-def _are_watched() -> bool:
+def is_watched() -> bool:
     """Whether hooks of all modules are to see the children. Counting FLOPs is no reason: it would
     change what it counts."""
     if not (

@@ -11,7 +11,7 @@ from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import convolves_single, fusion_conv2d
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Conv2d", "dense_padding", "depthwise_dilation"]
+__all__ = ["Conv2d", "convolve", "dense_padding", "depthwise_dilation"]
 
 _CONV_FORWARD = nn.Conv2d._conv_forward  # as it is when this package is imported
 
@@ -37,36 +37,42 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias  # once: parametrizations compute them
-        if not self._is_image(x, weight):
-            return self._conv_forward(x, weight, bias)
-        dilation = depthwise_dilation(self, weight)
-        if dilation is not None:
-            return depthwise_conv2d(x, weight, bias, dilation=dilation)
-        dtype = cast_dtype(x)
-        if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
-            return self._conv_forward(x, weight, bias)  # PyTorch's error, whatever the size
-        padding = dense_padding(self, weight)
-        if padding is not None and convolves_single(x, weight, padding):
-            return fusion_conv2d([x], weight, bias, padding=padding)
-        product_dtype = policy_of(x.device.type).product_dtype(dtype)
-        if product_dtype == dtype or requested_backend() == "reference":
-            return self._conv_forward(x, weight, bias)
-        with without_autocast(x.device.type):
-            bias = None if bias is None else bias.to(dtype).to(product_dtype)
-            weight = weight.to(dtype).to(product_dtype)
-            return self._conv_forward(x.to(dtype).to(product_dtype), weight, bias).to(dtype)
+        return convolve(self, x)
 
-    def _is_image(self, x: Tensor, weight: Tensor) -> bool:
-        """What the package's ops take, and not what only traces a graph (torch.fx)."""
-        return (
-            is_plain(x)
-            and is_plain(weight)
-            and x.dim() == weight.dim() == 4
-            and x.shape[1] == weight.shape[1] * self.groups
-            and x.dtype in DTYPES
-            and getattr(self._conv_forward, "__func__", None) is _CONV_FORWARD
-        )
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a :class:`Conv2d` of the same attributes gives."""
+    weight, bias = conv.weight, conv.bias  # once: parametrizations compute them
+    if not _is_image(conv, x, weight):
+        return conv._conv_forward(x, weight, bias)
+    dilation = depthwise_dilation(conv, weight)
+    if dilation is not None:
+        return depthwise_conv2d(x, weight, bias, dilation=dilation)
+    dtype = cast_dtype(x)
+    if any(cast_dtype(t) != dtype for t in (weight, bias) if t is not None):
+        return conv._conv_forward(x, weight, bias)  # PyTorch's error, whatever the size
+    padding = dense_padding(conv, weight)
+    if padding is not None and convolves_single(x, weight, padding):
+        return fusion_conv2d([x], weight, bias, padding=padding)
+    product_dtype = policy_of(x.device.type).product_dtype(dtype)
+    if product_dtype == dtype or requested_backend() == "reference":
+        return conv._conv_forward(x, weight, bias)
+    with without_autocast(x.device.type):
+        bias = None if bias is None else bias.to(dtype).to(product_dtype)
+        weight = weight.to(dtype).to(product_dtype)
+        return conv._conv_forward(x.to(dtype).to(product_dtype), weight, bias).to(dtype)
+
+
+def _is_image(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> bool:
+    """What the package's ops take, and not what only traces a graph (torch.fx)."""
+    return (
+        is_plain(x)
+        and is_plain(weight)
+        and x.dim() == weight.dim() == 4
+        and x.shape[1] == weight.shape[1] * conv.groups
+        and x.dtype in DTYPES
+        and getattr(conv._conv_forward, "__func__", None) is _CONV_FORWARD
+    )
 
 
 def depthwise_dilation(conv: nn.Conv2d, weight: Tensor) -> int | None:

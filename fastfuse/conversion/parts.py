@@ -1,0 +1,142 @@
+"""What patterns are made of. Everything asks first whether a module is what a kernel assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastfuse.nn.composition import Part, is_plain, is_watched
+from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
+from fastfuse.ops.ced_block import ced_block
+from fastfuse.ops.fusion_conv2d import fusion_conv2d
+from fastfuse.ops.upsample_add import upsample_add
+
+__all__ = [
+    "are_untouched",
+    "as_convnext_block",
+    "concatenated",
+    "convolved",
+    "is_untouched",
+    "upsampled_sum",
+]
+
+_WEIGHT_AND_BIAS = ("weight", "bias")
+_DENSE = Part(
+    (nn.Conv2d, Conv2d),
+    _WEIGHT_AND_BIAS,
+    maybe=("bias",),
+    conditions={
+        "a square kernel of all channels, stride and dilation 1": (
+            lambda conv, weight, bias: dense_padding(conv, weight) is not None
+        )
+    },
+)
+_DEPTHWISE = Part(
+    (nn.Conv2d, Conv2d),
+    _WEIGHT_AND_BIAS,
+    conditions={
+        "one kernel a channel, undilated, that keeps the size": (
+            lambda conv, weight, bias: depthwise_dilation(conv, weight) == 1
+        )
+    },
+)
+_LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward, or ours, and nothing else."""
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "_compiled_call_impl" in state
+    )
+
+
+def are_untouched(*modules: nn.Module) -> bool:
+    return not is_watched() and all(is_untouched(module) for module in modules)
+
+
+def convolved(
+    conv: nn.Module, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False
+) -> Tensor:
+    """``conv(cat([UP(level) for level in levels]))``, of levels of any sizes."""
+    tensors: list[Any] = []
+    if is_watched() or _DENSE.read(conv, tensors) is not None or not all(map(is_plain, levels)):
+        return conv(concatenated(levels, size, align_corners))
+    weight, bias = tensors
+    padding = dense_padding(cast(nn.Conv2d, conv), weight)
+    return fusion_conv2d(
+        levels, weight, bias, size=tuple(size), padding=padding, align_corners=align_corners
+    )
+
+
+def concatenated(levels: Sequence[Tensor], size: Sequence[int], align_corners: bool) -> Tensor:
+    return torch.cat([_upsampled(x, size, align_corners) for x in levels], dim=1)
+
+
+def _upsampled(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    if x.shape[2:] == torch.Size(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def upsampled_sum(x: Tensor, skip: Tensor, align_corners: bool = False) -> Tensor:
+    """``skip + UP(x)``."""
+    if x.dtype != skip.dtype:
+        return skip + _upsampled(x, skip.shape[2:], align_corners)
+    return upsample_add(x, skip, align_corners=align_corners)
+
+
+def as_convnext_block(
+    x: Tensor, dw: nn.Module, norm: nn.LayerNorm, fc1: nn.Module, activation: nn.Module,
+    fc2: nn.Module, scale: Tensor | None, keep: Tensor | None, norms: Sequence[str],
+) -> Tensor | None:  # fmt: skip
+    """A ConvNeXt block; None where its children are to be called.
+
+    Args:
+        norms: names of classes of layer norms of the last axis, from anywhere.
+        keep: a factor for each sample's branch.
+    """
+    tensors: list[Any] = []
+    norm_part = Part((type(norm),), _WEIGHT_AND_BIAS)
+    if (
+        is_watched()
+        or not is_plain(x)
+        or type(norm).__name__ not in norms
+        or not is_exact_gelu(activation)
+        or _DEPTHWISE.read(dw, tensors) is not None
+        or norm_part.read(norm, tensors) is not None
+        or _LINEAR.read(fc1, tensors) is not None
+        or _LINEAR.read(fc2, tensors) is not None
+        or tuple(norm.normalized_shape) != (x.shape[1],)
+        or (scale is not None and not is_plain(scale))
+        or any(t is None or t.dtype != tensors[0].dtype for t in tensors)
+    ):
+        return None
+    options: Any = {"layer_scale": scale, "keep": keep, "eps": norm.eps}
+    return ced_block(x, *tensors, **options)
+
+
+def is_exact_gelu(activation: nn.Module) -> bool:
+    """Of PyTorch, or of a library that calls PyTorch's."""
+    if not is_untouched(activation) or "forward" in activation.__dict__:
+        return False
+    if type(activation).__name__ in ("GELU", "GELUActivation"):  # of PyTorch, timm, transformers
+        approximate = getattr(activation, "approximate", "none")
+        return approximate == "none" and getattr(activation, "act", F.gelu) is F.gelu
+    return False
+
+
+def stochastic_depth(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """The factors that a module draws for its samples, of the same random numbers: what it makes
+    of ones. None: it lets everything through."""
+    if not drop_path.training or isinstance(drop_path, nn.Identity):
+        return None
+    return drop_path(x.detach().new_ones(x.shape[0], 1, 1, 1)).flatten()
