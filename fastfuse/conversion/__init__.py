@@ -18,6 +18,7 @@ from torch import nn
 
 # A file for each library, which it does not import: a class is looked up where its library is.
 from fastfuse.conversion import (  # noqa: F401
+    mmsegmentation,
     segmentation_models_pytorch,
     timm,
     torch_nn,
