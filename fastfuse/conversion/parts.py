@@ -9,18 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Part, is_plain, is_watched
+from fastfuse.backends import DTYPES
+from fastfuse.nn.composition import CONVERTED, Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
+from fastfuse.ops.autocast import cast_dtype
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
 from fastfuse.ops.upsample_add import upsample_add
+from fastfuse.ops.upsample_equalize_concat import upsample_equalize_concat
 
 __all__ = [
     "are_untouched",
     "as_convnext_block",
     "concatenated",
     "convolved",
+    "dilated_pyramid",
+    "fused",
+    "is_original",
+    "is_sequence",
     "is_untouched",
+    "upsampled",
     "upsampled_sum",
 ]
 
@@ -47,9 +55,14 @@ _DEPTHWISE = Part(
 _LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
 
 
+_SEQUENCE = nn.Sequential.forward  # as it is when this package is imported
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward, or ours, and nothing else."""
     state = module.__dict__
+    if "forward" in state and getattr(state["forward"], "__func__", None) not in CONVERTED:
+        return False
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
@@ -63,12 +76,42 @@ def are_untouched(*modules: nn.Module) -> bool:
     return not is_watched() and all(is_untouched(module) for module in modules)
 
 
+def is_original(module: nn.Module, target: str) -> bool:
+    """Whether a module is of this very class, "package.module:Name", and is what its children are:
+    then they may be called instead of it."""
+    kind = type(module)
+    return f"{kind.__module__}:{kind.__qualname__}" == target and are_untouched(module)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling a module is calling its children, one after the other."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is _SEQUENCE
+        and are_untouched(module)
+        and len(module) > 0
+    )
+
+
+def fused(
+    unit: nn.Module, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False
+) -> Tensor:
+    """``unit(cat([UP(level) for level in levels]))``, of a convolution or of what begins so."""
+    if not is_sequence(unit):
+        return convolved(unit, levels, size, align_corners)
+    first, *rest = cast(nn.Sequential, unit)
+    x = fused(first, levels, size, align_corners)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
 def convolved(
     conv: nn.Module, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False
 ) -> Tensor:
     """``conv(cat([UP(level) for level in levels]))``, of levels of any sizes."""
     tensors: list[Any] = []
-    if is_watched() or _DENSE.read(conv, tensors) is not None or not all(map(is_plain, levels)):
+    if is_watched() or _DENSE.read(conv, tensors) is not None or not _are_alike(levels):
         return conv(concatenated(levels, size, align_corners))
     weight, bias = tensors
     padding = dense_padding(cast(nn.Conv2d, conv), weight)
@@ -77,21 +120,55 @@ def convolved(
     )
 
 
-def concatenated(levels: Sequence[Tensor], size: Sequence[int], align_corners: bool) -> Tensor:
-    return torch.cat([_upsampled(x, size, align_corners) for x in levels], dim=1)
+def concatenated(
+    levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False
+) -> Tensor:
+    if _are_alike(levels):
+        return upsample_equalize_concat(levels, size=tuple(size), align_corners=align_corners)
+    return torch.cat([_interpolated(x, size, align_corners) for x in levels], dim=1)
 
 
-def _upsampled(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    if x.shape[2:] == torch.Size(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+def _are_alike(levels: Sequence[Tensor]) -> bool:
+    """Whether ops take them together; concatenation takes tensors of several dtypes."""
+    return (
+        all(map(is_plain, levels))
+        and all(x.dim() == 4 and x.dtype in DTYPES for x in levels)
+        and len({cast_dtype(x) for x in levels}) == 1
+    )
+
+
+def _interpolated(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
+
+
+def upsampled(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
+    """``UP(x)``; under autocast, which on some devices computes it wider, PyTorch's."""
+    if not _are_alike([x]) or torch.is_autocast_enabled(x.device.type):
+        return _interpolated(x, size, align_corners)
+    return upsample_equalize_concat([x], size=tuple(size), align_corners=align_corners)
 
 
 def upsampled_sum(x: Tensor, skip: Tensor, align_corners: bool = False) -> Tensor:
     """``skip + UP(x)``."""
-    if x.dtype != skip.dtype:
-        return skip + _upsampled(x, skip.shape[2:], align_corners)
+    if not _are_alike([x, skip]) or x.dtype != skip.dtype or x.shape[:2] != skip.shape[:2]:
+        return skip + _interpolated(x, skip.shape[2:], align_corners)
     return upsample_add(x, skip, align_corners=align_corners)
+
+
+def dilated_pyramid(self: Any, x: Tensor, pooling_class: str) -> Tensor:
+    """Atrous spatial pyramid pooling; the pooled branch is not upsampled.
+
+    Args:
+        self: ``convs``, the last of them of ``pooling_class``, and ``project``.
+    """
+    *branches, pooling = self.convs
+    if not is_original(pooling, pooling_class):
+        return type(self).forward(self, x)
+    levels = [branch(x) for branch in branches]
+    pooled = x
+    for layer in pooling:
+        pooled = layer(pooled)
+    return fused(self.project, [*levels, pooled], x.shape[2:])
 
 
 def as_convnext_block(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
 from typing import Any
@@ -37,11 +37,14 @@ class Pattern:
         target: the class, "package.module:Name"; its library need not be there.
         forward: in the place of the class's: (module, the same arguments) -> the same result.
         check: of a module, None or why it is left, as the end of a sentence.
+        methods: other methods that the class's forward calls and this one does not: a subclass with
+            its own is left.
     """
 
     target: str
     forward: Forward = field(repr=False)
     check: Check = field(default=_nothing, repr=False)
+    methods: tuple[str, ...] = ()
 
     @property
     def kind(self) -> type[nn.Module] | None:
@@ -53,12 +56,16 @@ class Pattern:
 PATTERNS: dict[str, Pattern] = {}  # by target
 
 
-def register_pattern(target: str, *, check: Check = _nothing) -> Callable[[Forward], Forward]:
+def register_pattern(
+    target: str, *, check: Check = _nothing, methods: Sequence[str] = ()
+) -> Callable[[Forward], Forward]:
     """Decorates the forward of a pattern.
 
     Args:
         target: the class, "package.module:Name"; one that is known is replaced.
         check: of a module, None or why it is left: words that follow the module's name.
+        methods: other methods that the class's forward calls and this one does not: a subclass with
+            its own is left.
 
     Raises:
         ValueError: a target of another form.
@@ -76,7 +83,7 @@ def register_pattern(target: str, *, check: Check = _nothing) -> Callable[[Forwa
         # Its own function of that name: what is pickled is the attribute "forward" of the module.
         if isinstance(forward, FunctionType):
             forward.__name__ = "forward"
-        PATTERNS[target] = Pattern(target, forward, check)
+        PATTERNS[target] = Pattern(target, forward, check, tuple(methods))
         CONVERTED.add(forward)
         return forward
 
@@ -102,17 +109,21 @@ def pattern_of(
             return None  # one of ours is what it would become
         if kind in kinds:
             pattern = kinds[kind]
-            return pattern, _other_forward(module, kind) or pattern.check(module)
+            return pattern, _own_method(module, pattern, kind) or pattern.check(module)
     return None
 
 
-def _other_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def _own_method(module: nn.Module, pattern: Pattern, kind: type[nn.Module]) -> str | None:
     """Why what a module runs is not what its pattern was written for."""
-    if type(module).forward is not kind.forward:
-        return f"is a {type(module).__qualname__}, with a forward of its own"
-    if kind.forward.__qualname__ not in [f"{base.__qualname__}.forward" for base in kind.__mro__]:
-        return f"is of a class whose forward was replaced by {kind.forward.__qualname__}"
-    own = module.__dict__.get("forward", MethodType(kind.forward, module))
-    if not is_converted(module) and getattr(own, "__func__", None) is not kind.forward:
-        return "has a forward of its own"
+    for name in ("forward", *pattern.methods):
+        method = getattr(kind, name)
+        if getattr(type(module), name) is not method:
+            return f"is a {type(module).__qualname__}, with a {name} of its own"
+        if method.__qualname__ not in [f"{base.__qualname__}.{name}" for base in kind.__mro__]:
+            return f"is of a class whose {name} was replaced by {method.__qualname__}"
+        own = module.__dict__.get(name, MethodType(method, module))
+        if getattr(own, "__func__", None) is not method and not (
+            name == "forward" and is_converted(module)
+        ):
+            return f"has a {name} of its own"
     return None

@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions, wherever they stand."""
+"""PyTorch's own convolutions and bilinear upsampling, wherever they stand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastfuse.conversion.parts import upsampled
 from fastfuse.conversion.pattern import register_pattern
 from fastfuse.nn.conv2d import convolve, dense_padding, depthwise_dilation
 
@@ -23,3 +24,30 @@ def _check(conv: nn.Module) -> str | None:
 @register_pattern("torch.nn.modules.conv:Conv2d", check=_check)
 def conv2d(self: nn.Conv2d, input: Tensor) -> Tensor:
     return convolve(self, input)
+
+
+def whole_scale(factor: float | tuple[float, ...] | None) -> int | None:
+    """A scale factor that gives an exact size: one whole number for both axes."""
+    if not isinstance(factor, (int, float)) or factor < 1 or factor != int(factor):
+        return None
+    return int(factor)
+
+
+def _check_upsampling(up: Any) -> str | None:
+    if up.mode != "bilinear":
+        return f"upsamples by {up.mode} interpolation: no op of this package does"
+    if up.size is None and whole_scale(up.scale_factor) is None:
+        return "upsamples by a factor that is no whole number"
+    return None
+
+
+@register_pattern("torch.nn.modules.upsampling:Upsample", check=_check_upsampling)
+def upsample(self: Any, input: Tensor) -> Tensor:
+    size, scale = self.size, whole_scale(self.scale_factor)
+    if self.mode != "bilinear" or input.dim() != 4 or (size is None) == (scale is None):
+        return type(self).forward(self, input)
+    if scale is not None:
+        size = (scale * input.shape[2], scale * input.shape[3])
+    elif isinstance(size, int):
+        size = (size, size)
+    return upsampled(input, size, bool(self.align_corners))

@@ -1,19 +1,23 @@
-"""torchvision: ConvNeXt's blocks, and DeepLabV3's pyramid of dilated convolutions."""
+"""torchvision: ConvNeXt's blocks, DeepLabV3's pyramid, and the last step of segmentation models."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastfuse.conversion.parts import (
     are_untouched,
     as_convnext_block,
-    convolved,
+    dilated_pyramid,
+    is_sequence,
     stochastic_depth,
+    upsampled,
 )
 from fastfuse.conversion.pattern import register_pattern
 
+_DEEPLAB = "torchvision.models.segmentation.deeplabv3"
 _LAYERS = ["Conv2d", "Permute", "LayerNorm", "Linear", "GELU", "Linear", "Permute"]
 
 
@@ -24,8 +28,11 @@ def _check_block(block: Any) -> str | None:
 
 @register_pattern("torchvision.models.convnext:CNBlock", check=_check_block)
 def convnext_block(self: Any, input: Tensor) -> Tensor:
-    dw, before, norm, fc1, activation, fc2, after = self.block
-    if are_untouched(self.block, before, after, self.stochastic_depth):
+    if is_sequence(self.block) and _check_block(self) is None:
+        dw, before, norm, fc1, activation, fc2, after = self.block
+    else:
+        return type(self).forward(self, input)
+    if are_untouched(before, after, self.stochastic_depth):
         out = as_convnext_block(
             input, dw, norm, fc1, activation, fc2, self.layer_scale.flatten(),
             stochastic_depth(self.stochastic_depth, input), ("LayerNorm",),
@@ -35,15 +42,24 @@ def convnext_block(self: Any, input: Tensor) -> Tensor:
     return type(self).forward(self, input)
 
 
-@register_pattern("torchvision.models.segmentation.deeplabv3:ASPP")
+@register_pattern(f"{_DEEPLAB}:ASPP")
 def aspp(self: Any, x: Tensor) -> Tensor:
-    *branches, pooling = self.convs
-    if not are_untouched(self.project, pooling):
-        return type(self).forward(self, x)
-    pooled = x
-    for layer in pooling:  # without its upsampling
-        pooled = layer(pooled)
-    conv, *rest = self.project
-    levels = [*(branch(x) for branch in branches), pooled]
-    fused = convolved(conv, levels, x.shape[2:])
-    return nn.Sequential(*rest)(fused)
+    return dilated_pyramid(self, x, f"{_DEEPLAB}:ASPPPooling")
+
+
+@register_pattern("torchvision.models.segmentation._utils:_SimpleSegmentationModel")
+def segmentation_model(self: Any, x: Tensor) -> dict[str, Tensor]:
+    features = self.backbone(x)
+    size = x.shape[2:]
+    result = OrderedDict(out=upsampled(self.classifier(features["out"]), size))
+    if self.aux_classifier is not None:
+        result["aux"] = upsampled(self.aux_classifier(features["aux"]), size)
+    return result
+
+
+@register_pattern(
+    "torchvision.ops.feature_pyramid_network:FeaturePyramidNetwork",
+    check=lambda module: "upsamples by nearest interpolation: no op of this package does",
+)
+def feature_pyramid(self: Any, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return type(self).forward(self, x)
