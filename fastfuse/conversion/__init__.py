@@ -32,6 +32,7 @@ from fastfuse.conversion.pattern import (
     register_pattern,
 )
 from fastfuse.conversion.report import ConversionReport, Found
+from fastfuse.conversion.traced import traced_pattern_of
 
 __all__ = ["ConversionReport", "Pattern", "convert", "register_pattern", "revert"]
 
@@ -71,7 +72,7 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
     found, planned, count = [], [], 0
     for name, module in model.named_modules():
         count += 1
-        known = pattern_of(module)
+        known = pattern_of(module) or traced_pattern_of(module)
         if known is None:
             continue
         pattern, reason = known

@@ -189,7 +189,22 @@ def test_results_gradients_and_statistics(name: str) -> None:
     assert_same_results(randomized(model), *args, converted=converted)
 
 
-@pytest.mark.parametrize("name", CASES)
+def interpolations(model: nn.Module, args: tuple[Any, ...]) -> int:
+    with torch.no_grad(), fastfuse.backend("cpu"), torch.profiler.profile() as profile:
+        model(*args)
+    return sum(event.name == "aten::upsample_bilinear2d" for event in profile.events())
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"torchvision ConvNeXt"}))
+def test_no_level_is_interpolated(name: str) -> None:
+    model, args, _ = CASES[name]()
+    model.eval()
+    assert interpolations(model, args) > 0
+    fastfuse.convert(model)
+    assert interpolations(model, args) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "whole" not in name])
 def test_every_module_is_called_where_it_has_hooks(name: str) -> None:
     """Of every module in turn: one that is called is called once, and its hook's result counts."""
     torch.manual_seed(0)
