@@ -39,6 +39,7 @@ from fastfuse.conversion.pattern import (
     register_pattern,
 )
 from fastfuse.conversion.report import ConversionReport, Found
+from fastfuse.conversion.traced import traced_pattern_of
 
 __all__ = ["ConversionReport", "Pattern", "convert", "register_pattern", "revert"]
 
@@ -89,7 +90,7 @@ def convert(
     before = {module: _forward_of(module) for module in names}
     after = dict(before)
     for module, (name, *others) in names.items():
-        known = pattern_of(module, kinds)
+        known = pattern_of(module, kinds) or traced_pattern_of(module)
         if known is None:
             continue
         pattern, reason = known

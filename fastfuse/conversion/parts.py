@@ -25,6 +25,7 @@ __all__ = [
     "convolved",
     "dilated_pyramid",
     "fused",
+    "is_dense",
     "is_original",
     "is_sequence",
     "is_untouched",
@@ -91,6 +92,11 @@ def is_sequence(module: nn.Module) -> bool:
         and are_untouched(module)
         and len(module) > 0
     )
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a convolution of all channels, as :func:`convolved` runs it."""
+    return _DENSE.read(module, []) is None
 
 
 def fused(

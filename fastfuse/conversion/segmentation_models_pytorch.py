@@ -14,6 +14,7 @@ from fastfuse.conversion.parts import (
     fused,
     is_original,
     is_sequence,
+    upsampled,
     upsampled_sum,
 )
 from fastfuse.conversion.pattern import register_pattern
@@ -93,6 +94,14 @@ def fpn_block(self: Any, x: Tensor, skip: Tensor) -> Tensor:
         x = nn.functional.interpolate(x, scale_factor=2.0, mode=self.interpolation_mode)
         return x + skip
     return upsampled_sum(x, skip)
+
+
+@register_pattern(f"{_FPN}:Conv3x3GNReLU")
+def fpn_unit(self: Any, x: Tensor) -> Tensor:
+    x = self.block(x)
+    if not self.upsample:
+        return x
+    return upsampled(x, (2 * x.shape[2], 2 * x.shape[3]), align_corners=True)
 
 
 def _before_upsampling(block: Any, x: Tensor) -> tuple[Tensor, int]:

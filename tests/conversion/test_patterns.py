@@ -189,7 +189,22 @@ def test_results_gradients_and_statistics(name: str) -> None:
     assert_same_results(randomized(model), *args, converted=converted)
 
 
-@pytest.mark.parametrize("name", CASES)
+def interpolations(model: nn.Module, args: tuple[Any, ...]) -> int:
+    with torch.no_grad(), fastfuse.backend("cpu"), torch.profiler.profile() as profile:
+        model(*args)
+    return sum(event.name == "aten::upsample_bilinear2d" for event in profile.events())
+
+
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"torchvision ConvNeXt"}))
+def test_no_level_is_interpolated(name: str) -> None:
+    model, args, _ = CASES[name]()
+    model.eval()
+    assert interpolations(model, args) > 0
+    fastfuse.convert(model)
+    assert interpolations(model, args) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "whole" not in name])
 def test_every_module_is_called_where_it_has_hooks(name: str) -> None:
     """Of every module in turn: one that is called is called once, and its hook's result counts."""
     torch.manual_seed(0)
@@ -224,3 +239,55 @@ def test_every_module_is_called_where_it_has_hooks(name: str) -> None:
 
 def _flat(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value.values())
+
+
+def test_subclasses_with_another_method_are_left() -> None:
+    heads = heads_of_mmseg()
+
+    class Own(heads.PSPHead):  # type: ignore[misc, name-defined]
+        def _forward_feature(self, inputs: Any) -> Tensor:
+            return 2 * super()._forward_feature(inputs)
+
+    given: Any = {"channels": 8, "num_classes": 5, "norm_cfg": {"type": "BN"}}
+    head = Own(in_channels=8, in_index=-1, **given)
+    left = fastfuse.convert(head).left
+    assert left[""] == f"is a {Own.__qualname__}, with a _forward_feature of its own"
+    separable = mmseg_head("DepthwiseSeparableASPPHead", c1_in_channels=8, c1_channels=4)[0]
+    assert fastfuse.convert(separable).found[0].target.endswith(":DepthwiseSeparableASPPHead")
+    plain = mmseg_head("FCNHead")[0]
+    assert "reads one level" in fastfuse.convert(plain).left[""]
+
+
+def test_nearest_upsampling_is_left() -> None:
+    ops = pytest.importorskip("torchvision.ops")
+    model = ops.FeaturePyramidNetwork([8, 16], 8)
+    assert "nearest" in fastfuse.convert(model).left[""]
+
+
+@pytest.mark.parametrize(
+    ("up", "is_known"),
+    [
+        (nn.Upsample(scale_factor=4, mode="bilinear", align_corners=True), True),
+        (nn.UpsamplingBilinear2d(scale_factor=2), True),
+        (nn.Upsample(size=(9, 31), mode="bilinear"), True),
+        (nn.Upsample(size=40, mode="bilinear"), True),
+        (nn.Upsample(scale_factor=1.5, mode="bilinear"), False),
+        (nn.Upsample(scale_factor=(2.0, 3.0), mode="bilinear"), False),
+        (nn.Upsample(scale_factor=2), False),
+    ],
+    ids=str,
+)
+def test_upsampling(up: nn.Upsample, is_known: bool) -> None:
+    report = assert_same_results(up, torch.randn(2, 5, 7, 11))
+    assert bool(report.converted) == is_known
+
+
+def test_a_unit_whose_forward_was_replaced_is_called() -> None:
+    model, args, _ = mmseg_head("PSPHead")
+    model.eval()
+    unit = model.bottleneck
+    before = unit.forward
+    unit.forward = lambda x: before(x) * 2
+    expected = model(*args)
+    fastfuse.convert(model)
+    torch.testing.assert_close(model(*args), expected, rtol=1e-4, atol=1e-5)
