@@ -11,10 +11,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 # A file for each library, which it does not import: a class is looked up where its library is.
 from fastfuse.conversion import (  # noqa: F401
@@ -27,6 +33,7 @@ from fastfuse.conversion import (  # noqa: F401
 from fastfuse.conversion.pattern import (
     Pattern,
     is_converted,
+    kinds_of_patterns,
     pattern_of,
     register_pattern,
 )
@@ -34,13 +41,17 @@ from fastfuse.conversion.report import ConversionReport, Found
 
 __all__ = ["ConversionReport", "Pattern", "convert", "register_pattern", "revert"]
 
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
 
 def _checked(function: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be an nn.Module; got {type(model).__name__}")
 
 
-def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
+def convert(
+    model: nn.Module, *, dry_run: bool = False, inputs: Inputs | None = None
+) -> ConversionReport:
     """Runs what this package knows of a model by its kernels; parameters and keys stay.
 
     Of every module whose class has a pattern the ``forward`` is replaced, in place: parameters,
@@ -53,6 +64,8 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
         model: any module; transformers, timm, torchvision and others' are known, as are plain
             convolutions.
         dry_run: True changes nothing, and only reports.
+        inputs: what the model is called with: a tensor, a tuple of arguments or a mapping of
+            keywords. With these FLOPs are counted, from shapes: nothing is computed.
 
     Returns:
         What was converted, and what was recognized and left, with the reason. Converting twice is
@@ -60,6 +73,7 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
 
     Raises:
         TypeError: no module.
+        ValueError: the model does not take ``inputs``. As after any error, it is as it was.
 
     >>> import torch, fastfuse
     >>> model = torch.nn.Conv2d(8, 8, 7, padding=3, groups=8)
@@ -67,23 +81,66 @@ def convert(model: nn.Module, *, dry_run: bool = False) -> ConversionReport:
     ['']
     """
     _checked("convert", model)
-    found, planned, count = [], [], 0
-    for name, module in model.named_modules():
-        count += 1
-        known = pattern_of(module)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    kinds, found = kinds_of_patterns(), []
+    before = {module: _forward_of(module) for module in names}
+    after = dict(before)
+    for module, (name, *others) in names.items():
+        known = pattern_of(module, kinds)
         if known is None:
             continue
         pattern, reason = known
+        found.append(Found(name, pattern.target, reason, is_converted(module), others))
         if reason is None and not is_converted(module):
-            reason = pattern.check(module)
-        found.append(Found(name, pattern.target, reason))
-        if reason is None and not is_converted(module):
-            planned.append((module, pattern))
-    if not dry_run:
-        for module, pattern in planned:
             # A bound method: copied with its module, and pickled as the class's, by its name.
-            module.forward = MethodType(pattern.forward, module)
-    return ConversionReport(found, count)
+            after[module] = MethodType(pattern.forward, module)
+    flops = None
+    try:
+        if inputs is not None:
+            _set_forwards({m: None if is_converted(m) else f for m, f in before.items()})
+            original = _count_flops(model, inputs)
+            _set_forwards(after)
+            flops = (original, _count_flops(model, inputs))
+        _set_forwards(before if dry_run else after)
+    except BaseException:
+        _set_forwards(before)
+        raise
+    return ConversionReport(found, len(names), flops)
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Its own; None: its class's."""
+    return module.__dict__.get("forward")
+
+
+def _set_forwards(forwards: Mapping[nn.Module, Callable[..., Any] | None]) -> None:
+    for module, forward in forwards.items():
+        if forward is not _forward_of(module):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _count_flops(model: nn.Module, inputs: Inputs) -> int:
+    args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        arguments = tree_map_only(Tensor, fake.from_tensor, args)
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        state: dict[str, Tensor] = {
+            name: fake.from_tensor(tensor) for name, tensor in tensors.items()
+        }
+        args, kwargs = ((), arguments) if isinstance(args, Mapping) else (arguments, None)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                functional_call(model, state, args, kwargs)
+        except Exception as error:
+            raise ValueError(
+                f"convert: inputs must be what the model takes; got {type(error).__name__}: {error}"
+            ) from error
+    return counter.get_total_flops()
 
 
 def revert(model: nn.Module) -> list[str]:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
 from fastfuse.nn.composition import CONVERTED
 
-__all__ = ["PATTERNS", "Pattern", "is_converted", "pattern_of", "register_pattern"]
+__all__ = [
+    "PATTERNS",
+    "Pattern",
+    "is_converted",
+    "kinds_of_patterns",
+    "pattern_of",
+    "register_pattern",
+]
 
 Forward = Callable[..., Any]
 Check = Callable[[nn.Module], "str | None"]
@@ -80,18 +87,32 @@ def is_converted(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__func__", None) in CONVERTED
 
 
-def pattern_of(module: nn.Module) -> tuple[Pattern, str | None] | None:
-    """The pattern of a module's class, or of one that it derives from, and then whether that is a
-    reason to leave it."""
-    for pattern in PATTERNS.values():
-        kind = pattern.kind
-        if kind is None or not isinstance(module, kind):
-            continue
-        if type(module).forward is not kind.forward:
-            return pattern, f"is a {type(module).__qualname__}, with a forward of its own"
-        if "forward" in module.__dict__ and not is_converted(module):
-            bound = module.__dict__["forward"]
-            if getattr(bound, "__func__", None) is not kind.forward:
-                return pattern, "has a forward of its own"
-        return pattern, None
+def kinds_of_patterns() -> dict[type, Pattern]:
+    """The classes that are known, of the libraries that are imported."""
+    return {kind: pattern for pattern in PATTERNS.values() if (kind := pattern.kind) is not None}
+
+
+def pattern_of(
+    module: nn.Module, kinds: Mapping[type, Pattern]
+) -> tuple[Pattern, str | None] | None:
+    """The pattern of a module's class, or of the nearest one that it derives from, and the reason
+    to leave it, if there is one."""
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith("fastfuse."):
+            return None  # one of ours is what it would become
+        if kind in kinds:
+            pattern = kinds[kind]
+            return pattern, _other_forward(module, kind) or pattern.check(module)
+    return None
+
+
+def _other_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why what a module runs is not what its pattern was written for."""
+    if type(module).forward is not kind.forward:
+        return f"is a {type(module).__qualname__}, with a forward of its own"
+    if kind.forward.__qualname__ not in [f"{base.__qualname__}.forward" for base in kind.__mro__]:
+        return f"is of a class whose forward was replaced by {kind.forward.__qualname__}"
+    own = module.__dict__.get("forward", MethodType(kind.forward, module))
+    if not is_converted(module) and getattr(own, "__func__", None) is not kind.forward:
+        return "has a forward of its own"
     return None

@@ -16,11 +16,21 @@ class Found:
         name: in the model; "" is the model itself.
         target: its class, as patterns name it.
         reason: why it is left; None: it is converted.
+        again: whether it had been converted before.
+        other_names: of the same module, if it is there more than once.
     """
 
     name: str
     target: str
-    reason: str | None
+    reason: str | None = None
+    again: bool = False
+    other_names: Sequence[str] = ()
+
+    @property
+    def what(self) -> str:
+        if self.reason is not None:
+            return "left"
+        return "converted before" if self.again else "converted"
 
 
 @dataclass(frozen=True)
@@ -30,10 +40,13 @@ class ConversionReport:
     Attributes:
         found: every module whose class is known.
         modules: how many modules the model has.
+        flops: of one call, by the original and by the converted model, each multiplication and
+            each addition of matrix products and convolutions; None: without ``inputs``.
     """
 
     found: Sequence[Found]
     modules: int
+    flops: tuple[int, int] | None = None
 
     @property
     def converted(self) -> list[str]:
@@ -51,11 +64,15 @@ class ConversionReport:
         lines = [f"{count} module{plural} of {self.modules} converted"]
         if not self.found:
             lines[0] = f"none of {self.modules} modules is known: nothing was changed"
-        groups: dict[tuple[str, str | None], list[str]] = {}
+        groups: dict[tuple[str, str, str], list[str]] = {}
         for f in self.found:
-            groups.setdefault((f.target, f.reason), []).append(f.name or "(the model)")
-        for (target, reason), names in groups.items():
+            name = " = ".join(name or "(the model)" for name in (f.name, *f.other_names))
+            groups.setdefault((f.what, f.target, f.reason or ""), []).append(name)
+        width = max((len(what) for what, _, _ in groups), default=0)
+        for (what, target, reason), names in sorted(groups.items(), key=lambda group: group[0][0]):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-            what = "converted" if reason is None else "left"
-            lines.append(f"  {what:9}  {target}  {shown}" + (f": {reason}" if reason else ""))
+            lines.append(f"  {what:{width}}  {target}  {shown}" + (f": {reason}" if reason else ""))
+        if self.flops is not None:
+            before, after = self.flops
+            lines.append(f"  {before / 1e9:.2f} GFLOP a call, {after / 1e9:.2f} converted")
         return "\n".join(lines)

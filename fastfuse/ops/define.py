@@ -285,9 +285,10 @@ def _needs(arguments: Sequence[Any]) -> tuple[list[Any], list[tuple[int, int]], 
 
 def _with_cuda(kernels: Mapping[str, Kernel]) -> Mapping[str, Kernel]:
     """That backend runs every op of Triton's: in CUDA C++ where there is some."""
-    if "triton" in kernels:
-        kernels = {"cuda": kernels["triton"], **kernels}
-    return {name: kernels[name] for name in ("cpu", "cuda", "triton") if name in kernels}
+    if "triton" not in kernels or "cuda" in kernels:
+        return kernels
+    others = {name: kernel for name, kernel in kernels.items() if name != "triton"}
+    return others | dict.fromkeys(("cuda", "triton"), kernels["triton"])
 
 
 def kernels_of(op: str, function: str) -> dict[str, Kernel]:

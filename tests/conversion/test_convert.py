@@ -197,3 +197,162 @@ def test_an_error_changes_nothing(known: list[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         fastfuse.convert(model)
     assert "forward" not in model["head"].__dict__
+
+
+def test_a_replaced_class_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def twice(self: nn.Conv2d, input: Tensor) -> Tensor:
+        return 2 * self._conv_forward(input, self.weight, self.bias)
+
+    monkeypatch.setattr(nn.Conv2d, "forward", twice)
+    report = fastfuse.convert(conv)
+    assert report.converted == []
+    assert "whose forward was replaced by" in report.left[""]
+
+
+def test_the_nearest_class_counts(known: list[str]) -> None:
+    @fastfuse.register_pattern(f"{Head.__module__}:OwnHead")
+    def own_head(self: Any, fine: Tensor, coarse: Tensor) -> Tensor:
+        known.append("own")
+        return type(self).forward(self, fine, coarse)
+
+    head = OwnHead()
+    assert fastfuse.convert(head).left == {}
+    head(*inputs())
+    assert known == ["own"]
+
+
+def test_our_own_are_not_mentioned() -> None:
+    report = fastfuse.convert(fastfuse.heads.FCNHead(16, channels=8, num_classes=3))
+    assert report.converted == list(report.left) == []
+
+
+def test_shared_modules_are_named_once(known: list[str]) -> None:
+    head = Head()
+    report = fastfuse.convert(nn.ModuleDict({"one": head, "two": head}))
+    assert report.converted == ["one", "one.conv"]
+    assert report.found[0].other_names == ["two"]
+    assert "one = two" in str(report)
+
+
+def test_converted_before_is_said(known: list[str]) -> None:
+    head = Head()
+    first, second = fastfuse.convert(head), fastfuse.convert(head)
+    assert "converted before" not in str(first)
+    assert "converted before" in str(second)
+    assert second.converted == first.converted
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_flops_of_original_and_converted(known: list[str], dry_run: bool) -> None:
+    levels = torch.randn(2, 8, 64, 64), torch.randn(2, 8, 8, 8)
+    head = Head()
+    norm = nn.BatchNorm2d(8)
+    model = nn.ModuleDict({"head": head, "norm": norm})
+    model.forward = lambda *levels: norm(head(*levels))  # type: ignore[method-assign]
+    for _ in range(2):
+        report = fastfuse.convert(model, dry_run=dry_run, inputs=levels)
+        whole = 2 * 2 * 64**2 * 8 * 16 * 9
+        assert report.flops is not None
+        assert report.flops[0] == whole
+        assert 0 < report.flops[1] < whole
+        assert f"{whole / 1e9:.2f} GFLOP a call" in str(report)
+    assert norm.num_batches_tracked == 0
+    assert not norm.running_mean.any()
+    assert ("forward" in head.__dict__) != dry_run
+
+
+def test_wrong_inputs_change_nothing(known: list[str]) -> None:
+    head = Head()
+    with pytest.raises(ValueError, match="convert: inputs must be what the model takes; got"):
+        fastfuse.convert(head, inputs=torch.randn(1, 8, 4, 4))
+    with pytest.raises(ValueError, match="convert: inputs must be what the model takes; got"):
+        fastfuse.convert(head, inputs={"fine": torch.randn(1, 8, 4, 4), "wide": 3})
+    assert "forward" not in head.__dict__
+    fastfuse.convert(head)
+    with pytest.raises(ValueError, match="convert: inputs"):
+        fastfuse.convert(head, inputs=())
+    assert fastfuse.revert(head) == ["", "conv"]
+
+
+def test_what_was_compiled_before(known: list[str]) -> None:
+    head, levels = Head(), inputs()
+    compiled = torch.compile(head, backend="aot_eager")
+    expected = compiled(*levels)
+    assert "_orig_mod" in fastfuse.convert(compiled).converted
+    torch.testing.assert_close(compiled(*levels), expected)
+    assert known == ["ours"]
+    fastfuse.revert(compiled)
+    torch.testing.assert_close(compiled(*levels), expected)
+    assert known == ["ours"]
+
+
+def _sums_to_one(conv: nn.Conv2d) -> None:
+    class Normalized(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight / weight.sum()
+
+    nn.utils.parametrize.register_parametrization(conv, "weight", Normalized())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [nn.utils.parametrizations.weight_norm, _sums_to_one])
+def test_parametrized_convolutions(known: list[str], change: Any, when: str) -> None:
+    head, levels = Head(), inputs()
+    if when == "before":
+        change(head.conv)
+    fastfuse.convert(head)
+    if when == "after":
+        change(head.conv)
+    plain = copy.deepcopy(head)
+    fastfuse.revert(plain)
+    torch.testing.assert_close(head(*levels), plain(*levels), rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_and_layouts(known: list[str]) -> None:
+    head = Head()
+    plain = copy.deepcopy(head)
+    fastfuse.convert(head)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        levels = [level.to(memory_format=memory_format) for level in inputs()]
+        with torch.autocast("cpu", torch.bfloat16):
+            out, expected = head(*levels), plain(*levels)
+        assert out.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def _step(rank: int, file: str, results: Any) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    gradients = []
+    for converts in (False, True):
+        torch.manual_seed(0)
+        head = Head()
+        if converts:
+            from fastfuse.conversion.parts import convolved
+
+            fastfuse.register_pattern(f"{Head.__module__}:Head")(
+                lambda self, fine, coarse: convolved(self.conv, [fine, coarse], fine.shape[2:])
+            )
+            sys.modules[Head.__module__] = sys.modules[__name__]
+            assert fastfuse.convert(head).converted == ["", "conv"]
+        model = nn.parallel.DistributedDataParallel(head)
+        torch.manual_seed(rank)
+        model(*inputs()).square().mean().backward()
+        gradients.append([p.grad.clone() for p in head.parameters()])
+    results[rank] = gradients
+    dist.destroy_process_group()
+
+
+def test_distributed_gradients(tmp_path: Path) -> None:
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_step, (str(tmp_path / "store"), results), nprocs=2)
+        for rank in (0, 1):
+            plain, converted = results[rank]
+            for expected, gradient in zip(plain, converted, strict=True):
+                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+        for mine, others in zip(results[0][1], results[1][1], strict=True):
+            assert torch.equal(mine, others)
