@@ -1,10 +1,11 @@
 """The heads, whole, against the same in plain PyTorch (``plain_heads``).
 
 Settings are the papers': 512 channels (SegFormer-B2: 768), 150 classes, features of ConvNeXt-T for
-UPerHead, of SegFormer-B2 for its own, and of a ResNet with output stride 8 for the others, of images of 512 x 512 and 512 x 1024. Variants share
-weights. Forward is one image in evaluation mode; a training step is forward and backward of two
-images in training mode, with the gradients of features and parameters (batch norm needs two values
-for each channel, and a pooled branch has one per image). Dropout is off, so that results compare.
+UPerHead, of SegFormer-B2 for its own, and of a ResNet with output stride 8 for the others, of
+images of 512 x 512 and 512 x 1024. Variants share weights. Forward is one image in evaluation mode;
+a training step is forward and backward of two images in training mode, with the gradients of
+features and parameters (batch norm needs two values for each channel, and a pooled branch has one
+per image). Dropout is off, so that results compare.
 
 Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
 format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.

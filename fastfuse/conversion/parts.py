@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Part, is_plain, is_watched
+from fastfuse.nn.composition import CONVERTED, Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
@@ -50,6 +50,8 @@ _LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward, or ours, and nothing else."""
     state = module.__dict__
+    if "forward" in state and getattr(state["forward"], "__func__", None) not in CONVERTED:
+        return False
     return not (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]

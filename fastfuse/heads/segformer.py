@@ -16,8 +16,8 @@ class SegformerHead(DecodeHead):
     """Each level projected to ``channels`` by a 1x1 unit, then one 1x1 fusion of them.
 
     The fusion multiplies every level at its own resolution and upsamples the products: for images
-    of 512 x 512 and SegFormer-B2 to B5, with 768 channels, the head takes 16.4 GMAC, where convolving
-    the concatenation takes 42.1.
+    of 512 x 512 and SegFormer-B2 to B5, with 768 channels, the head takes 16.4 GMAC, where
+    convolving the concatenation takes 42.1.
 
     Keys as MMSegmentation's: ``convs.i``, ``fusion_conv``, ``conv_seg``; ``fusion_conv.equalizer``
     only with scale_equalizer.
