@@ -64,6 +64,8 @@ def pair(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     model = make()
     for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):  # so that each does something
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
@@ -79,10 +81,10 @@ def batch(height: int = 70, width: int = 90, dtype: torch.dtype = torch.float32)
     return {"pixel_values": torch.randn(2, 3, height, width, dtype=dtype), "labels": labels}
 
 
-def results(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def results(model: nn.Module, inputs: dict[str, Any], call: Any = None) -> dict[str, Tensor]:
     torch.manual_seed(3)
     model.zero_grad()
-    output = model(**inputs)
+    output = (model if call is None else call)(**inputs)
     output.loss.backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     return {"loss": output.loss.detach(), "logits": output.logits.detach(), **gradients}
@@ -115,11 +117,8 @@ def test_values_and_gradients(name: str, training: bool, layout: torch.memory_fo
 
 @every_model
 def test_values_and_gradients_in_float64(name: str) -> None:
-    theirs, ours = (
-        results(model.double().train(), batch(64, 64, torch.float64))
-        for model in pair(MODELS[name])
-        if not torch.manual_seed(5) is None  # noqa: E714
-    )
+    inputs = batch(64, 64, torch.float64)
+    theirs, ours = (results(m.double().train(), inputs) for m in pair(MODELS[name]))
     assert_same(ours, theirs, 1e-10)
 
 
@@ -164,10 +163,7 @@ def test_losses_that_are_left() -> None:
     for name in MODELS:
         model, converted = (m.eval() for m in pair(MODELS[name]))
         probabilities = torch.rand(2, CLASSES, 32, 32)
-        if name == "segformer":
-            inputs["labels"] = probabilities
-            assert_same(results(converted, inputs), results(model, inputs), 1e-4)
-        for labels in (torch.zeros(2, 16, 16), torch.zeros(3, 32, 32, dtype=torch.int64)):
+        for labels in (probabilities, torch.zeros(3, 32, 32, dtype=torch.int64)):
             inputs["labels"] = labels
             for m in (model, converted):
                 with pytest.raises((RuntimeError, ValueError)):
@@ -200,20 +196,20 @@ TREATED = {
 def weight_norm(module: nn.Module) -> None:
     parametrizations.weight_norm(module)
     with torch.no_grad():
-        module.parametrizations.weight.original0.mul_(1.5)  # type: ignore[union-attr,operator]
+        module.parametrizations.weight.original0[::2].mul_(1.5)  # type: ignore[union-attr,operator]
 
 
-def doubling_hook(module: nn.Module) -> None:
-    module.register_forward_hook(lambda module, args, output: 2 * output)
+def squaring_hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, args, output: output.square())
 
 
 def own_forward(module: nn.Module) -> None:
     forward = type(module).forward
-    module.forward = lambda x: 2 * forward(module, x)  # type: ignore[method-assign]
+    module.forward = lambda x: forward(module, x).square()  # type: ignore[method-assign]
 
 
 @every_model
-@pytest.mark.parametrize("treatment", [weight_norm, doubling_hook, own_forward])
+@pytest.mark.parametrize("treatment", [weight_norm, squaring_hook, own_forward])
 def test_treated_children(name: str, treatment: Callable[[nn.Module], None]) -> None:
     """Before and after conversion, of every child that an op reads."""
     inputs = batch(32, 32)
@@ -241,7 +237,6 @@ def test_hooks_of_replaced_modules(name: str) -> None:
             lambda module, args: ([2 * level for level in args[0]],)
         )
         m.decode_head.register_forward_hook(lambda module, args, output: output + 1)
-        m.decode_head.batch_norm if name == "segformer" else m.decode_head.fpn_bottleneck
         for child in TREATED[name]:
             m.get_submodule(child).register_forward_hook(
                 lambda module, args, output, found=found: found.append(tuple(args[0].shape))
@@ -255,7 +250,7 @@ def test_lora(name: str) -> None:
     peft = pytest.importorskip("peft")
     targets = {
         "segformer": ["proj", "linear_fuse"],
-        "upernet": ["dwconv", "pwconv1", "pwconv2", "fpn_bottleneck.conv"],
+        "upernet": ["pwconv1", "pwconv2", "fpn_bottleneck.conv"],
     }
     model, converted = (m.eval() for m in pair(MODELS[name]))
     before = model(**(inputs := batch(32, 32))).logits.detach()
@@ -303,12 +298,8 @@ def test_compiled(name: str, training: bool) -> None:
     inputs = batch(64, 64)
     expected = results(copy.deepcopy(converted), inputs)
     torch._dynamo.reset()
-    converted.forward  # noqa: B018
     compiled = torch.compile(converted, fullgraph=True, backend="aot_eager")
-    assert_same(results(compiled._orig_mod, inputs), expected, 1e-4)
-    output = compiled(**inputs)
-    assert relative_error(output.logits.detach(), expected["logits"]) < 1e-4
-    assert relative_error(output.loss.detach(), expected["loss"]) < 1e-4
+    assert_same(results(converted, inputs, compiled), expected, 1e-4)
 
 
 @every_model
@@ -329,9 +320,11 @@ def test_copies_pickles_and_reversal(name: str) -> None:
     expected = results(model, inputs)
     assert list(converted.state_dict()) == list(model.state_dict())
     assert_same(results(copy.deepcopy(converted), inputs), expected, 1e-4)
-    again = pickle.loads(pickle.dumps(converted))
-    assert all("forward" not in module.__dict__ for module in again.modules())
-    assert_same(results(again, inputs), expected, 0)
+    head = pickle.loads(pickle.dumps(converted.decode_head))  # transformers' backbones have hooks
+    for module in head.modules():
+        assert module.forward.__func__ is type(module).forward
+    converted.decode_head = head
+    assert_same(results(converted, inputs), expected, 1e-4)
     fastfuse.revert(converted)
     assert_same(results(converted, inputs), expected, 0)
 
