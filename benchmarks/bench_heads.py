@@ -1,10 +1,11 @@
-"""The five heads, whole, against the same in plain PyTorch (``plain_heads``).
+"""The heads, whole, against the same in plain PyTorch (``plain_heads``).
 
-Settings are the papers': 512 channels, 150 classes, features of ConvNeXt-T for UPerHead and of a
-ResNet with output stride 8 for the others, of images of 512 x 512 and 512 x 1024. Variants share
-weights. Forward is one image in evaluation mode; a training step is forward and backward of two
-images in training mode, with the gradients of features and parameters (batch norm needs two values
-for each channel, and a pooled branch has one per image). Dropout is off, so that results compare.
+Settings are the papers': 512 channels (SegFormer-B2: 768), 150 classes, features of ConvNeXt-T for
+UPerHead, of SegFormer-B2 for its own, and of a ResNet with output stride 8 for the others, of
+images of 512 x 512 and 512 x 1024. Variants share weights. Forward is one image in evaluation mode;
+a training step is forward and backward of two images in training mode, with the gradients of
+features and parameters (batch norm needs two values for each channel, and a pooled branch has one
+per image). Dropout is off, so that results compare.
 
 Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
 format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.
@@ -32,6 +33,7 @@ OP = "heads"
 SIZES = {"512x512": (512, 512), "512x1024": (512, 1024)}
 # in_channels, and (channels, stride) of each feature
 CONVNEXT = ([96, 192, 384, 768], [(96, 4), (192, 8), (384, 16), (768, 32)])
+SEGFORMER = ([64, 128, 320, 512], [(64, 4), (128, 8), (320, 16), (512, 32)])
 RESNET = (2048, [(256, 4), (2048, 8)])
 HEADS = {
     "UPerHead": CONVNEXT,
@@ -39,7 +41,9 @@ HEADS = {
     "ASPPHead": RESNET,
     "SepASPPHead": RESNET,
     "FCNHead": RESNET,
+    "SegformerHead": SEGFORMER,
 }
+OPTIONS = {"SegformerHead": {"channels": 768}}
 QUICK = ("UPerHead 512x512", "PSPHead 512x512")
 CELLS = [
     Cell(f"{head} {size}", dtype, mode, rivals(PLAIN, compiled=True))
@@ -71,10 +75,11 @@ def build(
     height, width = SIZES[size]
     batch = 1 if mode == FORWARD else 2
     shapes = [(batch, c, height // stride, width // stride) for c, stride in features]
-    ours = getattr(heads, head)(in_channels, dropout=0.0)
+    options = {"dropout": 0.0, **OPTIONS.get(head, {})}
+    ours = getattr(heads, head)(in_channels, **options)
     model = ours
     if name != OURS:
-        model = plain_heads.PLAIN[head](in_channels, dropout=0.0)
+        model = plain_heads.PLAIN[head](in_channels, **options)
         model.load_state_dict(ours.state_dict())
     return networks.network_call(model, name, shapes, layout, dtype, mode, device, sequence=True)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ASPP", "FCN", "PLAIN", "PSP", "SepASPP", "UPer"]
+__all__ = ["ASPP", "FCN", "PLAIN", "PSP", "Segformer", "SepASPP", "UPer"]
 
 
 class Unit(nn.Module):
@@ -228,10 +228,26 @@ class FCN(Head):
         return self.classify(refined)
 
 
+class Segformer(Head):
+    def __init__(
+        self, in_channels: Sequence[int], channels: int = 256, num_classes: int = 150,
+        *, scale_equalizer: bool = False, dropout: float = 0.1, align_corners: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(channels, num_classes, dropout)
+        self.convs = nn.ModuleList(Unit(c, channels, 1) for c in in_channels)
+        levels = [channels] * len(in_channels)
+        self.fusion_conv = Fusion(levels, channels, 1, scale_equalizer, align_corners)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        levels = [conv(x) for conv, x in zip(self.convs, features, strict=True)]
+        return self.classify(self.fusion_conv(levels, levels[0].shape[2:]))
+
+
 PLAIN = {
     "UPerHead": UPer,
     "PSPHead": PSP,
     "ASPPHead": ASPP,
     "SepASPPHead": SepASPP,
     "FCNHead": FCN,
+    "SegformerHead": Segformer,
 }

@@ -1,4 +1,4 @@
-"""The five heads against the same in plain PyTorch: keys, values, gradients, errors."""
+"""The heads against the same in plain PyTorch: keys, values, gradients, errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from counts import count_work
 from plain_heads import PLAIN
 from torch import Tensor, nn
 
@@ -25,6 +26,11 @@ SMALL: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[tuple[int, int, int
         [(6, 18, 22), (3, 2, 2), (12, 9, 11)],
     ),
     "FCNHead": ((12, 8, 5), {}, [(12, 9, 13)]),
+    "SegformerHead": (
+        ([6, 8, 10, 12], 8, 5),
+        {},
+        [(6, 24, 20), (8, 12, 10), (10, 6, 5), (12, 7, 6)],
+    ),
 }
 every_head = pytest.mark.parametrize("name", SMALL)
 
@@ -116,6 +122,7 @@ PARAMETERS = {
     "ASPPHead": (2048, 42_288_278),
     "SepASPPHead": (2048, 17_765_126),
     "FCNHead": (2048, 23_672_982),
+    "SegformerHead": ([64, 128, 320, 512], 565_398),
 }
 
 
@@ -140,6 +147,24 @@ def test_parameters_of_cednet_tinys_head() -> None:
     with torch.device("meta"):
         head = heads.UPerHead([96, 192, 352, 512])
     assert sum(p.numel() for p in head.parameters()) == 60_976_812 - 30_718_336 - 481_430
+
+
+def test_work_of_segformers_head() -> None:
+    """At 512 x 512 for B2 to B5, whose heads have 768 channels: every level of the fusion at its
+    own resolution (0.15 GMAC are the sums), against the convolution of the concatenation."""
+    channels = [64, 128, 320, 512]
+    macs = []
+    for head in (heads.SegformerHead, PLAIN["SegformerHead"]):
+        module = head(channels, 768).eval()
+
+        def call(module: nn.Module = module) -> Tensor:
+            sizes = (128, 64, 32, 16)
+            return module([torch.empty(1, c, n, n) for c, n in zip(channels, sizes, strict=True)])
+
+        with torch.no_grad():
+            flops, _ = count_work(lambda call=call: call)
+        macs.append(round(flops / 2e9, 1))
+    assert macs == [16.4, 42.1]
 
 
 def test_auxiliary_head() -> None:
@@ -210,6 +235,7 @@ def test_transforms() -> None:
 
 BAD: list[tuple[Callable[[], Any], str]] = [
     (lambda: heads.UPerHead([8]), r"UPerHead: in_channels must have .* at least two; got \[8\]"),
+    (lambda: heads.SegformerHead([8]), r"SegformerHead: in_channels must .* two; got \[8\]"),
     (lambda: heads.UPerHead([8, 0]), "UPerHead: in_channels must be at least 1; got 0"),
     (lambda: heads.PSPHead(8, num_classes=0), "PSPHead: num_classes must be at least 1; got 0"),
     (lambda: heads.PSPHead(8, 0), "PSPHead: channels must be at least 1; got 0"),
@@ -238,8 +264,8 @@ def test_bad_arguments(make: Callable[[], Any], message: str) -> None:
 def test_bad_features(name: str) -> None:
     head, _, shapes = pair(name)
     head.eval()
-    exact = name == "UPerHead"
-    count = {"UPerHead": 4, "SepASPPHead": 2}.get(name, 1)
+    exact = name in ("UPerHead", "SegformerHead")
+    count = {"UPerHead": 4, "SegformerHead": 4, "SepASPPHead": 2}.get(name, 1)
     with pytest.raises(ValueError, match=f"{name}: .* at least one level; got none"):
         head([])
     if count > 1:
@@ -247,7 +273,7 @@ def test_bad_features(name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}: expected {at_least}{count} levels"):
             head(features(shapes)[-1:])
     if exact:
-        with pytest.raises(ValueError, match="UPerHead: expected 4 levels, finest first; got 5"):
+        with pytest.raises(ValueError, match=f"{name}: expected 4 levels, finest first; got 5"):
             head(features([*shapes, shapes[0]]))
     with pytest.raises(TypeError, match=f"{name}: features must be a sequence"):
         head(features(shapes)[0])

@@ -106,6 +106,9 @@ MODELS: dict[str, Callable[[], Pair]] = {
     "UPerHead": lambda: head("UPerHead", [4, 6], 4, 3, shapes=[(4, 12, 8), (6, 6, 4)]),
     "PSPHead": lambda: head("PSPHead", 6, 4, 3, shapes=[(6, 8, 6)]),
     "ASPPHead": lambda: head("ASPPHead", 6, 4, 3, dilations=(1, 2), shapes=[(6, 8, 6)]),
+    "SegformerHead": lambda: head(
+        "SegformerHead", [4, 6, 3], 4, 3, shapes=[(4, 8, 6), (6, 4, 4), (3, 2, 3)]
+    ),
     "SepASPPHead": lambda: head(
         "SepASPPHead", 6, 4, 3, dilations=(1, 2), c1_in_channels=4, c1_channels=3,
         shapes=[(4, 12, 8), (6, 6, 4)],
