@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # A file for each library, which it does not import: a class is looked up where its library is.
 from fastfuse.conversion import (  # noqa: F401
     mmsegmentation,
+    resnet,
     segformer,
     segmentation_models_pytorch,
     timm,

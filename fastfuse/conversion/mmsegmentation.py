@@ -1,4 +1,5 @@
-"""MMSegmentation: the decode heads of UPerNet, PSPNet, DeepLabV3, DeepLabV3+ and FCN."""
+"""MMSegmentation: the decode heads of UPerNet, PSPNet, DeepLabV3, DeepLabV3+, FCN and
+SegFormer."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from fastfuse.conversion.parts import (
     fused,
     is_original,
     is_sequence,
+    normalized,
     upsampled_sum,
 )
 from fastfuse.conversion.pattern import register_pattern
@@ -23,18 +25,28 @@ _FEATURE = ("_forward_feature",)
 _FCN = (*_FEATURE, "_transform_inputs")
 
 
+def _is_in_order(unit: Any) -> bool:
+    return (
+        tuple(unit.order) == ("conv", "norm", "act")
+        and not unit.with_explicit_padding
+        and getattr(unit, "efficient_conv_bn_eval_forward", None) is None
+    )
+
+
+@register_pattern(_UNIT)
+def conv_module(self: Any, x: Tensor, activate: bool = True, norm: bool = True) -> Tensor:
+    if not (norm and self.with_norm and _is_in_order(self)):
+        return type(self).forward(self, x, activate, norm)
+    x = normalized(self.conv, self.norm, x)
+    return self.activate(x) if activate and self.with_activation else x
+
+
 def _unit(unit: Any, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool) -> Tensor:
     """A ConvModule on the concatenation of levels."""
-    if (
-        not is_original(unit, _UNIT)
-        or unit.order != ("conv", "norm", "act")
-        or unit.with_explicit_padding
-        or getattr(unit, "efficient_conv_bn_eval_forward", None) is not None
-    ):
+    if not (is_original(unit, _UNIT) and _is_in_order(unit)):
         return unit(concatenated(levels, size, align_corners))
-    x = convolved(unit.conv, levels, size, align_corners)
-    if unit.with_norm:
-        x = unit.norm(x)
+    norm = unit.norm if unit.with_norm else None
+    x = convolved(unit.conv, levels, size, align_corners, norm)
     return unit.activate(x) if unit.with_activation else x
 
 
@@ -106,3 +118,19 @@ def fcn_head(self: Any, inputs: Sequence[Tensor]) -> Tensor:
     if self.concat_input:
         x = _unit(self.conv_cat, [*levels, x], size, corners)
     return self.cls_seg(x)
+
+
+def _check_segformer(head: Any) -> str | None:
+    if head.interpolate_mode != "bilinear":
+        return f"upsamples by interpolate_mode {head.interpolate_mode!r}"
+    return None
+
+
+@register_pattern(f"{_HEADS}.segformer_head:SegformerHead", check=_check_segformer)
+def segformer_head(self: Any, inputs: Sequence[Tensor]) -> Tensor:
+    if self.interpolate_mode != "bilinear":
+        return type(self).forward(self, inputs)
+    levels = self._transform_inputs(inputs)
+    projected = [conv(level) for conv, level in zip(self.convs, levels, strict=True)]
+    size = levels[0].shape[2:]
+    return self.cls_seg(_unit(self.fusion_conv, projected, size, self.align_corners))

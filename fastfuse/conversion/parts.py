@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastfuse.backends import DTYPES
 from fastfuse.nn.composition import CONVERTED, Part, is_plain, is_watched
-from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
+from fastfuse.nn.conv2d import Conv2d, convolve, dense_padding, depthwise_dilation
 from fastfuse.ops.autocast import cast_dtype
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
@@ -29,6 +29,7 @@ __all__ = [
     "is_original",
     "is_sequence",
     "is_untouched",
+    "normalized",
     "upsampled",
     "upsampled_sum",
 ]
@@ -54,7 +55,13 @@ _DEPTHWISE = Part(
     },
 )
 _LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
-
+_CONV = Part((nn.Conv2d, Conv2d), _WEIGHT_AND_BIAS, maybe=("bias",))
+_NORM = Part(
+    (nn.BatchNorm2d,),
+    (*_WEIGHT_AND_BIAS, "running_mean", "running_var"),
+    maybe=_WEIGHT_AND_BIAS,
+    conditions={"of running statistics": lambda norm, *tensors: not norm.training},
+)
 
 _SEQUENCE = nn.Sequential.forward  # as it is when this package is imported
 
@@ -106,24 +113,59 @@ def fused(
     if not is_sequence(unit):
         return convolved(unit, levels, size, align_corners)
     first, *rest = cast(nn.Sequential, unit)
-    x = fused(first, levels, size, align_corners)
+    if rest and type(rest[0]) is nn.BatchNorm2d and not is_sequence(first):
+        norm, *rest = rest
+        x = convolved(first, levels, size, align_corners, norm)
+    else:
+        x = fused(first, levels, size, align_corners)
     for layer in rest:
         x = layer(x)
     return x
 
 
 def convolved(
-    conv: nn.Module, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False
-) -> Tensor:
-    """``conv(cat([UP(level) for level in levels]))``, of levels of any sizes."""
+    conv: nn.Module, levels: Sequence[Tensor], size: Sequence[int], align_corners: bool = False,
+    norm: nn.Module | None = None,
+) -> Tensor:  # fmt: skip
+    """``norm(conv(cat([UP(level) for level in levels])))``, of levels of any sizes."""
     tensors: list[Any] = []
     if is_watched() or _DENSE.read(conv, tensors) is not None or not _are_alike(levels):
-        return conv(concatenated(levels, size, align_corners))
-    weight, bias = tensors
-    padding = dense_padding(cast(nn.Conv2d, conv), weight)
-    return fusion_conv2d(
+        x = conv(concatenated(levels, size, align_corners))
+        return x if norm is None else norm(x)
+    padding = dense_padding(cast(nn.Conv2d, conv), tensors[0])
+    folded = None if norm is None else _folded(norm, *tensors)
+    weight, bias = folded or tensors
+    x = fusion_conv2d(
         levels, weight, bias, size=tuple(size), padding=padding, align_corners=align_corners
     )
+    return x if norm is None or folded is not None else norm(x)
+
+
+def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``: a batch norm that evaluates is in the convolution's weights."""
+    tensors: list[Any] = []
+    if not is_watched() and is_plain(x) and _CONV.read(conv, tensors) is None:
+        folded = _folded(norm, *tensors)
+        if folded is not None:
+            return convolve(cast(nn.Conv2d, conv), x, folded)
+    return norm(conv(x))
+
+
+def _folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A convolution's parameters with those of the batch norm behind it, in full precision."""
+    tensors: list[Any] = []
+    if _NORM.read(norm, tensors) is not None or len(tensors[2]) != len(weight):
+        return None
+    held = [t for t in (weight, bias, *tensors) if t is not None]
+    if any(t.dtype != weight.dtype or t.device != weight.device for t in held) or (
+        weight.dtype not in (torch.float32, torch.float64)
+    ):
+        return None
+    gain, shift, mean, variance = tensors
+    scale = torch.rsqrt(variance + cast(nn.BatchNorm2d, norm).eps)
+    scale = scale if gain is None else scale * gain
+    offset = (-mean if bias is None else bias - mean) * scale
+    return weight * scale[:, None, None, None], offset if shift is None else offset + shift
 
 
 def concatenated(

@@ -36,7 +36,8 @@ class Pattern:
     Attributes:
         target: the class, "package.module:Name"; its library need not be there.
         forward: in the place of the class's: (module, the same arguments) -> the same result.
-        check: of a module, None or why it is left, as the end of a sentence.
+        check: of a module, None or why it is left, as the end of a sentence; "" where there is
+            nothing to tell.
         methods: other methods that the class's forward calls and this one does not: a subclass with
             its own is left.
     """
@@ -63,7 +64,8 @@ def register_pattern(
 
     Args:
         target: the class, "package.module:Name"; one that is known is replaced.
-        check: of a module, None or why it is left: words that follow the module's name.
+        check: of a module, None or why it is left: words that follow the module's name; "" where
+            there is nothing to tell.
         methods: other methods that the class's forward calls and this one does not: a subclass with
             its own is left.
 
@@ -109,7 +111,8 @@ def pattern_of(
             return None  # one of ours is what it would become
         if kind in kinds:
             pattern = kinds[kind]
-            return pattern, _own_method(module, pattern, kind) or pattern.check(module)
+            reason = _own_method(module, pattern, kind) or pattern.check(module)
+            return None if reason == "" else (pattern, reason)
     return None
 
 

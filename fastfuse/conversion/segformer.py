@@ -1,6 +1,6 @@
-"""SegFormer's head, of transformers, segmentation_models_pytorch and MMSegmentation.
+"""SegFormer's head, of transformers and segmentation_models_pytorch.
 
-The first two project levels by linear layers with nothing behind them: projection and fusion are
+They project levels by linear layers with nothing behind them: projection and fusion are
 one linear map, a product of each level at its own size.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.backends import DTYPES
-from fastfuse.conversion.parts import are_untouched, convolved
+from fastfuse.conversion.parts import are_untouched
 from fastfuse.conversion.pattern import register_pattern
 from fastfuse.nn.composition import Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, dense_padding
@@ -105,31 +105,3 @@ def smp_decoder(self: Any, features: list[Tensor]) -> Tensor:
                 fused = layer(fused)
             return fused
     return type(self).forward(self, features)
-
-
-def _check(head: Any) -> str | None:
-    if head.interpolate_mode != "bilinear":
-        return f"upsamples by interpolate_mode {head.interpolate_mode!r}"
-    return None
-
-
-@register_pattern("mmseg.models.decode_heads.segformer_head:SegformerHead", check=_check)
-def mmsegmentation_head(self: Any, inputs: Sequence[Tensor]) -> Tensor:
-    unit = self.fusion_conv
-    if (
-        not are_untouched(unit)
-        or type(unit).__name__ != "ConvModule"
-        or tuple(unit.order) != ("conv", "norm", "act")
-        or unit.with_explicit_padding
-        or getattr(unit, "efficient_conv_bn_eval_forward", None) is not None
-        or self.interpolate_mode != "bilinear"
-    ):
-        return type(self).forward(self, inputs)
-    levels = self._transform_inputs(inputs)
-    projected = [conv(level) for conv, level in zip(self.convs, levels, strict=True)]
-    x = convolved(unit.conv, projected, levels[0].shape[2:], self.align_corners)
-    if unit.with_norm:
-        x = unit.norm(x)
-    if unit.with_activation:
-        x = unit.activate(x)
-    return self.cls_seg(x)

@@ -1,4 +1,4 @@
-"""PyTorch's own convolutions and bilinear upsampling, wherever they stand."""
+"""PyTorch's own: convolutions, with batch norms behind them, and bilinear upsampling."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.conversion.parts import upsampled
+from fastfuse.conversion.parts import normalized, upsampled
 from fastfuse.conversion.pattern import register_pattern
 from fastfuse.nn.conv2d import convolve, dense_padding, depthwise_dilation
 
@@ -24,6 +24,31 @@ def _check(conv: nn.Module) -> str | None:
 @register_pattern("torch.nn.modules.conv:Conv2d", check=_check)
 def conv2d(self: nn.Conv2d, input: Tensor) -> Tensor:
     return convolve(self, input)
+
+
+def _pairs(sequence: nn.Sequential) -> list[bool]:
+    """Of each child, whether a batch norm follows a convolution."""
+    children = list(sequence)
+    following = [*children[1:], None]
+    return [
+        isinstance(child, nn.Conv2d) and type(after) is nn.BatchNorm2d
+        for child, after in zip(children, following, strict=True)
+    ]
+
+
+def _check_sequence(sequence: Any) -> str | None:
+    return None if any(_pairs(sequence)) else ""
+
+
+@register_pattern("torch.nn.modules.container:Sequential", check=_check_sequence)
+def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
+    children, x = list(self), input
+    for i, is_pair in enumerate(pairs := _pairs(self)):
+        if is_pair:
+            x = normalized(children[i], children[i + 1], x)
+        elif not (i and pairs[i - 1]):
+            x = children[i](x)
+    return x
 
 
 def whole_scale(factor: float | tuple[float, ...] | None) -> int | None:

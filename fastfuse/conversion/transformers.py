@@ -14,6 +14,7 @@ from fastfuse.conversion.parts import (
     as_convnext_block,
     concatenated,
     convolved,
+    normalized,
     stochastic_depth,
     upsampled_sum,
 )
@@ -54,8 +55,12 @@ def _unit(unit: Any, levels: list[Tensor], align_corners: bool) -> Tensor:
     size = levels[0].shape[2:]
     if type(unit).__name__ != "UperNetConvModule" or not are_untouched(unit):
         return unit(concatenated(levels, size, align_corners))
-    fused = convolved(unit.conv, levels, size, align_corners)
-    return unit.activation(unit.batch_norm(fused))
+    return unit.activation(convolved(unit.conv, levels, size, align_corners, unit.batch_norm))
+
+
+@register_pattern(f"{_UPERNET}:UperNetConvModule")
+def conv_module(self: Any, input: Tensor) -> Tensor:
+    return self.activation(normalized(self.conv, self.batch_norm, input))
 
 
 def _check_upernet(head: Any) -> str | None:

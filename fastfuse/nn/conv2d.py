@@ -40,9 +40,12 @@ class Conv2d(nn.Conv2d):
         return convolve(self, x)
 
 
-def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """What a :class:`Conv2d` of the same attributes gives."""
-    weight, bias = conv.weight, conv.bias  # once: parametrizations compute them
+def convolve(
+    conv: nn.Conv2d, x: Tensor, parameters: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor:
+    """What a :class:`Conv2d` of the same attributes gives, of other parameters if given."""
+    # Once: parametrizations compute them.
+    weight, bias = (conv.weight, conv.bias) if parameters is None else parameters
     if not _is_image(conv, x, weight):
         return conv._conv_forward(x, weight, bias)
     dilation = depthwise_dilation(conv, weight)
