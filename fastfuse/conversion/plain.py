@@ -87,6 +87,9 @@ def _exported(model: nn.Module, inputs: tuple[Any, ...], leaves: list[Any]) -> G
             raise ValueError(f"plain: torch.export does not take the model: {error}") from error
     module = program.module(check_guards=False)  # exporters trace it
     assert isinstance(module, GraphModule)
+    for name in ("train", "eval"):  # tracers call what torch.export forbids: the graph has no modes
+        module.__dict__.pop(name, None)
+    module.eval()
     return module
 
 
@@ -148,7 +151,7 @@ def _replacement(
     if target == aten.batch_norm.default and values["training"]:
         raise ValueError(
             "plain: expected a model that in evaluation does not depend on the batch; got a batch "
-            f"norm without running statistics, of {values['input']}"
+            f"norm without running statistics, of an input of shape {_shape(values['input'])}"
         )
     if target == aten.adaptive_avg_pool2d.default:
         x, size = values.values()
@@ -166,9 +169,7 @@ def _replacement(
     if name == "fusion_conv2d":
         *arguments, align_corners, _ = values.values()
         features, weight, bias, *size, mean, std, padding = arguments
-        return _fusion(
-            features, weight, bias, size, mean, std, padding, align_corners, winograd
-        )
+        return _fusion(features, weight, bias, size, mean, std, padding, align_corners, winograd)
     if name not in _PLAIN:
         raise ValueError(f"plain: no operations of PyTorch are known for fastfuse::{name}")
     return _PLAIN[name], tuple(values.values())

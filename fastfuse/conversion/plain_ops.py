@@ -115,6 +115,11 @@ class Winograd(nn.Module):
     in an order that makes the 36 products a batch as they come.
     """
 
+    rows: Tensor
+    columns: Tensor
+    weights: Tensor
+    outputs: Tensor
+
     def __init__(self, size: Size, dtype: torch.dtype) -> None:
         super().__init__()
         self.size, self.tiles = size, [-(-s // TILE) for s in size]
@@ -160,7 +165,7 @@ class Fusion(nn.Module):
         dtype: torch.dtype, winograd: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.size, self.padding, self.align_corners = tuple(size), padding, align_corners
+        self.size, self.padding, self.align_corners = (size[0], size[1]), padding, align_corners
         self.channels = [s[1] for s in shapes]
         out, _, k, _ = weight
 
@@ -222,6 +227,9 @@ def taps_of(level: Tensor, weight: Tensor) -> Tensor:
 
 class AdaptivePooling(nn.Module):
     """Adaptive average pooling of images of one size."""
+
+    rows: Tensor
+    columns: Tensor
 
     def __init__(self, size: Size, target: Size, dtype: torch.dtype) -> None:
         super().__init__()
