@@ -185,8 +185,9 @@ class Fusion(nn.Module):
             self.winograd = Winograd(size, dtype)
 
     def forward(
-        self, features: Sequence[Tensor], weight: Tensor, bias: Any, mean: Any, std: Any, norm: Any
-    ) -> Tensor:
+        self, features: Sequence[Tensor], weight: Tensor, bias: Any, mean: Any, std: Any,
+        norm: Any = None,
+    ) -> Tensor:  # fmt: skip
         weight, bias = normalized(weight, bias, norm)
         weights, levels = weight.split(self.channels, 1), list(features)
         for i, level in enumerate(levels):

@@ -147,6 +147,9 @@ def test_ops() -> None:
     check(Calls(lambda *levels: fastfuse.upsample_equalize_concat(levels, std=[2.0, 3.0])), x, skip)
     check(Calls(lambda x: fastfuse.upsample_argmax(x, (9, 11))), x)
     check(Calls(lambda x: fastfuse.upsample_argmax(x, (9, 11), return_confidence=True)), x)
+    weight = torch.randn(WIDE, 16, 3, 3)  # of a size that is an op, whatever runs small ones
+    levels = [torch.randn(1, 8, 96, 96), torch.randn(1, 8, 12, 12)]
+    check(Calls(lambda *x: fastfuse.fusion_conv2d(x, weight)), *levels)
     taps = torch.randn(2, 36, 5, 6)
     check(Calls(lambda x: fastfuse.tap_sum(x, (11, 12), kernel_size=3)), taps)
 
@@ -165,7 +168,7 @@ def test_fusion_against_the_definition(kernel: int, padding: int, align_corners:
                     torch.float64, winograd=False).double()  # fmt: skip
     double = [x.double() for x in levels]
     constants = [x.double() for x in (weight, bias, mean, std)]
-    result = module(double, *constants, None)
+    result = module(double, *constants)
     assert module.coarse == [0, 2, 3] or kernel == 1
     assert relative_error(result, reference(*arguments)) < 1e-5
 
