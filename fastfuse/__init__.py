@@ -15,6 +15,7 @@ from fastfuse.calibration.folding import fold_scale_equalizers
 from fastfuse.calibration.statistics_file import load_calibration, save_calibration
 from fastfuse.conversion import ConversionReport, convert, revert
 from fastfuse.conversion.pattern import register_pattern
+from fastfuse.conversion.plain import plain
 from fastfuse.nn.composition import explain
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
@@ -50,6 +51,7 @@ __all__ = [
     "lr_ced_block",
     "models",
     "nn",
+    "plain",
     "register_pattern",
     "revert",
     "save_calibration",

@@ -14,7 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 EXAMPLE = "upsample_argmax"
 # Shared by ops, not of one: who calls ops is no concern of theirs.
-ABOVE = ("fastfuse/nn", "fastfuse/heads", "fastfuse/models", "tests", "docs", "benchmarks/results")
+ABOVE = (
+    "fastfuse/conversion",
+    "fastfuse/nn",
+    "fastfuse/heads",
+    "fastfuse/models",
+    "tests",
+    "docs",
+    "benchmarks/results",
+)
 
 
 def table(title: str) -> list[str]:
