@@ -14,7 +14,7 @@ from variants import Variant, tensors
 
 from fastfuse.verify import MismatchError
 
-__all__ = ["Agreement", "check_agreement"]
+__all__ = ["Agreement", "check_agreement", "relative_error"]
 
 
 @dataclass
@@ -106,7 +106,7 @@ class _Judge:
                     f"{variant.title}: {name} is {theirs.dtype} {tuple(theirs.shape)}; "
                     f"{self.ours.title} has {ours.dtype} {tuple(ours.shape)}"
                 )
-            if variant.differs or (error := _relative_error(theirs, ours)) <= tolerance:
+            if variant.differs or (error := relative_error(theirs, ours)) <= tolerance:
                 continue
             if self.exact is None or not variant.rival:
                 raise MismatchError(
@@ -114,7 +114,7 @@ class _Judge:
                     f"{error:.2e} > {tolerance:.2e}"
                 )
             truth = self.exact()[i]
-            our_error, their_error = _relative_error(ours, truth), _relative_error(theirs, truth)
+            our_error, their_error = relative_error(ours, truth), relative_error(theirs, truth)
             if not our_error <= tolerance:
                 raise MismatchError(
                     f"{self.ours.title}: {name} is {our_error:.2e} > {tolerance:.2e} off float64, "
@@ -127,7 +127,7 @@ class _Judge:
         return found
 
 
-def _relative_error(result: Tensor, expected: Tensor) -> float:
+def relative_error(result: Tensor, expected: Tensor) -> float:
     """As in ``fastfuse.tolerances``, one image and a few channels at a time to stay small."""
     difference, scale = 0.0, 1e-30
     dtype = torch.promote_types(result.dtype, expected.dtype)

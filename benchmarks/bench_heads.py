@@ -7,10 +7,11 @@ a training step is forward and backward of two images in training mode, with the
 features and parameters (batch norm needs two values for each channel, and a pooled branch has one
 per image). Dropout is off, so that results compare.
 
-Rivals are plain heads in both memory formats, weights included, and compiled ones in their faster
-format. FLOPs are those that a variant does itself, by the counter of PyTorch and the ops' formulas.
+Rivals are plain heads in both memory formats, weights included, compiled ones in their faster
+format, and forward the plain head by OpenVINO and ONNX Runtime (``runtimes``). FLOPs are those that
+a variant does itself, by the counter of PyTorch and the ops' formulas.
 
-Quick runs measure UPerHead and PSPHead at 512 x 512, float32 forward, without compiled ones.
+Quick runs measure UPerHead and PSPHead at 512 x 512, float32 forward, without what compiles.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import networks
 import plain_heads
 from cell import DTYPES, FORWARD, OURS, Cell
 from measure import Allowance
-from networks import PLAIN, TRAINING, rivals
+from networks import PLAIN, TRAINING, rivals, runtimes_of
 
 from fastfuse import heads
 
@@ -46,7 +47,7 @@ HEADS = {
 OPTIONS = {"SegformerHead": {"channels": 768}}
 QUICK = ("UPerHead 512x512", "PSPHead 512x512")
 CELLS = [
-    Cell(f"{head} {size}", dtype, mode, rivals(PLAIN, compiled=True))
+    Cell(f"{head} {size}", dtype, mode, (*rivals(PLAIN, compiled=True), *runtimes_of(mode)))
     for head in HEADS
     for size in SIZES
     for dtype in DTYPES

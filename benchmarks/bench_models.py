@@ -1,10 +1,11 @@
 """Whole segmentation models, image to logits, against the same in plain PyTorch.
 
 PSPNet with ResNet-50 at output stride 8 and UPerNet with ResNet-50 at 32, 150 classes, images of
-512 x 512. The plain model has plain heads (``plain_heads``) and a backbone of ``nn.Conv2d`` only;
-weights are shared. Modes, rivals and counts are those of ``bench_heads``.
+512 x 512. The plain model has plain heads (``plain_heads``), a backbone of ``nn.Conv2d`` only, and
+upsamples its logits by ``interpolate``; weights are shared. Modes, rivals and counts are those of
+``bench_heads``.
 
-Quick runs measure UPerNet, float32 forward, without compiled ones.
+Quick runs measure UPerNet, float32 forward, without what compiles.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 import networks
 import plain_heads
+import torch.nn.functional as F
 from cell import DTYPES, FORWARD, OURS, Cell
 from measure import Allowance
-from networks import PLAIN, TRAINING, rivals
-from torch import nn
+from networks import PLAIN, TRAINING, rivals, runtimes_of
+from torch import Tensor, nn
 
 import fastfuse
 from fastfuse import heads
@@ -33,7 +35,12 @@ MODELS = {  # output stride, head, its in_channels
     "PSPNet": (8, "PSPHead", 2048),
 }
 CELLS = [
-    Cell(f"{model} ResNet-50 512x512", dtype, mode, rivals(PLAIN, compiled=True))
+    Cell(
+        f"{model} ResNet-50 512x512",
+        dtype,
+        mode,
+        (*rivals(PLAIN, compiled=True), *runtimes_of(mode)),
+    )
     for model in MODELS
     for dtype in DTYPES
     for mode in (FORWARD, TRAINING)
@@ -52,18 +59,29 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
     ]
 
 
+class PlainSegmentor(nn.Module):
+    def __init__(self, backbone: nn.Module, decode_head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.decode_head = backbone, decode_head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.decode_head(self.backbone(images))
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=False)
+
+
 def build(
     name: str, layout: str, shape: str, dtype: str, mode: str, device: str = "cpu"
 ) -> networks.NetworkCall:
     """A call of a variant: weights and images are the same for every one."""
     output_stride, head, in_channels = MODELS[shape.split()[0]]
     decode = getattr(heads, head)(in_channels, dropout=0.0)
-    model = Segmentor(ResNetV1c(50, output_stride=output_stride), decode)
+    backbone = ResNetV1c(50, output_stride=output_stride)
+    model: nn.Module = Segmentor(backbone, decode)
     if name != OURS:
         plain = plain_heads.PLAIN[head](in_channels, dropout=0.0)
         plain.load_state_dict(decode.state_dict())
-        model.decode_head = plain
-        for module in model.backbone.modules():
+        model = PlainSegmentor(backbone, plain)
+        for module in backbone.modules():
             if type(module) is fastfuse.nn.Conv2d:
                 module.__class__ = nn.Conv2d
     batch = 1 if mode == FORWARD else 2

@@ -10,6 +10,7 @@ import torch
 from measure import Measurement
 from peak_memory import of_variants
 from regimes import current_regime
+from runtimes import RUNTIMES
 from variants import BY_TRITON, CHANNELS_LAST, CONTIGUOUS, EXACT, TIMED, Variant
 
 from fastfuse import _cuda, backend
@@ -26,6 +27,7 @@ __all__ = [
     "Build",
     "Cell",
     "Ways",
+    "compiles",
     "every",
     "measurement_of",
     "tiny_cell",
@@ -54,7 +56,7 @@ OURS_IN_BOTH = every(OURS)
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape, dtype and mode, and who computes it; names that begin with "compiled" compile."""
+    """One shape, dtype and mode, and who computes it; see :func:`compiles`."""
 
     shape: str
     dtype: str
@@ -64,6 +66,12 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.shape}, {self.dtype}, {self.mode}"
+
+
+def compiles(name: str) -> bool:
+    """Whether a variant of that name compiles before its first call: it needs what a machine may
+    lack, and time."""
+    return name.startswith("compiled") or name in RUNTIMES
 
 
 def tiny_cell(mode: str, rival: str = "eager") -> Cell:
@@ -111,9 +119,9 @@ def variants_of(
     if has_cuda and device == "cuda" and _cuda.library is not None and cell.shape != TINY:
         variants += [replace(v, name=v.name + BY_TRITON, call=_by_triton(v.call)) for v in variants]
     for name, layout in cell.rivals:
-        compiled = name.startswith("compiled")
-        variants.append(variant(name, layout, optional=compiled))
-        if convolves and not compiled and device == "cuda" and cell.shape != TINY:
+        optional = compiles(name)
+        variants.append(variant(name, layout, optional=optional))
+        if convolves and not optional and device == "cuda" and cell.shape != TINY:
             call = _by_timed_algorithms(variants[-1].call)
             variants.append(replace(variants[-1], name=name + TIMED, call=call))
     if not cell.rivals:

@@ -25,6 +25,7 @@ from typing import Any
 import plan
 import pytest
 import torch
+from cell import compiles
 from measure import Allowance
 from rates import CopyRoof, compile_seconds, gemm_rate, plain_float32
 from regimes import current_regime
@@ -83,7 +84,7 @@ class Estimates:
             plan.PlannedVariant(
                 Variant(name, print, layout).title,
                 seconds(name),
-                compiles=name.startswith("compiled"),
+                compiles=compiles(name),
             )
             for name, layout in cell.rivals
         )

@@ -11,6 +11,7 @@ import torch
 from cell import FORWARD, OURS, Build, Cell, Ways, every, measurement_of
 from counts import count_work
 from measure import Allowance, compare
+from runtimes import RUNTIMES, Runtime
 from torch import Tensor, nn
 from variants import CHANNELS_LAST, CONTIGUOUS, Variant
 
@@ -74,13 +75,22 @@ def network_call(
         .contiguous(memory_format=format_)
         for shape in shapes
     ]
-    function = torch.compile(model, dynamic=False, fullgraph=True) if name == COMPILED else model
+    function: Any = model
+    if name == COMPILED:
+        function = torch.compile(model, dynamic=False, fullgraph=True)
+    elif name in RUNTIMES:
+        function = Runtime(name, model, sequence)
     return NetworkCall(function, inputs, list(model.parameters()), mode == TRAINING, sequence)
 
 
 def rivals(*names: str, compiled: bool) -> Ways:
     """In both layouts; compiled ones, which take longest to compile, in channels_last."""
     return (*every(*names), (COMPILED, CHANNELS_LAST)) if compiled else every(*names)
+
+
+def runtimes_of(mode: str) -> Ways:
+    """Of forward passes; they convert contiguous images to what they like."""
+    return every(*RUNTIMES, layouts=(CONTIGUOUS,)) if mode == FORWARD else ()
 
 
 def tolerances(cell: Cell) -> dict[str, float]:
@@ -128,6 +138,7 @@ def measure_cell(
         v.name: v.call for v in measured.variants if v.layout == CHANNELS_LAST and not v.optional
     }
     flops = {name: count_work(lambda call=call: call)[0] for name, call in calls.items()}
-    flops[COMPILED] = next(work for name, work in flops.items() if name != OURS)
+    plain = next(work for name, work in flops.items() if name != OURS)
+    flops |= dict.fromkeys((COMPILED, *RUNTIMES), plain)
     measured = replace(measured, exact=None, flops=flops, memory=memory)
     assert compare(benchmark, measured, allowance)["variants"]

@@ -1,4 +1,4 @@
-"""``python -m fastfuse info | verify | bench | calibrate | report``."""
+"""``python -m fastfuse info | verify | convert | bench | calibrate | report``."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fastfuse._commands import build_model, guarded, image_shape
 from fastfuse._info import info, routes
 from fastfuse._terminal import spell_out
 from fastfuse.backends import DTYPES
 from fastfuse.calibration.cli import add_commands
+from fastfuse.conversion import convert
 from fastfuse.ops import OPERATIONS
 from fastfuse.verify import BACKENDS, self_test, verify
 
 __all__ = ["main"]
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_LAYOUTS = ("channels_last", "contiguous")
 _WHOLE = ("heads", "models", "cednet")  # suites of more than one op
+_OF_SUITES, _OF_A_MODEL = ("quick", "budget", "op"), ("input", "dtype", "layout", "no_training")
 _STYLES = {"passed": "green", "failed": "bold red", "coarse": "magenta", "skipped": "yellow"}
 
 
@@ -51,16 +55,6 @@ def _info(args: argparse.Namespace) -> int:
             table.add_row(op, call, escape(what))
     Console().print(table)
     return 0
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    """N x C x H x W."""
-    sizes = text.lower().split("x")
-    if len(sizes) != 4 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"expected NxCxHxW, each at least 1, such as 1x512x128x128; got {text!r}"
-        )
-    return tuple(map(int, sizes))
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -94,14 +88,37 @@ def _verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    report = convert(build_model(args.factory), dry_run=args.dry_run)
+    print(f"{args.factory}{', unchanged (dry run)' if args.dry_run else ''}: {report}")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
+    others, how = (_OF_SUITES, "without") if args.model else (_OF_A_MODEL, "with")
+    if wrong := [f"--{n.replace('_', '-')}" for n in others if getattr(args, n)]:
+        print(f"bench: {', '.join(wrong)}: only {how} --model", file=sys.stderr)
+        return 2
+    if args.model and args.input is None:
+        print("bench: --model needs --input NxCxHxW, such as 1x3x512x512", file=sys.stderr)
+        return 2
     suite = _benchmark_folder()
-    missing = [p for p in ("pytest", "pytest_benchmark", "matplotlib") if not _installed(p)]
+    needed = () if args.model else ("pytest", "pytest_benchmark", "matplotlib")
+    missing = [p for p in needed if not _installed(p)]
     if suite is None or missing:
         reason = f"{', '.join(missing)} not installed" if missing else "no benchmark suite found"
         print(f"bench: {reason}; pip install 'fastfuse[bench]'", file=sys.stderr)
         return 2
-    command = [sys.executable, str(suite / "report.py"), "--out", str(args.out)]
+    if args.model:
+        command = [sys.executable, str(suite / "user_model.py"), args.model]
+        command += ["--input", "x".join(map(str, args.input))]
+        command += ["--no-training"] if args.no_training else []
+        for name in ("dtype", "layout", "out"):
+            value = getattr(args, name)
+            command += [f"--{name}={value}"] if value is not None else []
+        return subprocess.run(command, check=False).returncode
+    out = args.out or Path("bench-results")
+    command = [sys.executable, str(suite / "report.py"), "--out", str(out)]
     command += ["--quick"] if args.quick else []
     command += [f"--budget={args.budget}"] if args.budget is not None else []
     for name in args.op or ():
@@ -129,12 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("info", help="versions, devices, and what each op runs, and why")
     command.add_argument(
-        "--shape", type=_shape, help="also what runs on images of NxCxHxW, such as 1x512x128x128"
+        "--shape",
+        type=image_shape,
+        help="also what runs on images of NxCxHxW, such as 1x512x128x128",
     )
     command.add_argument("--dtype", choices=_DTYPES, help="of those images (default: float32)")
     command.add_argument(
         "--layout",
-        choices=("channels_last", "contiguous"),
+        choices=_LAYOUTS,
         help="of those images (default: channels_last)",
     )
     command.set_defaults(run=_info)
@@ -154,7 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=_verify)
 
-    command = commands.add_parser("bench", help="run the benchmark suite, write a report")
+    command = commands.add_parser("convert", help="what fastfuse.convert does to a model")
+    command.add_argument("factory", help="package.module:factory, or a model there")
+    command.add_argument("--dry-run", action="store_true", help="change nothing, and say so")
+    command.set_defaults(run=guarded("convert", _convert))
+
+    command = commands.add_parser(
+        "bench", help="run the benchmark suite, write a report; or a model before and after convert"
+    )
     command.add_argument("--quick", action="store_true", help="the main shapes, in minutes")
     command.add_argument(
         "--budget",
@@ -163,7 +189,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="time that a quick run has, 60 at least (default: 330)",
     )
     add_op_choice(command, *_WHOLE)
-    command.add_argument("--out", type=Path, default=Path("bench-results"), help="output folder")
+    command.add_argument(
+        "--out", type=Path, help="output folder (default: bench-results); of a model a JSON file"
+    )
+    command.add_argument(
+        "--model", metavar="PACKAGE.MODULE:FACTORY", help="a model of your own, and not the suite"
+    )
+    command.add_argument("--input", type=image_shape, help="its images: NxCxHxW")
+    command.add_argument("--dtype", choices=_DTYPES, help="of model and images (default: float32)")
+    command.add_argument("--layout", choices=_LAYOUTS, help="only this one (default: both)")
+    command.add_argument("--no-training", action="store_true", help="its forward pass alone")
     command.set_defaults(run=_bench)
 
     add_commands(commands)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastfuse._commands import build_model, guarded, say
 from fastfuse.calibration import calibrate
 from fastfuse.calibration.images import IMAGENET_MEAN, IMAGENET_STD, ImageFolder
 from fastfuse.calibration.plot import check_plot_path
@@ -29,7 +28,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     save_calibration(statistics, args.output)
     _say_left_out(images)
     count = max(max(s.count) for s in statistics.values())
-    _say(f"{len(statistics)} equalizers calibrated on {count} images: {args.output}")
+    say(f"{len(statistics)} equalizers calibrated on {count} images: {args.output}")
     return 0
 
 
@@ -41,7 +40,7 @@ def _report(args: argparse.Namespace) -> int:
     written = save_report(branches, args.output)
     _say_left_out(images)
     Console(width=None if sys.stdout.isatty() else 110).print(table(branches))
-    _say(" and ".join(map(str, written)))
+    say(" and ".join(map(str, written)))
     return 0
 
 
@@ -57,52 +56,19 @@ def _model_and_images(args: argparse.Namespace) -> tuple[nn.Module, ImageFolder]
         raise ValueError(f"--max-batches must be at least 1; got {args.max_batches}")
     options = {name: getattr(args, name) for name in ("size", "mean", "std", "skip_unreadable")}
     images = ImageFolder(args.data, args.batch_size, **options)
-    _say(f"{len(images.files)} images in {args.data}")
+    say(f"{len(images.files)} images in {args.data}")
     torch.manual_seed(args.seed)
-    return _build(args.factory), images
+    return build_model(args.factory), images
 
 
 def _say_left_out(images: ImageFolder) -> None:
     """After a pass, when it is known."""
     if images.skipped:
-        _say(f"{len(images.skipped)} of {len(images.files)} images are skipped:")
+        say(f"{len(images.skipped)} of {len(images.files)} images are skipped:")
         for why in images.skipped.values():
-            _say(f"  {why}")
+            say(f"  {why}")
     if images.dropped is not None:
-        _say(f"{images.dropped} is left out: alone in the last batch, which BatchNorm cannot take")
-
-
-def _build(name: str) -> nn.Module:
-    """The model of ``package.module:factory``; what is wrong with it is said as a ValueError."""
-    module_name, colon, attribute = name.partition(":")
-    if not (module_name and colon and attribute):
-        raise ValueError(f"the model must be given as package.module:factory; got {name!r}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ValueError(
-            f"cannot import {module_name!r}: {type(error).__name__}: {error}"
-        ) from error
-    factory: Any = module
-    for part in attribute.split("."):
-        if not hasattr(factory, part):
-            raise ValueError(f"module {module_name!r} has no {attribute!r}")
-        factory = getattr(factory, part)
-    if not callable(factory):
-        raise ValueError(f"{name} must be callable without arguments; got {factory!r}")
-    try:
-        model = factory()
-    except Exception as error:
-        raise ValueError(f"{name}() failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{name}() must return a torch.nn.Module; got {type(model).__name__}")
-    return model
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+        say(f"{images.dropped} is left out: alone in the last batch, which BatchNorm cannot take")
 
 
 def add_commands(commands: Any) -> None:
@@ -147,16 +113,4 @@ def add_commands(commands: Any) -> None:
         command.add_argument(
             "--seed", type=int, default=0, metavar="N", help="of the model's weights"
         )
-        command.set_defaults(run=_guarded(name, run))
-
-
-def _guarded(name: str, run: Any) -> Any:
-    def guarded(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except (ValueError, TypeError, ImportError, OSError) as error:
-            message = str(error)
-            _say(message if message.startswith(name) else f"{name}: {message}")
-            return 2
-
-    return guarded
+        command.set_defaults(run=guarded(name, run))
