@@ -14,10 +14,10 @@ from fastfuse.conversion.parts import (
     fused,
     is_original,
     is_sequence,
-    normalized,
     upsampled_sum,
 )
 from fastfuse.conversion.pattern import register_pattern
+from fastfuse.nn.batch_norm import normalized
 
 _HEADS = "mmseg.models.decode_heads"
 _UNIT = "mmcv.cnn.bricks.conv_module:ConvModule"

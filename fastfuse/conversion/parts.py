@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfuse.backends import DTYPES
+from fastfuse.nn.batch_norm import folded
 from fastfuse.nn.composition import CONVERTED, Part, is_plain, is_watched
-from fastfuse.nn.conv2d import Conv2d, convolve, dense_padding, depthwise_dilation
+from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
 from fastfuse.ops.autocast import cast_dtype
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.fusion_conv2d import fusion_conv2d
@@ -29,7 +30,6 @@ __all__ = [
     "is_original",
     "is_sequence",
     "is_untouched",
-    "normalized",
     "upsampled",
     "upsampled_sum",
 ]
@@ -55,14 +55,6 @@ _DEPTHWISE = Part(
     },
 )
 _LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
-_CONV = Part((nn.Conv2d, Conv2d), _WEIGHT_AND_BIAS, maybe=("bias",))
-_NORM = Part(
-    (nn.BatchNorm2d,),
-    (*_WEIGHT_AND_BIAS, "running_mean", "running_var"),
-    maybe=_WEIGHT_AND_BIAS,
-    conditions={"of running statistics": lambda norm, *tensors: not norm.training},
-)
-
 _SEQUENCE = nn.Sequential.forward  # as it is when this package is imported
 
 
@@ -133,39 +125,12 @@ def convolved(
         x = conv(concatenated(levels, size, align_corners))
         return x if norm is None else norm(x)
     padding = dense_padding(cast(nn.Conv2d, conv), tensors[0])
-    folded = None if norm is None else _folded(norm, *tensors)
-    weight, bias = folded or tensors
+    in_weights = None if norm is None else folded(norm, *tensors)
+    weight, bias = in_weights or tensors
     x = fusion_conv2d(
         levels, weight, bias, size=tuple(size), padding=padding, align_corners=align_corners
     )
-    return x if norm is None or folded is not None else norm(x)
-
-
-def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``: a batch norm that evaluates is in the convolution's weights."""
-    tensors: list[Any] = []
-    if not is_watched() and is_plain(x) and _CONV.read(conv, tensors) is None:
-        folded = _folded(norm, *tensors)
-        if folded is not None:
-            return convolve(cast(nn.Conv2d, conv), x, folded)
-    return norm(conv(x))
-
-
-def _folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """A convolution's parameters with those of the batch norm behind it, in full precision."""
-    tensors: list[Any] = []
-    if _NORM.read(norm, tensors) is not None or len(tensors[2]) != len(weight):
-        return None
-    held = [t for t in (weight, bias, *tensors) if t is not None]
-    if any(t.dtype != weight.dtype or t.device != weight.device for t in held) or (
-        weight.dtype not in (torch.float32, torch.float64)
-    ):
-        return None
-    gain, shift, mean, variance = tensors
-    scale = torch.rsqrt(variance + cast(nn.BatchNorm2d, norm).eps)
-    scale = scale if gain is None else scale * gain
-    offset = (-mean if bias is None else bias - mean) * scale
-    return weight * scale[:, None, None, None], offset if shift is None else offset + shift
+    return x if norm is None or in_weights is not None else norm(x)
 
 
 def concatenated(

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastfuse.conversion.parts import normalized
 from fastfuse.conversion.pattern import register_pattern
+from fastfuse.nn.batch_norm import normalized
 
 _TORCHVISION, _TIMM = "torchvision.models.resnet", "timm.models.resnet"
 

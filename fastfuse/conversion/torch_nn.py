@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.conversion.parts import normalized, upsampled
+from fastfuse.conversion.parts import upsampled
 from fastfuse.conversion.pattern import register_pattern
+from fastfuse.nn.batch_norm import normalized
 from fastfuse.nn.conv2d import convolve, dense_padding, depthwise_dilation
 
 

@@ -14,11 +14,11 @@ from fastfuse.conversion.parts import (
     as_convnext_block,
     concatenated,
     convolved,
-    normalized,
     stochastic_depth,
     upsampled_sum,
 )
 from fastfuse.conversion.pattern import register_pattern
+from fastfuse.nn.batch_norm import normalized
 from fastfuse.nn.composition import is_plain
 from fastfuse.ops.layout import is_channels_last, prefer_memory_format
 from fastfuse.ops.upsample_cross_entropy import upsample_cross_entropy

@@ -22,9 +22,9 @@ from torch.utils.module_tracker import ModuleTracker
 
 __all__ = ["CONVERTED", "Composition", "Part", "explain", "is_plain", "is_watched", "leaf"]
 
-# Tensors that are what they seem; the last two stand for such while a graph is captured.
 # Forwards that convert puts in the place of classes', with the same results.
 CONVERTED: set[Callable[..., Any]] = set()
+# Tensors that are what they seem; the last two stand for such while a graph is captured.
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastfuse.nn.batch_norm import normalized
 from fastfuse.nn.conv2d import Conv2d
 from fastfuse.ops.checks import check_kernel_size
 
@@ -67,4 +68,4 @@ class ConvUnit(nn.Module):
             self.activation.inplace = True  # nobody needs batch norm's result but the ReLU
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.bn(self.conv(x)))
+        return self.activation(normalized(self.conv, self.bn, x))

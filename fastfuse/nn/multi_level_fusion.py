@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from fastfuse.nn.batch_norm import folded, normalized
 from fastfuse.nn.composition import Part, leaf
 from fastfuse.nn.conv2d import Conv2d, dense_padding
 from fastfuse.nn.conv_unit import ConvUnit
@@ -91,11 +92,13 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
         levels = self._check_levels(features)
         tensors = self.read_parts()
         if isinstance(tensors, str):
-            fused = self.conv(self._concatenated(levels, size))
+            x = normalized(self.conv, self.bn, self._concatenated(levels, size))
         else:
             weight, bias, mean, std = tensors
             assert weight is not None
-            fused = fusion_conv2d(
+            in_weights = folded(self.bn, weight, bias)
+            weight, bias = in_weights or (weight, bias)
+            x = fusion_conv2d(
                 levels,
                 weight,
                 bias,
@@ -105,4 +108,5 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
                 padding=dense_padding(self.conv, weight),
                 align_corners=self.align_corners,
             )
-        return self.activation(self.bn(fused))
+            x = self.bn(x) if in_weights is None else x
+        return self.activation(x)

@@ -1,0 +1,49 @@
+"""Batch norms that evaluate: a factor and an offset of each channel, in the weights before them."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastfuse.nn.composition import Part, is_plain, is_watched
+from fastfuse.nn.conv2d import Conv2d, convolve
+
+__all__ = ["folded", "normalized"]
+
+_CONV = Part((nn.Conv2d, Conv2d), ("weight", "bias"), maybe=("bias",))
+_NORM = Part(
+    (nn.BatchNorm2d,),
+    ("weight", "bias", "running_mean", "running_var"),
+    maybe=("weight", "bias"),
+    conditions={"of running statistics": lambda norm, *tensors: not norm.training},
+)
+
+
+def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(conv(x))``, in one step if nothing was done to the two."""
+    tensors: list[Any] = []
+    if not is_watched() and is_plain(x) and _CONV.read(conv, tensors) is None:
+        parameters = folded(norm, *tensors)
+        if parameters is not None:
+            return convolve(cast(nn.Conv2d, conv), x, parameters)
+    return norm(conv(x))
+
+
+def folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """A convolution's weight and bias with those of the batch norm behind it; None: it trains, or
+    something was done to it, or they are rounded to less than float32."""
+    tensors: list[Any] = []
+    if _NORM.read(norm, tensors) is not None or len(tensors[2]) != len(weight):
+        return None
+    held = [t for t in (weight, bias, *tensors) if t is not None]
+    if any(t.dtype != weight.dtype or t.device != weight.device for t in held) or (
+        weight.dtype not in (torch.float32, torch.float64)
+    ):
+        return None
+    gain, shift, mean, variance = tensors
+    scale = torch.rsqrt(variance + cast(nn.BatchNorm2d, norm).eps)
+    scale = scale if gain is None else scale * gain
+    offset = (-mean if bias is None else bias - mean) * scale
+    return weight * scale[:, None, None, None], offset if shift is None else offset + shift
