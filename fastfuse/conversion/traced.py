@@ -12,7 +12,6 @@ from __future__ import annotations
 import builtins
 import dis
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -59,9 +58,10 @@ def traced_pattern_of(module: nn.Module) -> tuple[Pattern, str | None] | None:
     """The pattern of a module of no known class, and then why it is left; None: it has no such
     chain, as far as its code tells."""
     kind = type(module)
+    if kind.__module__.partition(".")[0] in ("torch", "fastfuse"):
+        return None  # TorchScript's have no forward to look at
     forward = kind.forward
-    library = kind.__module__.partition(".")[0]
-    if library in ("torch", "fastfuse") or not isinstance(forward, FunctionType):
+    if not isinstance(forward, FunctionType):
         return None
     names = {name for code in _codes(forward.__code__) for name in code.co_names}
     if "interpolate" not in names or not names & {"cat", "concat", "concatenate"}:
@@ -273,7 +273,6 @@ _GENERATED: dict[tuple[Any, ...], Callable[..., Any]] = {}  # equal graphs are o
 
 
 def _generated(graph: fx.Graph, module: nn.Module, names: set[str]) -> Callable[..., Any]:
-    original = type(module).forward
     read = sorted(name for name in names if name in module.__dict__)
     state = _held(module, read)
     code = graph.python_code("self")
@@ -284,12 +283,10 @@ def _generated(graph: fx.Graph, module: nn.Module, names: set[str]) -> Callable[
     exec(code.src, namespace)
     run = namespace["forward"]
 
-    @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_watched() or type(self).forward is not original or _held(self, read) != state:
+        if is_watched() or _held(self, read) != state:
             return type(self).forward(self, *args, **kwargs)
         return run(self, *args, **kwargs)
 
     _GENERATED[key] = forward
-    CONVERTED.add(forward)
     return forward
