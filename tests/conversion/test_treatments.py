@@ -110,6 +110,23 @@ def test_single_images_are_refused_as_before() -> None:
         model(image()[0])
 
 
+class Scaled(Fusion):
+    """Reads its child's attribute."""
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        up = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")
+        return self.conv(torch.cat([fine, up], dim=1)) * self.conv.gain
+
+
+def test_attributes_of_children() -> None:
+    model, levels = Scaled(), (image(), image()[..., ::2, ::2])
+    model.conv.gain = 1.0
+    assert fastfuse.convert(model).converted == ["", "conv"]
+    twin = copy.deepcopy(model)
+    twin.conv.gain = 3.0
+    torch.testing.assert_close(twin(*levels), 3 * model(*levels))
+
+
 class Remembers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
