@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -35,6 +36,7 @@ from fastfuse.conversion import (  # noqa: F401
 )
 from fastfuse.conversion.pattern import (
     Pattern,
+    as_forward_of,
     is_converted,
     kinds_of_patterns,
     pattern_of,
@@ -42,6 +44,7 @@ from fastfuse.conversion.pattern import (
 )
 from fastfuse.conversion.report import ConversionReport, Found
 from fastfuse.conversion.traced import traced_pattern_of
+from fastfuse.nn.composition import CONVERTED
 
 __all__ = ["ConversionReport", "Pattern", "convert", "register_pattern", "revert"]
 
@@ -98,8 +101,10 @@ def convert(
         pattern, reason = known
         found.append(Found(name, pattern.target, reason, is_converted(module), others))
         if reason is None and not is_converted(module):
+            forward = as_forward_of(type(module).forward, pattern.forward)
+            CONVERTED.add(forward)
             # A bound method: copied with its module, and pickled as the class's, by its name.
-            after[module] = MethodType(pattern.forward, module)
+            after[module] = MethodType(forward, module)
     flops = None
     try:
         if inputs is not None:
@@ -130,7 +135,11 @@ def _set_forwards(forwards: Mapping[nn.Module, Callable[..., Any] | None]) -> No
 
 def _count_flops(model: nn.Module, inputs: Inputs) -> int:
     args: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+    with (
+        _unchanged(model),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        torch.no_grad(),
+    ):
         arguments = tree_map_only(Tensor, fake.from_tensor, args)
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         state: dict[str, Tensor] = {
@@ -145,6 +154,22 @@ def _count_flops(model: nn.Module, inputs: Inputs) -> int:
                 f"convert: inputs must be what the model takes; got {type(error).__name__}: {error}"
             ) from error
     return counter.get_total_flops()
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever calls keep in the modules' attributes, and draw, is taken back."""
+    held: list[Any] = [module.__dict__ for module in model.modules()]
+    held += [v for state in held for v in state.values() if isinstance(v, (list, dict, set))]
+    before = [(container, container.copy()) for container in held]
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for container, was in before:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(was)
 
 
 def revert(model: nn.Module) -> list[str]:

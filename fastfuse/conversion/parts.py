@@ -80,7 +80,11 @@ def is_original(module: nn.Module, target: str) -> bool:
     """Whether a module is of this very class, "package.module:Name", and is what its children are:
     then they may be called instead of it."""
     kind = type(module)
-    return f"{kind.__module__}:{kind.__qualname__}" == target and are_untouched(module)
+    return (
+        f"{kind.__module__}:{kind.__qualname__}" == target
+        and kind.forward.__qualname__ == f"{kind.__qualname__}.forward"
+        and are_untouched(module)
+    )
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -185,43 +189,60 @@ def dilated_pyramid(self: Any, x: Tensor, pooling_class: str) -> Tensor:
 
 
 def as_convnext_block(
-    x: Tensor, dw: nn.Module, norm: nn.LayerNorm, fc1: nn.Module, activation: nn.Module,
-    fc2: nn.Module, scale: Tensor | None, keep: Tensor | None, norms: Sequence[str],
+    x: Tensor, dw: nn.Module, norm: nn.Module, fc1: nn.Module, activation: nn.Module,
+    fc2: nn.Module, scale: Tensor | None, drop_path: nn.Module,
 ) -> Tensor | None:  # fmt: skip
-    """A ConvNeXt block; None where its children are to be called.
-
-    Args:
-        norms: names of classes of layer norms of the last axis, from anywhere.
-        keep: a factor for each sample's branch.
-    """
+    """A ConvNeXt block; None where its children are to be called."""
     tensors: list[Any] = []
-    norm_part = Part((type(norm),), _WEIGHT_AND_BIAS)
     if (
         is_watched()
         or not is_plain(x)
-        or type(norm).__name__ not in norms
+        or not any(is_original(drop_path, target) for target in _DROP_PATHS)
+        or not any(is_original(norm, target) for target in _LAYER_NORMS)
         or not is_exact_gelu(activation)
         or _DEPTHWISE.read(dw, tensors) is not None
-        or norm_part.read(norm, tensors) is not None
+        or Part((type(norm),), _WEIGHT_AND_BIAS).read(norm, tensors) is not None
         or _LINEAR.read(fc1, tensors) is not None
         or _LINEAR.read(fc2, tensors) is not None
-        or tuple(norm.normalized_shape) != (x.shape[1],)
+        or tuple(cast(nn.LayerNorm, norm).normalized_shape) != (x.shape[1],)
         or (scale is not None and not is_plain(scale))
         or any(t is None or t.dtype != tensors[0].dtype for t in tensors)
+        or (scale is not None and scale.dtype != tensors[0].dtype)
     ):
         return None
+    # Drawn when nothing else can decide for the children, which draw for themselves.
+    keep = stochastic_depth(drop_path, x)
     options: Any = {"layer_scale": scale, "keep": keep, "eps": norm.eps}
     return ced_block(x, *tensors, **options)
 
 
+_CONVNEXT = "transformers.models.convnext.modeling_convnext"
+_DROP_PATHS = (
+    "torch.nn.modules.linear:Identity",
+    "torchvision.ops.stochastic_depth:StochasticDepth",
+    "timm.layers.drop:DropPath",
+    f"{_CONVNEXT}:ConvNextDropPath",
+)
+_LAYER_NORMS = (
+    "torch.nn.modules.normalization:LayerNorm",
+    "timm.layers.norm:LayerNorm",
+    f"{_CONVNEXT}:ConvNextLayerNorm",
+)
+_GELUS = (
+    "torch.nn.modules.activation:GELU",
+    "timm.layers.activations:GELU",
+    "transformers.activations:GELUActivation",
+)
+
+
 def is_exact_gelu(activation: nn.Module) -> bool:
     """Of PyTorch, or of a library that calls PyTorch's."""
-    if not is_untouched(activation) or "forward" in activation.__dict__:
-        return False
-    if type(activation).__name__ in ("GELU", "GELUActivation"):  # of PyTorch, timm, transformers
-        approximate = getattr(activation, "approximate", "none")
-        return approximate == "none" and getattr(activation, "act", F.gelu) is F.gelu
-    return False
+    return (
+        any(is_original(activation, target) for target in _GELUS)
+        and "forward" not in activation.__dict__
+        and getattr(activation, "approximate", "none") == "none"
+        and getattr(activation, "act", F.gelu) is F.gelu
+    )
 
 
 def stochastic_depth(drop_path: nn.Module, x: Tensor) -> Tensor | None:

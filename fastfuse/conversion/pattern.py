@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
+from functools import cache, wraps
+from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from fastfuse.nn.composition import CONVERTED
 
 __all__ = [
     "PATTERNS",
     "Pattern",
+    "as_forward_of",
+    "holds_proxies",
     "is_converted",
     "kinds_of_patterns",
     "pattern_of",
@@ -82,14 +86,31 @@ def register_pattern(
         raise ValueError(f'register_pattern: target must be "package.module:Name"; got {target!r}')
 
     def register(forward: Forward) -> Forward:
-        # Its own function of that name: what is pickled is the attribute "forward" of the module.
-        if isinstance(forward, FunctionType):
-            forward.__name__ = "forward"
         PATTERNS[target] = Pattern(target, forward, check, tuple(methods))
-        CONVERTED.add(forward)
         return forward
 
     return register
+
+
+@cache
+def as_forward_of(original: Forward, ours: Forward) -> Forward:
+    """A pattern's forward while the class's is the original, and nothing else records the call."""
+
+    @wraps(original)  # which torch.jit.script compiles
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if type(self).forward is not original or holds_proxies((args, tuple(kwargs.values()))):
+            return type(self).forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    forward.__name__ = "forward"  # what is pickled is the module's attribute of this name
+    return forward
+
+
+def holds_proxies(value: Any) -> bool:
+    """Whether torch.fx is to record what is done with arguments."""
+    if isinstance(value, (list, tuple)):
+        return any(holds_proxies(item) for item in value)
+    return not isinstance(value, Tensor) and isinstance(value, Proxy)
 
 
 def is_converted(module: nn.Module) -> bool:

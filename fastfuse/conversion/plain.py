@@ -43,8 +43,8 @@ def plain(model: nn.Module, *inputs: Any, winograd: bool = True) -> nn.Module:
 
     Raises:
         TypeError: no module, or no tensor among the inputs.
-        ValueError: inputs that the model does not take; a model that torch.export does not take,
-            that normalizes by its batch or that returns a loss.
+        ValueError: inputs that the model does not take; a model that copy.deepcopy or torch.export
+            does not take, that normalizes by its batch or that returns a loss.
 
     Source: the identity is :func:`fastfuse.fusion_conv2d`'s; Lavin and Gray, *Fast Algorithms for
     Convolutional Neural Networks* (2015). docs/deploy.md has the runtimes' figures.
@@ -68,7 +68,10 @@ def plain(model: nn.Module, *inputs: Any, winograd: bool = True) -> nn.Module:
 def _converted(model: nn.Module) -> nn.Module:
     """A copy with the same parameters and buffers, in evaluation."""
     shared = chain(model.parameters(), model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    try:
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    except Exception as error:
+        raise ValueError(f"plain: copy.deepcopy does not take the model: {error}") from error
     convert(twin)
     return twin
 
@@ -133,9 +136,11 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 def _batch_norm_of(node: Node) -> Node | None:
     """The batch norm that alone reads a convolution."""
-    (user, *others) = node.users
+    if len(node.users) != 1:
+        return None
+    (user,) = node.users
     is_norm = user.target == aten.batch_norm.default and user.args[0] is node
-    return user if is_norm and not others else None
+    return user if is_norm else None
 
 
 def _shape(node: Node) -> tuple[int, ...]:

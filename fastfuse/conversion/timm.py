@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastfuse.conversion.parts import are_untouched, as_convnext_block, stochastic_depth
+from fastfuse.conversion.parts import are_untouched, as_convnext_block
 from fastfuse.conversion.pattern import register_pattern
 
 
@@ -27,11 +27,10 @@ def _is_idle(dropout: Any) -> bool:
 @register_pattern("timm.models.convnext:ConvNeXtBlock", check=_check)
 def convnext_block(self: Any, x: Tensor) -> Tensor:
     mlp = self.mlp
-    idle = are_untouched(self.drop_path, self.shortcut, mlp, mlp.drop1, mlp.norm, mlp.drop2)
+    idle = are_untouched(self.shortcut, mlp, mlp.drop1, mlp.norm, mlp.drop2)
     if idle and _is_idle(mlp.drop1) and _is_idle(mlp.drop2):
         out = as_convnext_block(
-            x, self.conv_dw, self.norm, mlp.fc1, mlp.act, mlp.fc2, self.gamma,
-            stochastic_depth(self.drop_path, x), ("LayerNorm",),
+            x, self.conv_dw, self.norm, mlp.fc1, mlp.act, mlp.fc2, self.gamma, self.drop_path
         )  # fmt: skip
         if out is not None:
             return out

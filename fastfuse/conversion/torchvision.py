@@ -12,7 +12,6 @@ from fastfuse.conversion.parts import (
     as_convnext_block,
     dilated_pyramid,
     is_sequence,
-    stochastic_depth,
     upsampled,
 )
 from fastfuse.conversion.pattern import register_pattern
@@ -32,10 +31,10 @@ def convnext_block(self: Any, input: Tensor) -> Tensor:
         dw, before, norm, fc1, activation, fc2, after = self.block
     else:
         return type(self).forward(self, input)
-    if are_untouched(before, after, self.stochastic_depth):
+    if are_untouched(before, after):
         out = as_convnext_block(
             input, dw, norm, fc1, activation, fc2, self.layer_scale.flatten(),
-            stochastic_depth(self.stochastic_depth, input), ("LayerNorm",),
+            self.stochastic_depth,
         )  # fmt: skip
         if out is not None:
             return out

@@ -12,7 +12,6 @@ from __future__ import annotations
 import builtins
 import dis
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -59,9 +58,10 @@ def traced_pattern_of(module: nn.Module) -> tuple[Pattern, str | None] | None:
     """The pattern of a module of no known class, and then why it is left; None: it has no such
     chain, as far as its code tells."""
     kind = type(module)
+    if kind.__module__.partition(".")[0] in ("torch", "fastfuse"):
+        return None  # TorchScript's have no forward to look at
     forward = kind.forward
-    library = kind.__module__.partition(".")[0]
-    if library in ("torch", "fastfuse") or not isinstance(forward, FunctionType):
+    if not isinstance(forward, FunctionType):
         return None
     names = {name for code in _codes(forward.__code__) for name in code.co_names}
     if "interpolate" not in names or not names & {"cat", "concat", "concatenate"}:
@@ -124,7 +124,7 @@ def _undecidable(module: nn.Module, forward: FunctionType, names: set[str]) -> s
                 reason = _strange_global(forward, str(instruction.argval))
             if reason is not None:
                 return reason
-    held = [module.__dict__[name] for name in names if name in module.__dict__]
+    held = [value for _, value in _read(module, names)]
     return None if all(map(_is_constant, held)) else "holds what may change without notice"
 
 
@@ -146,11 +146,30 @@ def _is_constant(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
-def _held(module: nn.Module, names: Sequence[str]) -> list[Any]:
+Place = tuple[tuple[str, ...], str]  # names of the modules on the way to an attribute, and its own
+
+
+def _read(
+    module: nn.Module, names: set[str], path: tuple[str, ...] = ()
+) -> list[tuple[Place, Any]]:
+    """Attributes that a forward may read, of the module and of those inside it."""
+    found = [((path, n), v) for n, v in sorted(module.__dict__.items()) if n in names]
+    for name, child in module._modules.items():
+        found += [] if child is None else _read(child, names, (*path, name))
+    return found
+
+
+def _held(module: nn.Module, places: Sequence[Place]) -> list[Any]:
     """What the forward decided by: attributes, and how many children there are."""
-    state = module.__dict__
-    constants = [list(v) if isinstance(v := state.get(n), list) else v for n in names]
+    values = [_attribute(module, *place) for place in places]
+    constants = [list(v) if isinstance(v, list) else v for v in values]
     return [*constants, *_counts(module)]
+
+
+def _attribute(module: nn.Module | None, path: Sequence[str], name: str) -> Any:
+    for child in path:
+        module = None if module is None else module._modules.get(child)
+    return None if module is None else module.__dict__.get(name)
 
 
 def _counts(module: nn.Module) -> list[Any]:
@@ -273,23 +292,20 @@ _GENERATED: dict[tuple[Any, ...], Callable[..., Any]] = {}  # equal graphs are o
 
 
 def _generated(graph: fx.Graph, module: nn.Module, names: set[str]) -> Callable[..., Any]:
-    original = type(module).forward
-    read = sorted(name for name in names if name in module.__dict__)
+    read = [place for place, _ in _read(module, names - {"forward"})]
     state = _held(module, read)
     code = graph.python_code("self")
-    key = (type(module), code.src, repr(state))
+    key = (type(module), code.src, repr((read, state)))
     if key in _GENERATED:
         return _GENERATED[key]
     namespace = dict(code.globals)
     exec(code.src, namespace)
     run = namespace["forward"]
 
-    @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_watched() or type(self).forward is not original or _held(self, read) != state:
+        if is_watched() or _held(self, read) != state:
             return type(self).forward(self, *args, **kwargs)
         return run(self, *args, **kwargs)
 
     _GENERATED[key] = forward
-    CONVERTED.add(forward)
     return forward

@@ -14,7 +14,6 @@ from fastfuse.conversion.parts import (
     as_convnext_block,
     concatenated,
     convolved,
-    stochastic_depth,
     upsampled_sum,
 )
 from fastfuse.conversion.pattern import register_pattern
@@ -31,11 +30,10 @@ _SEGFORMER = "transformers.models.segformer.modeling_segformer"
 
 @register_pattern(f"{_CONVNEXT}:ConvNextLayer")
 def convnext_layer(self: Any, features: Tensor) -> Tensor:
-    if are_untouched(self.drop_path):
-        norms = ("ConvNextLayerNorm",) if self.layernorm.data_format == "channels_last" else ()
+    if getattr(self.layernorm, "data_format", None) == "channels_last":
         out = as_convnext_block(
             features, self.dwconv, self.layernorm, self.pwconv1, self.act, self.pwconv2,
-            self.layer_scale_parameter, stochastic_depth(self.drop_path, features), norms,
+            self.layer_scale_parameter, self.drop_path,
         )  # fmt: skip
         if out is not None:
             return out

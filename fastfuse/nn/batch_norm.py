@@ -24,7 +24,7 @@ _NORM = Part(
 def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, in one step if nothing was done to the two."""
     tensors: list[Any] = []
-    if not is_watched() and is_plain(x) and _CONV.read(conv, tensors) is None:
+    if not is_watched() and is_plain(x) and x.dim() == 4 and _CONV.read(conv, tensors) is None:
         parameters = folded(norm, *tensors)
         if parameters is not None:
             return convolve(cast(nn.Conv2d, conv), x, parameters)

@@ -90,8 +90,13 @@ class Part:
         # Set on the module or, since the import, on its class. Dynamo guards what it reads so.
         forward, convolve = methods
         own = getattr(child.forward, "__func__", None)
-        if (own is not forward and own not in CONVERTED) or (
-            convolve is not None and getattr(child._conv_forward, "__func__", None) is not convolve
+        if (
+            type(child).forward is not forward
+            or (own is not forward and own not in CONVERTED)
+            or (
+                convolve is not None
+                and getattr(child._conv_forward, "__func__", None) is not convolve
+            )
         ):
             return "has a forward of its own"
         if "_compiled_call_impl" in state:
