@@ -228,7 +228,11 @@ def sentence(found: Mapping[str, Any]) -> str:
     """What a mode comes to."""
     ours, eager = _best(found, OURS), _best(found, EAGER)
     text = f"{found['mode']}: {found['speedup']:.2f}x as fast"
-    text += " (the converted model is slower)" if found["speedup"] < 1 else ""
+    noise = (ours["iqr_ms"] + eager["iqr_ms"]) / 2
+    if abs(ours["median_ms"] - eager["median_ms"]) <= noise:
+        text += " (no difference beyond the spread)"
+    elif found["speedup"] < 1:
+        text += " (the converted model is slower)"
     if ours["peak_bytes"] is not None and eager["peak_bytes"]:
         text += f", in {ours['peak_bytes'] / eager['peak_bytes']:.2f}x the memory"
     apart = " and ".join(f"{what} {error:.1e}" for what, error in found["agreement"].items())

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -89,7 +90,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    report = convert(build_model(args.factory), dry_run=args.dry_run)
+    inputs = None if args.input is None else torch.empty(args.input)
+    report = convert(build_model(args.factory), dry_run=args.dry_run, inputs=inputs)
     print(f"{args.factory}{', unchanged (dry run)' if args.dry_run else ''}: {report}")
     return 0
 
@@ -176,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("convert", help="what fastfuse.convert does to a model")
     command.add_argument("factory", help="package.module:factory, or a model there")
     command.add_argument("--dry-run", action="store_true", help="change nothing, and say so")
+    command.add_argument("--input", type=image_shape, help="NxCxHxW of images: counts FLOPs")
     command.set_defaults(run=guarded("convert", _convert))
 
     command = commands.add_parser(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -81,11 +82,13 @@ def register_pattern(
     ... def head(self, x):
     ...     return self.conv(x)
     """
-    module, colon, name = target.partition(":")
+    module, colon, name = target.partition(":") if isinstance(target, str) else ("", "", "")
     if not (module and colon and name.isidentifier()):
         raise ValueError(f'register_pattern: target must be "package.module:Name"; got {target!r}')
 
     def register(forward: Forward) -> Forward:
+        if not callable(forward):
+            raise TypeError(f"register_pattern: expected a forward to decorate; got {forward!r}")
         PATTERNS[target] = Pattern(target, forward, check, tuple(methods))
         return forward
 
@@ -132,7 +135,11 @@ def pattern_of(
             return None  # one of ours is what it would become
         if kind in kinds:
             pattern = kinds[kind]
-            reason = _own_method(module, pattern, kind) or pattern.check(module)
+            reason = (
+                _own_method(module, pattern, kind)
+                or _other_arguments(pattern, kind)
+                or pattern.check(module)
+            )
             return None if reason == "" else (pattern, reason)
     return None
 
@@ -151,3 +158,12 @@ def _own_method(module: nn.Module, pattern: Pattern, kind: type[nn.Module]) -> s
         ):
             return f"has a {name} of its own"
     return None
+
+
+def _other_arguments(pattern: Pattern, kind: type[nn.Module]) -> str | None:
+    """Another version of a library may take others, which its forward does something with."""
+    theirs, ours = (list(signature(f).parameters)[1:] for f in (kind.forward, pattern.forward))
+    passes_on = signature(pattern.forward).parameters.get("kwargs")
+    if theirs == ours or (passes_on is not None and set(ours) <= {*theirs, "kwargs"}):
+        return None
+    return f"takes ({', '.join(theirs)}), where the pattern is of ({', '.join(ours)})"

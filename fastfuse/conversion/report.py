@@ -74,5 +74,5 @@ class ConversionReport:
             lines.append(f"  {what:{width}}  {target}  {shown}" + (f": {reason}" if reason else ""))
         if self.flops is not None:
             before, after = self.flops
-            lines.append(f"  {before / 1e9:.2f} GFLOP a call, {after / 1e9:.2f} converted")
+            lines.append(f"  {before / 1e9:.2f} -> {after / 1e9:.2f} GFLOP a call")
         return "\n".join(lines)

@@ -115,6 +115,19 @@ def test_unknown_models_are_untouched() -> None:
             function("a model")  # type: ignore[operator]
     with pytest.raises(ValueError, match="register_pattern: target must be"):
         fastfuse.register_pattern("my.models.Head")
+    with pytest.raises(ValueError, match="register_pattern: target must be"):
+        fastfuse.register_pattern(nn.Linear)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="register_pattern: expected a forward to decorate; got 3"):
+        fastfuse.register_pattern("my.models:Head")(3)  # type: ignore[arg-type]
+
+
+def test_another_version_of_a_library_is_left(known: list[str]) -> None:
+    @fastfuse.register_pattern(f"{Head.__module__}:Head")
+    def head(self: Any, fine: Tensor, coarse: Tensor, mask: Tensor | None = None) -> Tensor:
+        raise AssertionError
+
+    report = fastfuse.convert(Head())
+    assert report.left[""] == "takes (fine, coarse), where the pattern is of (fine, coarse, mask)"
 
 
 def test_hooks_of_module_and_children(known: list[str]) -> None:
@@ -190,8 +203,8 @@ def test_graphs(known: list[str]) -> None:
 
 def test_an_error_changes_nothing(known: list[str]) -> None:
     @fastfuse.register_pattern("torch.nn.modules.linear:Linear", check=lambda module: 1 / 0)
-    def linear(self: Any, x: Tensor) -> Tensor:
-        return x
+    def linear(self: Any, input: Tensor) -> Tensor:
+        return input
 
     model = nn.ModuleDict({"head": Head(), "linear": nn.Linear(3, 3)})
     with pytest.raises(ZeroDivisionError):
@@ -257,7 +270,7 @@ def test_flops_of_original_and_converted(known: list[str], dry_run: bool) -> Non
         assert report.flops is not None
         assert report.flops[0] == whole
         assert 0 < report.flops[1] < whole
-        assert f"{whole / 1e9:.2f} GFLOP a call" in str(report)
+        assert f"{whole / 1e9:.2f} -> {report.flops[1] / 1e9:.2f} GFLOP a call" in str(report)
     assert norm.num_batches_tracked == 0
     assert not norm.running_mean.any()
     assert ("forward" in head.__dict__) != dry_run
