@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace, console: Console, group: Processes) -> int:
         console.print(scores_table(title, data.classes, scores))
         curves({args.out.name: [state]}, args.out / "curves.png")
         predictions(model, config.pipeline, data, name, args.out / "predictions.png")
-        console.print(f"{args.out / 'curves.png'}, {args.out / 'predictions.png'}")
+        console.print(f"pictures: curves.png and predictions.png in {args.out}", soft_wrap=True)
     return 0
 
 
@@ -105,7 +105,7 @@ def _curves(args: argparse.Namespace, console: Console) -> int:
         states[folder.name] = [state]
     args.out.mkdir(parents=True, exist_ok=True)
     curves(states, args.out / "curves.png")
-    console.print(args.out / "curves.png")
+    console.print(f"picture: {args.out / 'curves.png'}", soft_wrap=True)
     return 0
 
 

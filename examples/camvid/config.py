@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What --quick changes: half the size, narrow heads, few epochs.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": {"epochs": 100, "batch": 8, "size": (360, 480), "crop": (288, 384), "channels": 512},
-    "quick": {"epochs": 6, "batch": 8, "size": (180, 240), "crop": (96, 128), "channels": 64},
+    "quick": {"epochs": 5, "batch": 4, "size": (180, 240), "crop": (96, 128), "channels": 64},
 }
 
 

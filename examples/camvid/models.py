@@ -32,7 +32,7 @@ class Backbone:
 
 
 def _resnet(depth: int) -> Backbone:
-    return Backbone(lambda **options: ResNetV1c(depth, **options), "sgd", 0.02, dilated=True)
+    return Backbone(lambda **options: ResNetV1c(depth, **options), "adamw", 5e-4, dilated=True)
 
 
 def _cednet(variant: str, **options: Any) -> Backbone:
