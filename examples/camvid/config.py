@@ -15,10 +15,17 @@ DIVISOR = 32  # the coarsest stride of the backbones
 EQUALIZERS = ("none", "module", "fold")
 PIPELINES = ("fused", "plain")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What --quick changes: half the size, narrow heads, few epochs.
+# Defaults, and what --quick makes of them: a small network, half the size, few epochs.
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": {"epochs": 100, "batch": 8, "size": (360, 480), "crop": (288, 384), "channels": 512},
-    "quick": {"epochs": 5, "batch": 4, "size": (180, 240), "crop": (96, 128), "channels": 64},
+    "full": {},
+    "quick": {
+        "backbone": "cednet-nano",
+        "channels": 64,
+        "size": (180, 240),
+        "crop": (96, 128),
+        "batch": 4,
+        "epochs": 12,
+    },
 }
 
 

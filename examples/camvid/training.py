@@ -24,7 +24,7 @@ from examples.camvid.augmentation import epoch_batches, seed_of
 from examples.camvid.checkpoint import State
 from examples.camvid.config import DTYPES, Config
 from examples.camvid.data import DataSet
-from examples.camvid.models import BACKBONES, build
+from examples.camvid.models import build
 from examples.camvid.pipeline import Objective, running
 from examples.camvid.processes import Processes
 from examples.camvid.progress import Meter
@@ -194,14 +194,11 @@ def _scores(run: _Run, model: Segmentor, split: str) -> dict[str, Any]:
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    kind = BACKBONES[config.backbone].optimizer
     parameters = list(model.parameters())
     groups = [  # of norms, biases and layer scales nothing decays
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _DECAY[kind]},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=_MOMENTUM)
     return torch.optim.AdamW(groups, lr=config.lr)
 
 

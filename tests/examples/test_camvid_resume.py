@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
@@ -25,11 +27,13 @@ from fastfuse.models import load_checkpoint
 
 
 @pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
+def processes() -> Iterator[ForkServerContext]:
     """Processes that can be killed, forked from one that has imported all and run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["camvid_runs"])
-    return context
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11's server does not take sys.path
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield context
 
 
 def test_killed_at_random_moments(
