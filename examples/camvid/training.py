@@ -38,9 +38,11 @@ GRADIENT_STEPS = 50  # whose gradients' scale is kept
 _CALIBRATION_BATCHES = 16
 _WARMUP = 0.05  # of all steps, in which the learning rate rises
 _POWER = 0.9  # with which it falls: "poly", as in the papers of the heads
-_MOMENTUM = 0.9
 _SHOWN = 20  # steps whose mean loss is shown
-_DECAY = {"sgd": 5e-4, "adamw": 0.05}
+_DECAY = 0.05  # of weights
+# Larger than AdamW's usual 1e-8, which makes full steps of gradients that are rounding and no more,
+# such as those of a branch pooled to one value an image where the batch is small.
+_EPSILON = 1e-5
 
 
 def train(
@@ -195,11 +197,11 @@ def _scores(run: _Run, model: Segmentor, split: str) -> dict[str, Any]:
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
-    groups = [  # of norms, biases and layer scales nothing decays
+    groups: list[dict[str, Any]] = [  # of norms, biases and layer scales nothing decays
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": _DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, eps=_EPSILON)
 
 
 def _epoch(
