@@ -76,7 +76,7 @@ def save_state(
 def write_index(folder: Path, state: State) -> None:
     """The line that counts; files that it does not name go."""
     document = {"format": _FORMAT, "version": 1, **vars(state)}
-    _write(folder / INDEX, (json.dumps(document, indent=1) + "\n").encode())
+    _write(folder / INDEX, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     for path in (*folder.glob("epoch-*.safetensors"), *folder.glob("*.partial")):
         if path.name != state.weights:
             path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from examples.camvid.scores import Scores, scores_table
 from examples.camvid.study import study
 from examples.camvid.synthetic import write_synthetic
 from examples.camvid.training import train
+from fastfuse._terminal import spell_out
 
 __all__ = ["main"]
 
@@ -30,8 +31,8 @@ _WIDTH = 100  # of output that goes to no terminal
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; 0, or 2 after bad input, 130 after an interruption (SIGINT)."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    spell_out()
+    args = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     try:
         if args.threads:
@@ -74,11 +75,11 @@ def _run(args: argparse.Namespace, console: Console, group: Processes) -> int:
         name, found = "val", state.history[-1]
         if state.test is not None:
             name, found = "test", state.test
-        scores = Scores(tuple(found["iou"]), found["accuracy"], found["pixels"])
-        title = f"{len(data.splits[name])} {name} images of {config.size[0]}x{config.size[1]}"
-        console.print(scores_table(title, data.classes, scores))
         curves({args.out.name: [state]}, args.out / "curves.png")
         predictions(model, config.pipeline, data, name, args.out / "predictions.png")
+        title = f"{len(data.splits[name])} {name} images of {config.size[0]}x{config.size[1]}"
+        console.print(title, highlight=False)
+        console.print(scores_table(data.classes, Scores.of_entry(found)))
         console.print(f"pictures: curves.png and predictions.png in {args.out}", soft_wrap=True)
     return 0
 

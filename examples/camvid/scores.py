@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich import box
@@ -35,6 +36,16 @@ class Scores:
         """The mean over classes that occur."""
         found = [value for value in self.iou if not math.isnan(value)]
         return sum(found) / len(found) if found else math.nan
+
+    def entry(self) -> dict[str, Any]:
+        """For a history, in JSON, which has no nan."""
+        iou = [None if math.isnan(value) else value for value in self.iou]
+        return {"miou": self.miou, "iou": iou, "accuracy": self.accuracy, "pixels": self.pixels}
+
+    @classmethod
+    def of_entry(cls, entry: dict[str, Any]) -> Scores:
+        iou = tuple(math.nan if value is None else value for value in entry["iou"])
+        return cls(iou, entry["accuracy"], entry["pixels"])
 
     @classmethod
     def of(cls, counts: Tensor) -> Scores:
@@ -71,8 +82,8 @@ def evaluate(
     return Scores.of(processes.sum(counts))
 
 
-def scores_table(title: str, classes: tuple[str, ...], scores: Scores) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+def scores_table(classes: tuple[str, ...], scores: Scores) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("class")
     table.add_column("IoU, %", justify="right")
     for name, value in zip(classes, scores.iou, strict=True):

