@@ -125,7 +125,7 @@ def test_bfloat16(folder: Path, tmp_path: Path) -> None:
 def test_two_processes(folder: Path, tmp_path: Path) -> None:
     """By torchrun: one speaks and writes, the images are shared, all are counted."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    place = ["--master-addr=127.0.0.1", "--master-port=0", "-m", "examples.camvid"]
+    place = ["--standalone", "--local-addr=127.0.0.1", "-m", "examples.camvid"]
     paths = ["--data", str(folder), "--out", str(tmp_path)]
     flags = options(epochs=1, scale_equalizer="module", threads=1)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -135,6 +135,7 @@ def test_two_processes(folder: Path, tmp_path: Path) -> None:
         text=True,
         env=environment,
         check=False,
+        timeout=180,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 1/1: loss") == 1
