@@ -156,6 +156,7 @@ def _mean_line(
 
 
 def _plain_axes(ax: Any) -> None:
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(color="#e4e4e4", linewidth=0.7)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
