@@ -1,0 +1,1 @@
+"""Programs that use fastfuse as a user would."""
