@@ -78,6 +78,8 @@ def traced_pattern_of(module: nn.Module) -> tuple[Pattern, str | None] | None:
         graph = _LeafTracer().trace(_shallow_copy(module))
     except Exception as error:  # whatever the code of others raises when it meets a proxy
         words = str(error).partition("\n")[0].partition(". ")[0]
+        if "cannot be iterated" in words:
+            return Pattern(target, forward), "loops over an input: index or unpack it instead"
         return Pattern(target, forward), f"is not traced by torch.fx: {words}"
     if any(map(_writes, graph.nodes)):
         return Pattern(target, forward), "writes into tensors"

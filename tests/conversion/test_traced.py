@@ -185,6 +185,12 @@ class Draws(_Conv):
         return self.conv(torch.cat([x, y], dim=1))
 
 
+class Loops(_Conv):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        maps = [F.interpolate(m[None], size=y.shape[2:], mode="bilinear") for m in x]
+        return self.conv(torch.cat([maps[0], y], dim=1))
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -196,6 +202,7 @@ class Draws(_Conv):
         (Stops, "asks for no_grad"),
         (CallsAnother, "calls body"),
         (Draws, "asks for rand"),
+        (Loops, "loops over an input"),
     ],
 )
 def test_what_is_left(kind: type[nn.Module], reason: str) -> None:
