@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastfuse.nn.ced_block import depthwise
+from fastfuse.nn.composition import leaf
 from fastfuse.nn.conv_unit import ConvUnit
 from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
 from fastfuse.ops.autocast import cast_for_autocast
@@ -64,8 +65,9 @@ class ResNetBlock(nn.Module):
         self.unit3 = ConvUnit(wide, channels, 1, activation=nn.Identity)
         self.drop_path = drop_path
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
-        check_feature_map("ResNetBlock", "x", x)
+        check_feature_map("ResNetBlock", "x", x, channels=self.unit3.conv.out_channels)
         (x,) = cast_for_autocast([x])
         y = self.unit1(x)
         if self.dw2 is not None and self.bn2 is not None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastfuse.nn.ced_block import depthwise
+from fastfuse.nn.composition import leaf
 from fastfuse.nn.layer_norm import LayerNorm2d
 from fastfuse.nn.mlp_block import MLPBlock
 from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
@@ -33,6 +34,7 @@ class _AttentionBlock(nn.Module):
     def _branch(self, x: Tensor) -> Tensor:
         return self.attention(self.norm(x))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map(type(self).__name__, "x", x)
         (x,) = cast_for_autocast([x])

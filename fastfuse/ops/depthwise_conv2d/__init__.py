@@ -36,7 +36,8 @@ def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
     ):
         return False
     policy = policy_of("cpu")
-    asked = weight.shape[2], is_channels_last([x]), x.shape.numel(), x.dtype
+    values = x.numel()  # a symbol where the batch is one, as a Size's would not be
+    asked = weight.shape[2], is_channels_last([x]), values, x.dtype
     return x.dtype in policy.native and policy.library_depthwise(*asked)
 
 
