@@ -6,7 +6,6 @@ by passes of their own, masks once a size, attention by PyTorch's scaled_dot_pro
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from functools import lru_cache
 
 import torch
@@ -182,20 +181,21 @@ class CSwinBlock(nn.Module):
 class ResNetBlock(nn.Module):
     def __init__(self, channels: int, *, long_range: bool) -> None:
         super().__init__()
-
-        def unit(a: int, b: int, k: int) -> nn.Sequential:
-            conv = nn.Conv2d(a, b, k, padding=k // 2, bias=False)
-            return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(b)))
-
-        self.unit1 = unit(channels, channels, 3)
-        self.dw2 = self.bn2 = None
+        wide = 4 * channels
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.dw = self.bn_dw = None
         if long_range:
-            self.dw2, self.bn2 = depthwise(channels, 3), nn.BatchNorm2d(channels)
-        self.unit2, self.unit3 = unit(channels, 4 * channels, 1), unit(4 * channels, channels, 1)
+            self.dw, self.bn_dw = depthwise(channels, 3), nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, wide, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.conv3 = nn.Conv2d(wide, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.unit1(x).relu_()
-        if self.dw2 is not None and self.bn2 is not None:
+        y = self.bn1(self.conv1(x)).relu_()
+        if self.dw is not None and self.bn_dw is not None:
             y = x + y
-            y = y + self.bn2(self.dw2(y)).relu_()
-        return (x + self.unit3(self.unit2(y).relu_())).relu_()
+            y = y + self.bn_dw(self.dw(y)).relu_()
+        y = self.bn2(self.conv2(y)).relu_()
+        return (x + self.bn3(self.conv3(y))).relu_()

@@ -119,15 +119,15 @@ def mlp(m: MLPBlock, x: Tensor) -> Tensor:
     return x + linear(F.gelu(linear(norm(x, m.norm), m.fc1)), m.fc2)
 
 
-def dilated(m: nn.Module, x: Tensor) -> Tensor:
-    return F.conv2d(x, m.dw2.weight, m.dw2.bias, padding=9, dilation=3, groups=x.shape[1])
+def dilated(dw: nn.Module, x: Tensor) -> Tensor:
+    return F.conv2d(x, dw.weight, dw.bias, padding=9, dilation=3, groups=x.shape[1])
 
 
 def swin(m: SwinBlock, x: Tensor) -> Tensor:
     z = norm(x, m.norm)
     if m.long_range:
         z = z + F.gelu(norm(windows(m.attention, z), m.attention_norm))
-        z = z + F.gelu(norm(dilated(m, z), m.norm2))
+        z = z + F.gelu(norm(dilated(m.dw2, z), m.norm2))
     else:
         z = windows(m.attention, z)
     return mlp(m.mlp, x + z)
@@ -146,12 +146,12 @@ def batch_norm(m: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def resnet(m: ResNetBlock, x: Tensor) -> Tensor:
-    y = batch_norm(m.unit1.bn, F.conv2d(x, m.unit1.conv.weight, padding=1)).relu()
-    if m.dw2 is not None:
+    y = batch_norm(m.bn1, F.conv2d(x, m.conv1.weight, padding=1)).relu()
+    if m.dw is not None:
         y = x + y
-        y = y + batch_norm(m.bn2, dilated(m, y)).relu()
-    y = batch_norm(m.unit2.bn, F.conv2d(y, m.unit2.conv.weight)).relu()
-    return (x + batch_norm(m.unit3.bn, F.conv2d(y, m.unit3.conv.weight))).relu()
+        y = y + batch_norm(m.bn_dw, dilated(m.dw, y)).relu()
+    y = batch_norm(m.bn2, F.conv2d(y, m.conv2.weight)).relu()
+    return (x + batch_norm(m.bn3, F.conv2d(y, m.conv3.weight))).relu()
 
 
 class Definition(nn.Module):
@@ -195,9 +195,9 @@ def made(name: str) -> Any:
 
 def uncounted(block: nn.Module, *found: dict[str, Tensor]) -> None:
     """Takes out what a batch norm's mean takes out: a bias before it has no gradient."""
-    if isinstance(block, ResNetBlock) and block.dw2 is not None:
+    if isinstance(block, ResNetBlock) and block.dw is not None:
         for gradients in found:
-            assert gradients.pop("dw2.bias").abs().max() < 1e-5 * gradients["dw2.weight"].norm()
+            assert gradients.pop("dw.bias").abs().max() < 1e-5 * gradients["dw.weight"].norm()
 
 
 @every_block
