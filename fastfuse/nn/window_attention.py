@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.backends import cpu_refusal, is_transformed, requested_backend
 from fastfuse.nn.composition import leaf
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_feature_map, check_ints
+from fastfuse.ops.gather_rows import gather_rows
 
 __all__ = ["StripeAttention", "WindowAttention", "check_heads"]
 
 HEAD_CHANNELS = 32  # in both papers
-_MASKS = 32  # sizes whose masks are kept: a stage has three, and training varies them
+_SIZES = 32  # of which masks and places of windows are kept: a stage has three
 _OUTSIDE = -100.0  # added to logits of tokens of another region: e^-100 of float64 is nothing
 
 
@@ -53,15 +56,50 @@ def _shifted_mask(
         return (position >= extent - window).long() + (position >= extent - shift).long()
 
     region = 3 * regions(height)[:, None] + regions(width)
-    tiles = region.view(height // window, window, width // window, window).transpose(1, 2)
-    tiles = tiles.reshape(-1, 1, window * window)
+    tiles = _cut(region[None, :, :, None], window).mT
     return (tiles[..., None] != tiles[..., None, :]).to(dtype) * _OUTSIDE
 
 
-@lru_cache(_MASKS)
-def _kept_mask(*arguments: Any) -> Tensor:
+class _Places(NamedTuple):
+    """Where rows of an image's pixels and tokens of its windows come from, and which are zero."""
+
+    of_tokens: Tensor
+    padded: Tensor
+    of_pixels: Tensor
+    none: Tensor
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        return gather_rows["cpu"](pixels, *self)
+
+    def join(self, tokens: Tensor) -> Tensor:
+        return gather_rows["cpu"](tokens, self.of_pixels, self.none, self.of_tokens, self.padded)
+
+
+def _places(batch: int, height: int, width: int, window: int, shift: int) -> _Places:
+    w, size = window, batch * height * width
+    pixels = torch.arange(size, device="cpu").view(batch, height, width, 1)
+    rows = _rolled(F.pad(pixels, (0, 0, 0, -width % w, 0, -height % w), value=-1), -shift)
+    of_tokens = _cut(rows, w).flatten()
+    padded = (of_tokens < 0).nonzero().flatten()
+    of_pixels = torch.empty(size, dtype=torch.int64, device="cpu")
+    of_pixels[of_tokens[of_tokens >= 0]] = (of_tokens >= 0).nonzero().flatten()
+    return _Places(of_tokens.clamp_(min=0), padded, of_pixels, padded[:0])
+
+
+@lru_cache(_SIZES)
+def _kept(make: Callable[..., Any], *arguments: Any) -> Any:
     with torch.inference_mode(False):  # for training too
-        return _shifted_mask(*arguments)
+        return make(*arguments)
+
+
+def _rolled(rows: Tensor, shift: int) -> Tensor:
+    return rows.roll((shift, shift), (1, 2)) if shift else rows
+
+
+def _cut(rows: Tensor, window: int) -> Tensor:
+    """(N, H, W, C) -> (N windows, tokens, C)."""
+    tiles = rows.unflatten(2, (-1, window)).unflatten(1, (-1, window)).transpose(2, 3)
+    return tiles.reshape(-1, window * window, rows.shape[3])
 
 
 class WindowAttention(nn.Module):
@@ -112,23 +150,33 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map("WindowAttention", "x", x, channels=self.proj.out_features)
         (x,) = cast_for_autocast([x])
-        (height, width), w, shift = x.shape[2:], self.window, self.shift
-        rows = x.permute(0, 2, 3, 1)
-        if height % w or width % w:
-            rows = F.pad(rows, (0, 0, 0, -width % w, 0, -height % w))
-        if shift:
-            rows = rows.roll((-shift, -shift), (1, 2))
-        batch, padded_height, padded_width, channels = rows.shape
-        tiles = rows.view(batch, padded_height // w, w, padded_width // w, w, channels)
-        tokens = tiles.transpose(2, 3).reshape(-1, w * w, channels)
+        batch, channels, height, width = x.shape
+        w, rows = self.window, x.permute(0, 2, 3, 1)
+        padded = height + -height % w, width + -width % w
+        places = None
+        if self._moves_rows(rows):
+            places = _kept(_places, batch, height, width, w, self.shift)
+            tokens = places.cut(rows.reshape(-1, channels)).view(-1, w * w, channels)
+        else:
+            if padded != (height, width):
+                rows = F.pad(rows, (0, 0, 0, -width % w, 0, -height % w))
+            tokens = _cut(_rolled(rows, -self.shift), w)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = self._bias(batch, padded_height, padded_width, q)
-        mixed = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
-        tiles = mixed.reshape(tiles.transpose(2, 3).shape).transpose(2, 3)
-        rows = tiles.reshape(rows.shape)
-        if shift:
-            rows = rows.roll((shift, shift), (1, 2))
+        bias = self._bias(batch, *padded, q)
+        tokens = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+        if places is not None:
+            rows = places.join(tokens.reshape(-1, channels)).view(batch, height, width, channels)
+        else:
+            tiles = tokens.reshape(batch, padded[0] // w, padded[1] // w, w, w, channels)
+            rows = _rolled(tiles.transpose(2, 3).reshape(batch, *padded, channels), self.shift)
         return self.proj(rows[:, :height, :width]).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _moves_rows(rows: Tensor) -> bool:
+        """Whether by one gather: in graphs that are captured compilers fuse the passes."""
+        if _is_captured(rows) or is_transformed() or requested_backend() == "reference":
+            return False
+        return cpu_refusal(rows) is None
 
     def _bias(self, batch: int, height: int, width: int, q: Tensor) -> Tensor:
         """What is added to logits, (1, heads, tokens, tokens), or with a shift of all windows."""
@@ -139,14 +187,18 @@ class WindowAttention(nn.Module):
         bias = bias.permute(2, 0, 1, 3, 4).reshape(1, -1, w * w, w * w)
         if not self.shift:
             return bias
-        # What stands for tensors, as in a graph that is captured, is not to be kept.
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(q) is not Tensor
-        mask = _shifted_mask if captured else _kept_mask
-        bias = bias + mask(height, width, w, self.shift, q.device, q.dtype)
-        return bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
+        arguments = height, width, w, self.shift, q.device, q.dtype
+        captured = _is_captured(q)
+        mask = _shifted_mask(*arguments) if captured else _kept(_shifted_mask, *arguments)
+        return bias + (mask if batch == 1 else mask.repeat(batch, 1, 1, 1))
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, window={self.window}, shift={self.shift}"
+
+
+def _is_captured(x: Tensor) -> bool:
+    """Whether tensors stand for others, as in a graph: what is made of them is not to be kept."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor
 
 
 class StripeAttention(nn.Module):

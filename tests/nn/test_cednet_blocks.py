@@ -253,19 +253,39 @@ def test_a_table_of_one_window_is_swins() -> None:
 # ---- masks --------------------------------------------------------------------------------------
 
 
-def test_masks_are_made_once_for_a_size() -> None:
+def test_masks_and_places_are_made_once_for_a_size() -> None:
     first, second = WindowAttention(C, 3, shift=3), WindowAttention(C, 3, shift=3)
-    module._kept_mask.cache_clear()
+    module._kept.cache_clear()
     with torch.inference_mode():
         first(torch.randn(1, C, 9, 9))
+    second(torch.randn(1, C, 9, 9)).sum().backward()
+    assert module._kept.cache_info().currsize == 2
     second(torch.randn(2, C, 12, 9)).sum().backward()
-    assert module._kept_mask.cache_info().currsize == 1
-    for extent in range(1, 2 * module._MASKS):
+    assert module._kept.cache_info().currsize == 3  # the mask is that of 14 x 14
+    for extent in range(1, module._SIZES):
         first(torch.randn(1, C, 7 * extent, 1))
-    assert module._kept_mask.cache_info().currsize == module._MASKS
+    assert module._kept.cache_info().currsize == module._SIZES
     with FakeTensorMode(allow_non_fake_inputs=True):
         first(torch.randn(1, C, 7, 77))
     assert type(first(torch.randn(1, C, 7, 77))) is Tensor  # of no fake mask
+
+
+def test_rows_are_moved_by_one_op() -> None:
+    """And as PyTorch's passes move them, in double backward too."""
+    attention, x = WindowAttention(4, 1, shift=3).double(), torch.randn(2, 4, 9, 3).double()
+    places = module._places(2, 9, 3, 7, 3)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 4).requires_grad_()
+    tokens = places.cut(rows)
+    plain = module._cut(module._rolled(F.pad(rows.view(2, 9, 3, 4), (0, 0, 0, 4, 0, 5)), -3), 7)
+    assert torch.equal(tokens, plain.flatten(0, 1))
+    assert torch.equal(places.join(tokens), rows)
+    assert torch.autograd.gradcheck(places.cut, rows)
+    assert torch.autograd.gradcheck(places.join, tokens)
+    assert torch.autograd.gradgradcheck(places.cut, rows)
+    torch.library.opcheck(torch.ops.fastfuse.gather_rows.default, (rows, *places))
+    found = results(attention, x)
+    with backend("reference"):
+        assert_alike(results(attention, x), found, 1e-14)
 
 
 # ---- stochastic depth ---------------------------------------------------------------------------
