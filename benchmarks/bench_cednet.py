@@ -4,7 +4,8 @@ Forward is one image of 800 x 1280 in evaluation mode: the backbone, and RetinaN
 which is what the paper times. A training step is forward and backward of 512 x 512 in training
 mode, of the backbone (one image, the mean square of its maps as a loss) and of UPerNet with its
 auxiliary head and cross-entropies (two images, 150 classes); its peak memory is that of a fresh
-process. Stochastic depth and dropout are off, so that results compare.
+process. Stochastic depth and dropout are off, so that results compare. ``-resnet``, ``-swin`` and
+``-cswin``: with these blocks.
 
 Rivals, with shared weights, in both memory formats, weights included:
 
@@ -50,6 +51,15 @@ CELLS = [
     )
     for dtype in DTYPES
 ]
+CELLS += [  # with the blocks of the paper's table 5
+    Cell(f"{model}-{block} {size}", "float32", mode, rivals(*RIVALS, compiled=True))
+    for model, size, mode in (
+        ("backbone", "800x1280", FORWARD),
+        ("RetinaNet", "800x1280", FORWARD),
+        ("backbone", "512x512", TRAINING),
+    )
+    for block in ("resnet", "swin", "cswin")
+]
 
 
 class Maps(nn.Module):
@@ -91,23 +101,26 @@ def cells(quick: bool, regime: str, device: str) -> list[Cell]:
 
 
 def _model(name: str, kind: str) -> nn.Module:
-    """Ours, or a rival with its weights."""
+    """Ours, or a rival with its weights; a kind is a model, or a model and its block."""
     torch.manual_seed(0)
+    kind, _, block = kind.partition("-")
+    block = block or "next"
     make = {
         "backbone": models.CEDNet,
         "RetinaNet": models.cednet_retinanet_tiny,
         "UPerNet": models.cednet_upernet_tiny,
     }
-    ours = make[kind](layer_scale=1.0)
+    ours = make[kind](block=block, layer_scale=1.0)
     for module in ours.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
     if name == OURS:
         return ours
     mlp = "linear" if name.endswith("linear") else "conv"
-    plain: nn.Module = plain_cednet.CEDNet("tiny", mlp=mlp)
+    plain: nn.Module = plain_cednet.CEDNet("tiny", mlp=mlp, block=block)
     if kind == "RetinaNet":
-        plain = plain_cednet.RetinaNet(plain_cednet.Features(plain))
+        norm = nn.BatchNorm2d if block == "resnet" else plain_cednet.Norm
+        plain = plain_cednet.RetinaNet(plain_cednet.Features(plain, norm=norm))
     elif kind == "UPerNet":
         plain = plain_cednet.UPerNet(plain, dropout=0.0)
     plain.load_state_dict(ours.state_dict())

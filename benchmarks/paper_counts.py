@@ -269,6 +269,12 @@ _STYLES: tuple[tuple[str, dict[str, Any], int | None, tuple[str, ...]], ...] = (
     ("FPN, no LR blocks", {"lr_blocks": False}, None, ("38.5M",)),
 )
 
+_BLOCKS = {  # of table 5: backbone, RetinaNet, and the latter as printed
+    "resnet": ("R50-T", 31_541_376, 39_384_692, "39M"),
+    "swin": ("Swin-T", 29_267_625, 37_135_517, "37M"),
+    "cswin": ("CSwin-T", 25_739_200, 33_566_132, "33M"),
+}
+
 _DERIVED_GFLOPS = {  # and as printed
     "RetinaNet": {"tiny": (254.5, "255"), "small": (335.4, "335")},
     "UPerNet": {"tiny": (962.4, "962"), "small": (1045.2, "1045"), "base": (1184.3, "1184")},
@@ -303,6 +309,11 @@ def parameter_rows() -> Iterator[Count]:
     for name, options, derived, paper in _STYLES:
         count = parameter_count(partial(cednet_retinanet_tiny, **options))
         yield Count(f"CEDNet-T, RetinaNet: {name}", PARAMETERS, count, derived, paper)
+    for block, (name, backbone, retinanet, printed) in _BLOCKS.items():
+        count = parameter_count(partial(CEDNet, block=block))
+        yield Count(f"CEDNet {name}, backbone", PARAMETERS, count, backbone)
+        count = parameter_count(partial(cednet_retinanet_tiny, block=block))
+        yield Count(f"CEDNet {name}, RetinaNet", PARAMETERS, count, retinanet, (printed,))
 
 
 def flops_rows(progress: Callable[[str], None] = lambda text: None) -> Iterator[Count]:

@@ -15,17 +15,28 @@ from collections.abc import Sequence
 import plain_heads
 import torch
 import torch.nn.functional as F
+from plain_blocks import SHIFT, CSwinBlock, Norm, ResNetBlock, SwinBlock, depthwise
 from torch import Tensor, nn
 
 __all__ = ["CEDNet", "ConvNeXt", "ConvNeXtFPN", "Features", "RetinaHead", "RetinaNet", "UPerNet"]
 
-EPS = 1e-6
-CHANNELS = {  # c2 to c5
+CHANNELS = {  # c2 to c5, of CED blocks by variant, of the others' tiny ones
     "tiny": (96, 192, 352, 512),
     "small": (96, 192, 352, 512),
     "base": (128, 256, 448, 704),
+    "resnet": (64, 128, 256, 384),
+    "swin": (96, 160, 288, 416),
+    "cswin": (64, 128, 256, 320),
 }
-DEPTHS = {"tiny": (3, (2, 4, 2), 3), "small": (3, (2, 7, 2), 4), "base": (3, (2, 7, 2), 4)}
+DEPTHS = {
+    "tiny": (3, (2, 4, 2), 3),
+    "small": (3, (2, 7, 2), 4),
+    "base": (3, (2, 7, 2), 4),
+    "resnet": (3, (1, 4, 2), 3),
+    "swin": (3, (2, 4, 2), 3),
+    "cswin": (3, (2, 8, 1), 3),
+}
+STRIPES = (1, 2, 7, None)  # of c2 to c5
 CONVNEXT = {  # channels and depths of the four stages
     "tiny": ((96, 192, 384, 768), (3, 3, 9, 3)),
     "small": ((96, 192, 384, 768), (3, 3, 27, 3)),
@@ -33,27 +44,8 @@ CONVNEXT = {  # channels and depths of the four stages
 }
 
 
-class Norm(nn.Module):
-    """Layer norm of a pixel's channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, EPS)
-        return y.permute(0, 3, 1, 2)
-
-
-def normed(conv: nn.Conv2d) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(conv=conv, norm=Norm(conv.out_channels)))
-
-
-def depthwise(channels: int, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(
-        channels, channels, 7, padding=3 * dilation, dilation=dilation, groups=channels
-    )
+def normed(conv: nn.Conv2d, norm: type[nn.Module] = Norm) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(conv=conv, norm=norm(conv.out_channels)))
 
 
 class Block(nn.Module):
@@ -84,20 +76,17 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, channels, depths, style, make) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, channels, depths, style, make, norm) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
         _, c3, c4, c5 = channels
         self.lateral = None
         if style == "hourglass":
-            self.lateral = nn.ModuleList((make(c4), make(c3)))
+            self.lateral = nn.ModuleList((make(2), make(1)))
         self.reduce = nn.ModuleList((nn.Conv2d(c5, c4, 1), nn.Conv2d(c4, c3, 1)))
-        self.norm = nn.ModuleList((Norm(c4), Norm(c3)))
-        n4, n3 = depths
+        self.norm = nn.ModuleList((norm(c4), norm(c3)))
         self.blocks = nn.ModuleList(
-            (
-                nn.Sequential(*(make(c4) for _ in range(n4))),
-                nn.Sequential(*(make(c3) for _ in range(n3))),
-            )
+            nn.Sequential(*(make(level, i) for i in range(count)))
+            for level, count in zip((2, 1), depths, strict=True)
         )
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +99,7 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, channels, depths, style, make, decodes) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, channels, depths, style, make, norm, decodes) -> None:  # type: ignore[no-untyped-def]
         super().__init__()
         _, c3, c4, c5 = channels
         n3, n4, n5 = depths
@@ -118,16 +107,13 @@ class Stage(nn.Module):
         if style != "fpn":
             n3, n4, rest = n3 // 2, n4 // 2, (n4 - n4 // 2, n3 - n3 // 2)
         self.encoder = nn.ModuleList(
-            (
-                nn.Sequential(*(make(c3) for _ in range(n3))),
-                nn.Sequential(*(make(c4) for _ in range(n4))),
-                nn.Sequential(*(make(c5, True) for _ in range(n5))),
-            )
+            nn.Sequential(*(make(level, i) for i in range(count)))
+            for level, count in enumerate((n3, n4, n5), 1)
         )
         self.downsample = nn.ModuleList(
-            (normed(nn.Conv2d(c3, c4, 2, stride=2)), normed(nn.Conv2d(c4, c5, 2, stride=2)))
+            normed(nn.Conv2d(a, b, 2, stride=2), norm) for a, b in ((c3, c4), (c4, c5))
         )
-        self.decoder = Decoder(channels, rest, style, make) if decodes else None
+        self.decoder = Decoder(channels, rest, style, make, norm) if decodes else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c3 = self.encoder[0](x)
@@ -144,31 +130,43 @@ class CEDNet(nn.Module):
     def __init__(
         self, variant: str = "tiny", style: str = "fpn", *, mlp: str = "linear",
         last_decoder: bool | None = None, lr_blocks: bool = True, layer_scale: float = 1e-6,
+        block: str = "next",
     ) -> None:  # fmt: skip
         super().__init__()
+        variant = variant if block == "next" else block
         channels = CHANNELS[variant]
         if (variant, style) == ("tiny", "hourglass"):
             channels = (96, 160, 320, 512)
         self.channels = channels
         stem_depth, depths, stages = DEPTHS[variant]
+        norm, activation = (
+            (nn.BatchNorm2d, nn.ReLU) if block == "resnet" else (Norm, nn.GELU)
+        )  # fmt: skip
 
-        def make(width: int, long_range: bool = False) -> Block:
-            return Block(width, mlp, long_range and lr_blocks, layer_scale)
+        def make(level: int, index: int = 0) -> nn.Module:
+            width, long_range = channels[level], level == 3 and lr_blocks
+            if block == "resnet":
+                return ResNetBlock(width, long_range=long_range)
+            if block == "swin":
+                return SwinBlock(width, mlp, shift=SHIFT * (index % 2), long_range=long_range)
+            if block == "cswin":
+                return CSwinBlock(width, mlp, stripe=STRIPES[level])
+            return Block(width, mlp, long_range, layer_scale)
 
         self.stem = nn.Sequential(
             nn.Conv2d(3, 32, 3, stride=2, padding=1),
-            Norm(32),
-            nn.GELU(),
+            norm(32),
+            activation(),
             nn.Conv2d(32, channels[0], 3, stride=2, padding=1),
-            Norm(channels[0]),
-            nn.GELU(),
+            norm(channels[0]),
+            activation(),
         )
-        self.blocks = nn.Sequential(*(make(channels[0]) for _ in range(stem_depth)))
-        self.downsample = normed(nn.Conv2d(channels[0], channels[1], 2, stride=2))
+        self.blocks = nn.Sequential(*(make(0, i) for i in range(stem_depth)))
+        self.downsample = normed(nn.Conv2d(channels[0], channels[1], 2, stride=2), norm)
         if last_decoder is None:
             last_decoder = style != "fpn"
         self.stages = nn.ModuleList(
-            Stage(channels, depths, style, make, i < stages - 1 or last_decoder)
+            Stage(channels, depths, style, make, norm, i < stages - 1 or last_decoder)
             for i in range(stages)
         )
 
@@ -245,10 +243,12 @@ class ConvNeXtFPN(nn.Module):
 class Features(nn.Module):
     """P3 to P7 of CEDNet; keys as ``fastfuse.models.DetectionFeatures``."""
 
-    def __init__(self, backbone: nn.Module, width: int = 256) -> None:
+    def __init__(self, backbone: nn.Module, width: int = 256, norm: type[nn.Module] = Norm) -> None:
         super().__init__()
         self.backbone = backbone
-        self.reduce = nn.ModuleList(normed(nn.Conv2d(c, width, 1)) for c in backbone.channels[1:])
+        self.reduce = nn.ModuleList(
+            normed(nn.Conv2d(c, width, 1), norm) for c in backbone.channels[1:]
+        )
         self.extra = nn.ModuleList(
             normed(nn.Conv2d(width, width, 3, stride=2, padding=1)) for _ in range(2)
         )

@@ -129,7 +129,8 @@ def convolved(
         x = conv(concatenated(levels, size, align_corners))
         return x if norm is None else norm(x)
     padding = dense_padding(cast(nn.Conv2d, conv), tensors[0])
-    in_weights = None if norm is None else folded(norm, *tensors)
+    pixels = levels[0].shape[0] * size[0] * size[1]
+    in_weights = None if norm is None else folded(norm, pixels, *tensors)
     weight, bias = in_weights or tensors
     x = fusion_conv2d(
         levels, weight, bias, size=tuple(size), padding=padding, align_corners=align_corners

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastfuse.backends import is_transformed
+from fastfuse.models.cednet_blocks import Blocks, activation_of, norm_of
 from fastfuse.models.cednet_settings import Settings, settings
-from fastfuse.nn import CEDBlock, Conv2d, LayerNorm2d, LRCEDBlock
+from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.ced_block import TokenMixer
 from fastfuse.nn.initialize import kaiming_normal_linear
 from fastfuse.ops.checks import check_feature_map
@@ -41,39 +42,18 @@ class StageOutput(NamedTuple):
     c2: Tensor | None = None
 
 
-def norm_after(conv: nn.Conv2d) -> nn.Sequential:
-    """A convolution and the layer norm of its channels, keys ``conv``, ``norm``."""
+def norm_after(conv: nn.Conv2d, norm: Callable[[int], nn.Module] = LayerNorm2d) -> nn.Sequential:
+    """A convolution and the norm of its channels, keys ``conv``, ``norm``."""
     sequence = nn.Sequential()
     sequence.add_module("conv", conv)
-    sequence.add_module("norm", LayerNorm2d(conv.out_channels))
+    sequence.add_module("norm", norm(conv.out_channels))
     return sequence
 
 
-def _halved(in_channels: int, channels: int) -> nn.Sequential:
-    return norm_after(Conv2d(in_channels, channels, 2, stride=2))
-
-
-class _Blocks:
-    """Makes blocks, handing out the rates of stochastic depth one after the other."""
-
-    def __init__(self, config: Settings, rates: Iterator[float]) -> None:
-        self.config = config
-        self.rates = rates
-
-    def __call__(self, channels: int, count: int, *, long_range: bool = False) -> nn.Sequential:
-        return nn.Sequential(
-            *(self.one(channels, next(self.rates), long_range) for _ in range(count))
-        )
-
-    def one(self, channels: int, rate: float = 0.0, long_range: bool = False) -> nn.Module:
-        make = LRCEDBlock if long_range and self.config.lr_blocks else CEDBlock
-        return make(
-            channels,
-            drop_path=rate,
-            layer_scale=self.config.layer_scale,
-            token_mixer=self.config.token_mixer,
-            recompute=self.config.recompute,
-        )
+def _halved(config: Settings, level: int) -> nn.Sequential:
+    """From a level, 0 to 3 for c2 to c5, to the next."""
+    fine, coarse = config.channels[level : level + 2]
+    return norm_after(Conv2d(fine, coarse, 2, stride=2), norm_of(config.block))
 
 
 class Decoder(nn.Module):
@@ -83,17 +63,15 @@ class Decoder(nn.Module):
     ``blocks.i.j`` (UNet and hourglass).
     """
 
-    def __init__(self, config: Settings, depths: Sequence[int], make: _Blocks) -> None:
+    def __init__(self, config: Settings, depths: Sequence[int], make: Blocks) -> None:
         super().__init__()
         _, c3, c4, c5 = config.channels
-        joined = (c4, c3)
-        self.lateral = (
-            nn.ModuleList(make.one(c) for c in joined) if config.style == "hourglass" else None
-        )
+        joined, norm = (2, 1), norm_of(config.block)
+        self.lateral = nn.ModuleList(map(make.one, joined)) if config.style == "hourglass" else None
         # Before the upsampling, where the pixels are a quarter as many.
         self.reduce = nn.ModuleList((Conv2d(c5, c4, 1), Conv2d(c4, c3, 1)))
-        self.norm = nn.ModuleList(LayerNorm2d(c) for c in joined)
-        self.blocks = nn.ModuleList(make(c, n) for c, n in zip(joined, depths, strict=True))
+        self.norm = nn.ModuleList((norm(c4), norm(c3)))
+        self.blocks = nn.ModuleList(map(make, joined, depths))
 
     def forward(self, c3: Tensor, c4: Tensor, c5: Tensor) -> tuple[Tensor, Tensor]:
         decoded_c4 = self._join(0, c5, c4)
@@ -109,14 +87,12 @@ class Stage(nn.Module):
     """Keys: ``encoder.i.j`` for 1/8, 1/16, 1/32, ``downsample.i.conv|norm``, ``decoder.*``."""
 
     def __init__(
-        self, config: Settings, depths: Sequence[int], make: _Blocks, *, decodes: bool
+        self, config: Settings, depths: Sequence[int], make: Blocks, *, decodes: bool
     ) -> None:
         super().__init__()
-        _, c3, c4, c5 = config.channels
         encoder, decoder = config.split(depths)
-        n3, n4, n5 = encoder
-        self.encoder = nn.ModuleList((make(c3, n3), make(c4, n4), make(c5, n5, long_range=True)))
-        self.downsample = nn.ModuleList((_halved(c3, c4), _halved(c4, c5)))
+        self.encoder = nn.ModuleList(map(make, (1, 2, 3), encoder))
+        self.downsample = nn.ModuleList((_halved(config, 1), _halved(config, 2)))
         self.decoder = Decoder(config, decoder, make) if decodes else None
 
     def forward(self, x: Tensor) -> StageOutput:
@@ -152,17 +128,21 @@ class CEDNet(nn.Module):
     ``fastfuse.models.load_published_cednet``.
 
     Args:
-        variant: "tiny", "small" or "base": of channels, depths and stages.
+        variant: "tiny", "small" or "base": of channels, depths and stages. Of other blocks than
+            "next" there is "tiny" alone.
         style: how a stage decodes. "fpn": nothing but the fusion; "unet": half of the blocks at 1/8
             and 1/16 come after it; "hourglass": as unet, with a block on each skip connection.
+        block: "next", CED blocks; "resnet", with batch norms and ReLUs throughout; "swin"; "cswin":
+            see ``fastfuse.nn.CEDBlock``, ``ResNetBlock``, ``SwinBlock``, ``CSwinBlock``.
         last_decoder: whether the last stage decodes. None: in style fpn no, else yes, as in the
             paper's tables.
         drop_path: the last block's rate of stochastic depth, in [0, 1); that of others rises
             linearly from 0. The paper's, for tiny, small, base: 0.1, 0.4, 0.5 in classification,
             0.2, 0.3, 0.4 in dense prediction.
         layer_scale: initial value of every block's; None: there is none. The paper's: 1e-6, in
-            segmentation 1.
-        lr_blocks: whether blocks at 1/32 are LR CED blocks.
+            segmentation 1. Blocks but "next" have none.
+        lr_blocks: whether blocks at 1/32 are long-range ones: LR CED blocks, or those of other
+            blocks; of "cswin" those whose tokens see all of their image.
         channels: of c2, c3, c4 and c5, instead of the variant's.
         depths: numbers of blocks, instead of the variant's: (n0, n1, n2, n3), at 1/4 in the stem
             and at 1/8, 1/16, 1/32 in every stage; or (n0, [(n1, n2, n3), ...]), stage by stage.
@@ -170,23 +150,27 @@ class CEDNet(nn.Module):
         token_mixer: channels -> a module that keeps (N, C, H, W), its dtype and its device, e.g.
             ``fastfuse.nn.conv3x3`` or window attention, instead of every block's depthwise 7x7
             convolution but the dilated one of LR CED blocks. It must take any H and W (windows pad
-            for themselves), and may return any memory format.
+            for themselves), and may return any memory format. Of block "next" alone.
         checkpoint: whether training keeps no more than the maps between stages, and computes the
             rest again in backward.
         recompute: whether it keeps no more than the maps between blocks; if not, what blocks
-            compute again otherwise is kept (docs/cednet.md has speed and memory).
+            compute again otherwise is kept (docs/cednet.md has speed and memory). Of attention and
+            of "resnet", nothing is computed again.
 
     Attributes:
         channels: of the four maps.
+        block: as given.
 
     Shape: images (N, 3, H, W), H and W multiples of 32 -> maps c2, c3, c4, c5 of strides 4, 8, 16,
     32, channels_last; of the last stage's decoder, if it has one, else of its encoder.
 
     Raises:
-        ValueError: an unknown variant or style; channels, depths or stages that do not fit; images
-            of another size or number of channels.
+        ValueError: an unknown block, variant or style; channels, depths or stages that do not fit;
+            a token_mixer beside another block than "next"; images of another size or number of
+            channels.
 
-    Source: *CEDNet: A Cascade Encoder-Decoder Network for Dense Prediction*, section 3.
+    Source: *CEDNet: A Cascade Encoder-Decoder Network for Dense Prediction*, section 3; of the
+    blocks table 5.
 
     >>> import torch, fastfuse
     >>> backbone = fastfuse.models.CEDNet("tiny", "unet", depths=(1, 2, 2, 1), stages=2).eval()
@@ -199,6 +183,7 @@ class CEDNet(nn.Module):
         variant: str = "tiny",
         style: str = "fpn",
         *,
+        block: str = "next",
         last_decoder: bool | None = None,
         drop_path: float = 0.0,
         layer_scale: float | None = 1e-6,
@@ -214,6 +199,7 @@ class CEDNet(nn.Module):
         config = settings(
             variant,
             style,
+            block=block,
             channels=channels,
             depths=depths,
             stages=stages,
@@ -225,19 +211,20 @@ class CEDNet(nn.Module):
             recompute=recompute,
         )
         self.channels = config.channels
+        self.block = block
         self.checkpoint = checkpoint
-        c2, c3, *_ = config.channels
-        make = _Blocks(config, iter(config.drop_rates()))
+        c2, norm, activation = config.channels[0], norm_of(block), activation_of(block)
+        make = Blocks(config, iter(config.drop_rates()))
         self.stem = nn.Sequential(
             Conv2d(3, _STEM, 3, stride=2, padding=1),
-            LayerNorm2d(_STEM),
-            nn.GELU(),
+            norm(_STEM),
+            activation(),
             Conv2d(_STEM, c2, 3, stride=2, padding=1),
-            LayerNorm2d(c2),
-            nn.GELU(),
+            norm(c2),
+            activation(),
         )
-        self.blocks = make(c2, config.stem_depth)
-        self.downsample = _halved(c2, c3)
+        self.blocks = make(0, config.stem_depth)
+        self.downsample = _halved(config, 0)
         last = len(config.stage_depths) - 1
         self.stages = nn.ModuleList(
             Stage(config, depths, make, decodes=i < last or config.last_decoder)

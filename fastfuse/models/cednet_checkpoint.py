@@ -115,7 +115,7 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
     Raises:
         TypeError: another model.
         ValueError: no state dict in the checkpoint.
-            A model with a token_mixer, for which there are no names.
+            A model with other blocks than "next", or with a token_mixer: their names are not known.
         RuntimeError: keys that are missing or unexpected (all listed, by the authors' names), of
             another shape or refused (by ours). The model is as it was.
 
@@ -134,6 +134,12 @@ def load_published_cednet(model: nn.Module, checkpoint: str | Path | Mapping[str
         raise TypeError(
             "load_published_cednet: model must be a CEDNet, or a CEDNetClassifier, "
             f"DetectionFeatures, RetinaNet or Segmentor on one; got {type(model).__name__}"
+        )
+    others = {m.block for m in model.modules() if isinstance(m, CEDNet)} - {"next"}
+    if others:
+        raise ValueError(
+            "load_published_cednet: model must have block next, whose names are known; "
+            f"got block {', '.join(sorted(others))}"
         )
     if any(getattr(module, "mixer", None) is not None for module in model.modules()):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,23 @@ import torch
 from fastfuse.nn.ced_block import TokenMixer
 from fastfuse.ops.checks import check_ints, is_int
 
-__all__ = ["STYLES", "VARIANTS", "Settings", "settings"]
+__all__ = ["BLOCKS", "STYLES", "VARIANTS", "Settings", "settings"]
 
 Depths = tuple[int, int, int]  # blocks at 1/8, 1/16 and 1/32
 
 STYLES = ("fpn", "unet", "hourglass")
 # channels at 1/4 to 1/32, blocks in the stem, blocks of a stage, number of stages
-VARIANTS: dict[str, tuple[tuple[int, int, int, int], int, Depths, int]] = {
+Variant = tuple[tuple[int, int, int, int], int, Depths, int]
+VARIANTS: dict[str, Variant] = {
     "tiny": ((96, 192, 352, 512), 3, (2, 4, 2), 3),
     "small": ((96, 192, 352, 512), 3, (2, 7, 2), 4),
     "base": ((128, 256, 448, 704), 3, (2, 7, 2), 4),
+}
+BLOCKS: dict[str, dict[str, Variant]] = {  # of the paper's table 5, all tiny but the usual ones
+    "next": VARIANTS,
+    "resnet": {"tiny": ((64, 128, 256, 384), 3, (1, 4, 2), 3)},
+    "swin": {"tiny": ((96, 160, 288, 416), 3, (2, 4, 2), 3)},
+    "cswin": {"tiny": ((64, 128, 256, 320), 3, (2, 8, 1), 3)},
 }
 # Blocks on the skip connections are paid for with channels; the paper has this for tiny alone.
 HOURGLASS_CHANNELS = {"tiny": (96, 160, 320, 512)}
@@ -28,6 +35,7 @@ HOURGLASS_CHANNELS = {"tiny": (96, 160, 320, 512)}
 
 @dataclass(frozen=True)
 class Settings:
+    block: str
     style: str
     channels: tuple[int, int, int, int]
     stem_depth: int
@@ -56,6 +64,7 @@ def settings(
     variant: str,
     style: str,
     *,
+    block: str,
     channels: Sequence[int] | None,
     depths: Sequence[Any] | None,
     stages: int | None,
@@ -63,12 +72,14 @@ def settings(
     **rest: Any,
 ) -> Settings:
     """A variant in a style, with what is not None in place of the variant's."""
-    for argument, value, allowed in (("variant", variant, VARIANTS), ("style", style, STYLES)):
-        if value not in tuple(allowed):
-            listed = ", ".join(allowed)
-            raise ValueError(f"CEDNet: {argument} must be one of {listed}; got {value!r}")
-    own_channels, stem_depth, own_depths, own_stages = VARIANTS[variant]
-    if style == "hourglass":
+    _check_choice("block", block, BLOCKS)
+    of_block = "" if block == "next" else f" of block {block}"
+    _check_choice(f"variant{of_block}", variant, BLOCKS[block])
+    _check_choice("style", style, STYLES)
+    if block != "next" and rest["token_mixer"] is not None:
+        raise ValueError(f"CEDNet: token_mixer is for block next; got block {block}")
+    own_channels, stem_depth, own_depths, own_stages = BLOCKS[block][variant]
+    if style == "hourglass" and block == "next":
         own_channels = HOURGLASS_CHANNELS.get(variant, own_channels)
     if channels is not None and not (_ints(channels, 4) and min(channels) >= 1):
         raise ValueError(
@@ -84,6 +95,7 @@ def settings(
     if not 0 <= rest["drop_path"] < 1:
         raise ValueError(f"CEDNet: drop_path must be in [0, 1); got {rest['drop_path']}")
     return Settings(
+        block=block,
         style=style,
         channels=own_channels if channels is None else tuple(channels),  # type: ignore[arg-type]
         stem_depth=stem_depth,
@@ -91,6 +103,12 @@ def settings(
         last_decoder=style != "fpn" if last_decoder is None else last_decoder,
         **rest,
     )
+
+
+def _check_choice(argument: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in tuple(allowed):
+        listed = ", ".join(allowed)
+        raise ValueError(f"CEDNet: {argument} must be one of {listed}; got {value!r}")
 
 
 def _ints(value: Any, count: int) -> bool:

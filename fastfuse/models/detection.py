@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastfuse.models.cednet import CEDNet, norm_after
+from fastfuse.models.cednet_blocks import norm_of
 from fastfuse.models.segmentor import feature_maps
 from fastfuse.nn import Conv2d, LayerNorm2d
 from fastfuse.nn.composition import leaf
@@ -38,7 +39,7 @@ class DetectionFeatures(nn.Module):
     """A backbone's maps for detectors: one width, levels above c5, and no feature pyramid network.
 
     P3, P4, P5 are 1x1 convolutions of c3, c4, c5, and P6, P7 3x3 convolutions of stride 2, each
-    with layer norm; P2 = Conv3x3(LN(UP(P3) + LN(Conv1x1(c2)))).
+    with a norm, layer norm but for ``norm``; P2 = Conv3x3(LN(UP(P3) + LN(Conv1x1(c2)))).
 
     Keys: ``backbone.*``, ``reduce.i.conv|norm`` for c3, c4, c5, ``extra.i.conv|norm``, and with P2
     ``lateral.conv|norm``, ``merge.norm|conv``.
@@ -48,6 +49,7 @@ class DetectionFeatures(nn.Module):
             :class:`CEDNet`.
         out_channels: of every level.
         levels: "p3-p7", for RetinaNet, or "p2-p6", for Mask R-CNN.
+        norm: channels -> the norm of the reductions of c3, c4, c5, e.g. ``torch.nn.BatchNorm2d``.
         as_tuple: whether the levels come as a tuple, finest first, as MMDetection's necks and
             heads read them, instead of an OrderedDict, as torchvision's detectors do.
 
@@ -76,6 +78,7 @@ class DetectionFeatures(nn.Module):
         out_channels: int = 256,
         *,
         levels: str = "p3-p7",
+        norm: Callable[[int], nn.Module] = LayerNorm2d,
         as_tuple: bool = False,
     ) -> None:
         super().__init__()
@@ -100,7 +103,7 @@ class DetectionFeatures(nn.Module):
         self.as_tuple = as_tuple
         c2, *coarser = channels
         with_p2 = levels == "p2-p6"
-        self.reduce = nn.ModuleList(norm_after(Conv2d(c, out_channels, 1)) for c in coarser)
+        self.reduce = nn.ModuleList(norm_after(Conv2d(c, out_channels, 1), norm) for c in coarser)
         self.extra = nn.ModuleList(
             norm_after(Conv2d(out_channels, out_channels, 3, stride=2, padding=1))
             for _ in range(1 if with_p2 else 2)
@@ -258,12 +261,17 @@ class RetinaNet(nn.Module):
 
 
 def _retinanet(variant: str, num_classes: int, cednet: dict[str, Any]) -> RetinaNet:
-    features = DetectionFeatures(CEDNet(variant, **cednet))
+    backbone = CEDNet(variant, **cednet)
+    features = DetectionFeatures(backbone, norm=norm_of(backbone.block))
     return RetinaNet(features, RetinaHead(features.out_channels, num_classes))
 
 
 def cednet_retinanet_tiny(num_classes: int = 80, **cednet: Any) -> RetinaNet:
-    """RetinaNet on CEDNet-T, 38,635,380 parameters; ``cednet``: see :class:`CEDNet`."""
+    """RetinaNet on CEDNet-T, 38,635,380 parameters; ``cednet``: see :class:`CEDNet`.
+
+    With ``block`` "resnet", whose reductions have batch norms, 39,384,692; "swin" 37,135,517;
+    "cswin" 33,566,132.
+    """
     return _retinanet("tiny", num_classes, cednet)
 
 

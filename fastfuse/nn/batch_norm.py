@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.nn.composition import Part, is_plain, is_watched
-from fastfuse.nn.conv2d import Conv2d, convolve
+from fastfuse.nn.conv2d import Conv2d, convolve_with
 
 __all__ = ["folded", "normalized"]
 
@@ -25,15 +25,22 @@ def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, in one step if nothing was done to the two."""
     tensors: list[Any] = []
     if not is_watched() and is_plain(x) and x.dim() == 4 and _CONV.read(conv, tensors) is None:
-        parameters = folded(norm, *tensors)
+        stride, (batch, _, height, width) = cast(nn.Conv2d, conv).stride, x.shape
+        pixels = batch * height * width // (int(stride[0]) * int(stride[1]))
+        parameters = folded(norm, pixels, *tensors)
         if parameters is not None:
-            return convolve(cast(nn.Conv2d, conv), x, parameters)
+            return convolve_with(cast(nn.Conv2d, conv), x, *parameters)
     return norm(conv(x))
 
 
-def folded(norm: nn.Module, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor] | None:
+def folded(
+    norm: nn.Module, pixels: int, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """A convolution's weight and bias with those of the batch norm behind it; None: it trains, or
-    something was done to it, or they are rounded to less than float32."""
+    something was done to it, or they are rounded to less than float32, or there are more weights to
+    read and write than ``pixels``, the outputs of each channel."""
+    if not torch.compiler.is_compiling() and pixels < weight[0].numel():
+        return None
     tensors: list[Any] = []
     if _NORM.read(norm, tensors) is not None or len(tensors[2]) != len(weight):
         return None

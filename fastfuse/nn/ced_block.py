@@ -13,6 +13,7 @@ from fastfuse.nn.composition import Composition, Part, is_plain, leaf
 from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.layer_norm import LayerNorm2d
+from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.ced_block import ced_block
 from fastfuse.ops.ced_block.reference import scaled_and_added
@@ -66,7 +67,7 @@ def conv3x3(channels: int) -> nn.Conv2d:
 
 _WEIGHT_AND_BIAS = ("weight", "bias")
 _CONVOLUTIONS = (DepthwiseConv2d, Conv2d, nn.Conv2d)
-_NORM = Part(
+NORM_PART = Part(
     (LayerNorm2d,),
     _WEIGHT_AND_BIAS,
     conditions={"eps above 0": lambda norm, weight, bias: norm.eps > 0},
@@ -81,7 +82,7 @@ _STEP = {
             )
         },
     ),
-    "norm": _NORM,
+    "norm": NORM_PART,
 }
 _SECOND_STEP = {
     "dw2": Part(
@@ -93,14 +94,14 @@ _SECOND_STEP = {
             )
         },
     ),
-    "norm2": _NORM,
+    "norm2": NORM_PART,
 }
-_MLP = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
+MLP_PARTS = {name: Part((nn.Linear,), _WEIGHT_AND_BIAS) for name in ("fc1", "fc2")}
 
 
-def _depthwise(channels: int, dilation: int = 1) -> Conv2d:
-    """With the constructor of nn.Conv2d, which adapters call again."""
-    check_ints("LRCEDBlock", 1, dilation=dilation)
+def depthwise(op: str, channels: int, dilation: int = 1) -> Conv2d:
+    """7x7, with the constructor of nn.Conv2d, which adapters call again."""
+    check_ints(op, 1, dilation=dilation)
     padding = dilation * (_KERNEL // 2)
     return Conv2d(channels, channels, _KERNEL, padding=padding, dilation=dilation, groups=channels)
 
@@ -123,10 +124,9 @@ class _Block(Composition):
         super().__init__()
         name = type(self).__name__
         check_ints(name, 1, channels=channels)
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"{name}: drop_path must be in [0, 1); got {drop_path}")
+        check_drop_path(name, drop_path)
         if token_mixer is None:
-            self.dw = _depthwise(channels)
+            self.dw = depthwise(name, channels)
             self.mixer = None
         else:
             self.mixer = token_mixer(channels)
@@ -147,12 +147,7 @@ class _Block(Composition):
         self.recompute = recompute
 
     def _keep(self, x: Tensor) -> Tensor | None:
-        """A factor per sample, drawn once: backward computes the block again with the same."""
-        if not self.training or self.drop_path == 0:
-            return None
-        kept = 1 - self.drop_path
-        factor = torch.empty(x.shape[0], device=x.device, dtype=torch.float32)
-        return factor.bernoulli_(kept).div_(kept)
+        return drawn_keep(x, self.drop_path, self.training)
 
     def read_parts(self) -> list[Any] | str:
         if self.mixer is not None:
@@ -216,7 +211,7 @@ class CEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
-    parts: ClassVar = {**_STEP, **_MLP}
+    parts: ClassVar = {**_STEP, **MLP_PARTS}
 
     def __init__(
         self,
@@ -304,7 +299,7 @@ class LRCEDBlock(_Block):
     torch.Size([2, 8, 9, 9])
     """
 
-    parts: ClassVar = {**_STEP, **_SECOND_STEP, **_MLP}
+    parts: ClassVar = {**_STEP, **_SECOND_STEP, **MLP_PARTS}
 
     def __init__(
         self,
@@ -317,7 +312,7 @@ class LRCEDBlock(_Block):
         recompute: bool = True,
     ) -> None:
         super().__init__(channels, drop_path, layer_scale, token_mixer, recompute)
-        self.dw2 = _depthwise(channels, dilation)
+        self.dw2 = depthwise("LRCEDBlock", channels, dilation)
         self.norm2 = LayerNorm2d(channels)
 
     def read_parts(self) -> list[Any] | str:

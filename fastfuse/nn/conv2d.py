@@ -11,7 +11,7 @@ from fastfuse.ops.depthwise_conv2d import depthwise_conv2d
 from fastfuse.ops.fusion_conv2d import convolves_single, fusion_conv2d
 from fastfuse.ops.policy import policy_of
 
-__all__ = ["Conv2d", "convolve", "dense_padding", "depthwise_dilation"]
+__all__ = ["Conv2d", "convolve", "convolve_with", "dense_padding", "depthwise_dilation"]
 
 _CONV_FORWARD = nn.Conv2d._conv_forward  # as it is when this package is imported
 
@@ -40,12 +40,13 @@ class Conv2d(nn.Conv2d):
         return convolve(self, x)
 
 
-def convolve(
-    conv: nn.Conv2d, x: Tensor, parameters: tuple[Tensor, Tensor | None] | None = None
-) -> Tensor:
-    """What a :class:`Conv2d` of the same attributes gives, of other parameters if given."""
-    # Once: parametrizations compute them.
-    weight, bias = (conv.weight, conv.bias) if parameters is None else parameters
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a :class:`Conv2d` of the same attributes gives."""
+    return convolve_with(conv, x, conv.weight, conv.bias)
+
+
+def convolve_with(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same with another weight and bias."""
     if not _is_image(conv, x, weight):
         return conv._conv_forward(x, weight, bias)
     dilation = depthwise_dilation(conv, weight)

@@ -96,7 +96,8 @@ class MultiLevelFusion(ConvUnit, LevelFusion):
         else:
             weight, bias, mean, std = tensors
             assert weight is not None
-            in_weights = folded(self.bn, weight, bias)
+            pixels = sum(f.shape[0] * f.shape[2] * f.shape[3] for f in levels)
+            in_weights = folded(self.bn, pixels, weight, bias)
             weight, bias = in_weights or (weight, bias)
             x = fusion_conv2d(
                 levels,

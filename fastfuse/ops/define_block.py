@@ -1,4 +1,4 @@
-"""The one way to define an op that is a block of a network (depthwise convolutions and an MLP).
+"""The one way to define an op that is a block of a network (an MLP, convolutions before it).
 
 A block takes a feature map, its parameters and ``keep``, and gives a map of the same shape. For
 backward it keeps its input alone, or, hungrier and faster, some tensors besides; the rest is
@@ -92,7 +92,7 @@ class BlockOp:
     """Defines ``fastfuse::name``, ``name_keeping`` and ``name_backward``; called as the op.
 
     Args:
-        parameters: in the order of the schema; the first is a depthwise weight.
+        parameters: in the order of the schema.
         options: with their types, such as "float eps"; kernels see the tuple of them.
         kernel: see above.
         reference: (x, *parameters, keep, *options) -> the result.

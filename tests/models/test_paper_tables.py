@@ -69,14 +69,19 @@ def speed(request: pytest.FixtureRequest) -> tuple[list[paper_tables.Speed], pap
 
 def test_parameters_are_the_derived_ones(parameters: list[Count]) -> None:
     counts = {row.model: row.ours for row in parameters}
-    # of T, S, B: backbone without and with the last decoder, classifier, RetinaNet, UPerNet
+    # of T, S, B: backbone without and with the last decoder, classifier, RetinaNet, UPerNet; of
+    # T's styles RetinaNet; of other blocks backbone and RetinaNet
     assert list(counts.values()) == [
         30_718_336, 30_967_776, 33_826_152, 38_635_380, 60_976_812,
         53_067_008, 53_316_448, 56_174_824, 60_984_052, 83_325_484,
         91_114_496, 91_546_688, 94_615_528, 99_121_652, 122_896_684,
         38_884_820, 38_880_724, 38_475_636,
+        31_541_376, 39_384_692, 29_267_625, 37_135_517, 25_739_200, 33_566_132,
     ]  # fmt: skip
-    assert {row.verdict for row in parameters} == {MATCH}
+    # The paper prints 33M of 33,566,132, which the public code has.
+    assert [row.model for row in parameters if row.verdict != MATCH] == [
+        "CEDNet CSwin-T, RetinaNet"
+    ]
     assert counts["CEDNet-T, RetinaNet: FPN, no LR blocks"] / 1e6 == pytest.approx(38.476, abs=5e-4)
 
 
@@ -327,7 +332,7 @@ def test_all_counts_are_printed(
     printed = " ".join(capsys.readouterr().out.split())
     for figure in ("38,635,380", "122,896,684", "254.5", "1,184.3", "38.76M", "not known"):
         assert figure in printed
-    assert MISS not in printed.split()
+    assert printed.split().count(MISS) == 1  # what the paper prints of CSwin-T
     assert not results.speed
 
 

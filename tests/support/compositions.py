@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import plain_blocks
 import plain_cednet
 import plain_heads
 import torch
@@ -30,7 +31,7 @@ class PlainNorm(plain_cednet.Norm):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
-        self.eps = plain_cednet.EPS
+        self.eps = plain_blocks.EPS
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.permute(0, 2, 3, 1)

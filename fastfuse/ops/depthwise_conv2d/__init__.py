@@ -36,8 +36,13 @@ def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
     ):
         return False
     policy = policy_of("cpu")
-    asked = weight.shape[2], is_channels_last([x]), x.shape.numel(), x.dtype
-    return x.dtype in policy.native and policy.library_depthwise(*asked)
+    asked = weight.shape[2], is_channels_last([x]), x.numel(), x.dtype
+    faster = x.dtype in policy.native and policy.library_depthwise(*asked)
+    if torch.compiler.is_compiling():  # a size that is not known must not become a condition
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(faster)
+    return faster
 
 
 def _backend(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> str:

@@ -26,6 +26,7 @@ from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
 __all__ = [
+    "Chunks",
     "Mlp",
     "MlpGradients",
     "Norm",
@@ -102,14 +103,14 @@ def mlp_route(backend: str, image: Tensor) -> str:
         return backend
     batch, channels, height, width = image.shape
     rows = image.new_empty(batch * height * width, channels)
-    chunks = _Chunks(rows, 4 * channels)
+    chunks = Chunks(rows, 4 * channels)
     products = str(MatmulRoute.of(image.device.type, image.dtype, chunks.rows))
     if chunks.fuses:
         products = "products with what follows them"
     return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
 
 
-class _Chunks:
+class Chunks:
     """Rows of pixels in chunks, all of one length but the last, which is no longer, and memory for
     what becomes of a chunk, in the dtype of the products."""
 
@@ -158,7 +159,7 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
     """
     ops = steps_of(x.device.type)
     hidden, channels = mlp.fc1_weight.shape
-    chunks = _Chunks(x, hidden)
+    chunks = Chunks(x, hidden)
     if chunks.fuses:
         _fused_forward(chunks, out, x, inputs, mlp, kept)
         return
@@ -187,7 +188,7 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
 
 
 def _fused_forward(
-    chunks: _Chunks, out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | None
+    chunks: Chunks, out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | None
 ) -> None:
     """:func:`forward` by products with what follows them."""
     ops = steps_of(x.device.type)
@@ -244,7 +245,7 @@ def backward(
     ops = steps_of(grad.device.type)
     hidden, channels = mlp.fc1_weight.shape
     accumulation = mlp.fc1_bias
-    chunks = _Chunks(grad, hidden)
+    chunks = Chunks(grad, hidden)
     normalized, kept_grad, grad_normalized, activated, grad_hidden = chunks.memory(
         channels if mlp.norm else 0,
         channels if mlp.keep is not None else 0,

@@ -53,7 +53,7 @@ def test_chunks_of_rows(
     inputs = [t.to(dtype) for t in (x, *parameters)]
     cotangent, keep = cotangent.to(dtype), torch.tensor(KEEP)
     with backend("cpu"), use_policy(policy, hidden_bytes=chunk, hidden_rows=1):
-        assert len(list(mlp._Chunks(matrix_of(inputs[0]), 32))) == math.ceil(60 / rows)
+        assert len(list(mlp.Chunks(matrix_of(inputs[0]), 32))) == math.ceil(60 / rows)
         results = with_gradients(block.call, inputs, cotangent, keep=keep, recompute=recompute)
     expected = with_gradients(
         block.reference, [t.double() for t in inputs], cotangent.double(), keep=keep.double()
@@ -399,7 +399,7 @@ def test_same_bits_from_run_to_run(
     shape = (2, 40, 29, 31)
     inputs = block.inputs(shape, 2000, dtype=dtype, channels_last=channels_last)
     (cotangent,) = images(shape, dtype=dtype, channels_last=channels_last)
-    assert len(list(mlp._Chunks(matrix_of(inputs[0]), 2000))) > 1
+    assert len(list(mlp.Chunks(matrix_of(inputs[0]), 2000))) > 1
     torch.set_num_threads(2)
     results = [with_gradients(block.call, inputs, cotangent, recompute=recompute) for _ in range(3)]
     for again in results[1:]:
