@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fastfuse.backends import requested_backend
 from fastfuse.nn.composition import Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, convolve_with
 
@@ -38,7 +39,9 @@ def folded(
 ) -> tuple[Tensor, Tensor] | None:
     """A convolution's weight and bias with those of the batch norm behind it; None: it trains, or
     something was done to it, or they are rounded to less than float32, or there are more weights to
-    read and write than ``pixels``, the outputs of each channel."""
+    read and write than ``pixels``, the outputs of each channel, or definitions are asked for."""
+    if requested_backend() == "reference":
+        return None
     if not torch.compiler.is_compiling() and pixels < weight[0].numel():
         return None
     tensors: list[Any] = []
