@@ -26,8 +26,9 @@ def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``, in one step if nothing was done to the two."""
     tensors: list[Any] = []
     if not is_watched() and is_plain(x) and x.dim() == 4 and _CONV.read(conv, tensors) is None:
-        stride, (batch, _, height, width) = cast(nn.Conv2d, conv).stride, x.shape
-        pixels = batch * height * width // (int(stride[0]) * int(stride[1]))
+        stride: Any = conv.stride  # a number, if it was set so
+        down, across = (stride, stride) if isinstance(stride, int) else stride
+        pixels = x.shape[0] * x.shape[2] * x.shape[3] // (down * across)
         parameters = folded(norm, pixels, *tensors)
         if parameters is not None:
             return convolve_with(cast(nn.Conv2d, conv), x, *parameters)

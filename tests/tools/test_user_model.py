@@ -88,8 +88,9 @@ def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str
 def test_convert_prints_the_report(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", f"some_models:{factory}"]) == 0
     printed = capsys.readouterr().out
-    model = getattr(sys.modules["some_models"], factory)
-    assert printed == f"some_models:{factory}: {fastfuse.convert(_instance(model))}\n"
+    model = _instance(getattr(sys.modules["some_models"], factory))
+    fastfuse.revert(model)
+    assert printed == f"some_models:{factory}: {fastfuse.convert(model)}\n"
     assert "depthwise" in printed
 
 
