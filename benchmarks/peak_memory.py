@@ -1,8 +1,9 @@
 """The most memory that one call holds beyond its inputs, its result included.
 
 ``python peak_memory.py`` answers every line of its input, a JSON object {"target":
-"module:function", "cases": [arguments], "warm_up": arguments}, with a line: a JSON list of the
-peaks in bytes, with null where the system does not tell, or an object {"error": text}.
+"module:function", "cases": [arguments], "warm_up": arguments, "folder": where cases run}, with a
+line: a JSON list of the peaks in bytes, with null where the system does not tell, or an object
+{"error": text}.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def peak_extra_memory(
     """Most bytes that one call holds beyond its inputs, its result included, for every case.
 
     On the CPU each case runs in a fresh process that has called nothing but the warm-up: one
-    process imports, once for all calls of this function, and forks one for each case. Elsewhere
-    than on Linux the peaks are None.
+    process imports, once for all calls of this function, and forks one for each case, in the
+    folder that is the current one now. Elsewhere than on Linux the peaks are None.
 
     Args:
         target: "module:function" in this folder; it builds the inputs and returns the call.
@@ -48,7 +49,7 @@ def peak_extra_memory(
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
-    request = {"target": target, "cases": list(cases), "warm_up": warm_up}
+    request = {"target": target, "cases": list(cases), "warm_up": warm_up, "folder": os.getcwd()}
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline() or '{"error": "the process ended"}')
@@ -120,7 +121,9 @@ def _peak_here(build: Callable[..., Callable[[], Any]], case: Arguments, warm_up
     return max(0, peak - before)
 
 
-def _peaks(target: str, cases: Sequence[Arguments], warm_up: Arguments) -> list[int | None]:
+def _peaks(
+    target: str, cases: Sequence[Arguments], warm_up: Arguments, folder: str
+) -> list[int | None]:
     if not os.access(_CLEAR_REFS, os.W_OK):
         return [None] * len(cases)
     build = _resolve(target)
@@ -129,18 +132,21 @@ def _peaks(target: str, cases: Sequence[Arguments], warm_up: Arguments) -> list[
         read_end, write_end = os.pipe()
         if (child := os.fork()) == 0:
             try:
-                os.write(write_end, str(_peak_here(build, case, warm_up)).encode())
-            except BaseException:
+                os.chdir(folder)
+                found: dict[str, Any] = {"peak": _peak_here(build, case, warm_up)}
+            except BaseException as error:
                 traceback.print_exc()
-            finally:
-                os._exit(0)
+                found = {"error": f"{type(error).__name__}: {error}"}
+            os.write(write_end, json.dumps(found).encode())
+            os._exit(0)
         os.close(write_end)
         with os.fdopen(read_end, encoding="utf-8") as stream:
             answer = stream.read()
-        os.waitpid(child, 0)
-        if not answer:
-            raise RuntimeError(f"the process of {dict(case)} ended without an answer")
-        peaks.append(int(answer))
+        _, status = os.waitpid(child, 0)
+        found = json.loads(answer or f'{{"error": "ended with exit status {status}"}}')
+        if "error" in found:
+            raise RuntimeError(f"the process of {dict(case)}: {found['error']}")
+        peaks.append(found["peak"])
     return peaks
 
 

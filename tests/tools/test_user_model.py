@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import user_model
+from peak_memory import peak_extra_memory
 from torch import nn
 
 import fastfuse
@@ -261,3 +262,20 @@ def test_bench_of_a_model_in_a_shell(capfd: pytest.CaptureFixture[str]) -> None:
     assert "forward pass: " in capfd.readouterr().out
     assert cli.main(["bench", "--model", "some_models:none", *arguments]) == 2
     assert "bench: module 'some_models' has no 'none'" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from Linux's /proc")
+def test_memory_is_measured_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever folder the process that measures was started in."""
+    where = {"shape": (1, 1, 4, 4), "dtype": "float32", "mode": "forward pass", "device": "cpu"}
+    case = {"factory": "others:a", "name": "eager", "layout": "contiguous", **where}
+    warm_up = {"factory": "user_model:small", "shape": (1, 3, 8, 8)}
+    with pytest.raises(RuntimeError, match="cannot import 'others'"):
+        peak_extra_memory("user_model:build", [case], warm_up=warm_up)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("others.py").write_text("from torch import nn\na = nn.Identity()\n", encoding="utf-8")
+    (peak,) = peak_extra_memory("user_model:build", [case], warm_up=warm_up)
+    assert peak is not None
