@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastfuse.nn.batch_norm import with_norm
 from fastfuse.ops.bilinear import axis_table, interpolate
 
 __all__ = ["AdaptivePooling", "Fusion", "TapSum", "pays_winograd"]
@@ -40,17 +41,6 @@ def sampling(size: int, target: int, kernel: int, padding: int, align_corners: b
     matrix[rows, upper] += weight
     padded = F.pad(matrix, (0, 0, padding, padding))
     return padded.unfold(0, target + 2 * padding - kernel + 1, 1).transpose(1, 2)
-
-
-def normalized(weight: Tensor, bias: Any, norm: Any) -> tuple[Tensor, Any]:
-    """Of a convolution that batch norm follows: a sum of products is not scaled for free."""
-    if norm is None:
-        return weight, bias
-    gamma, beta, mean, variance, eps = norm
-    scale = torch.rsqrt(variance + eps)
-    scale = scale if gamma is None else scale * gamma
-    shift = -mean * scale if bias is None else (bias - mean) * scale
-    return weight * scale[:, None, None, None], shift if beta is None else shift + beta
 
 
 class TapSum(nn.Module):
@@ -188,7 +178,8 @@ class Fusion(nn.Module):
         self, features: Sequence[Tensor], weight: Tensor, bias: Any, mean: Any, std: Any,
         norm: Any = None,
     ) -> Tensor:  # fmt: skip
-        weight, bias = normalized(weight, bias, norm)
+        if norm is not None:  # a sum of products is not scaled for free
+            weight, bias = with_norm(weight, bias, norm[:4], norm[4])
         weights, levels = weight.split(self.channels, 1), list(features)
         for i, level in enumerate(levels):
             if mean is not None:

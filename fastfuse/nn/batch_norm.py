@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from fastfuse.backends import requested_backend
 from fastfuse.nn.composition import Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, convolve_with
 
-__all__ = ["folded", "normalized"]
+__all__ = ["folded", "normalized", "with_norm"]
 
 _CONV = Part((nn.Conv2d, Conv2d), ("weight", "bias"), maybe=("bias",))
 _NORM = Part(
@@ -53,8 +54,16 @@ def folded(
         weight.dtype not in (torch.float32, torch.float64)
     ):
         return None
-    gain, shift, mean, variance = tensors
-    scale = torch.rsqrt(variance + cast(nn.BatchNorm2d, norm).eps)
+    return with_norm(weight, bias, tensors, cast(nn.BatchNorm2d, norm).eps)
+
+
+def with_norm(
+    weight: Tensor, bias: Tensor | None, norm: Sequence[Any], eps: float
+) -> tuple[Tensor, Tensor]:
+    """A convolution's weight and bias, scaled and shifted as a batch norm behind it does, of
+    weight, bias (or None), mean and variance."""
+    gain, shift, mean, variance = norm
+    scale = torch.rsqrt(variance + eps)
     scale = scale if gain is None else scale * gain
     offset = (-mean if bias is None else bias - mean) * scale
     return weight * scale[:, None, None, None], offset if shift is None else offset + shift

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.backends import is_transformed, requested_backend
+from fastfuse.nn.batch_norm import with_norm
 from fastfuse.nn.ced_block import depthwise
 from fastfuse.nn.composition import Composition, Part, leaf
 from fastfuse.nn.conv2d import Conv2d, convolve_with, dense_padding, depthwise_dilation
@@ -134,12 +135,14 @@ class ResNetBlock(Composition):
 
     def _folded(self, x: Tensor, tensors: list[Any]) -> Tensor:
         conv1, dw, conv2, conv3 = tensors[:5], tensors[5:11], tensors[11:16], tensors[16:]
-        y = convolve_with(self.conv1, x, *_fold(self.bn1, conv1[0], None, conv1[1:])).relu_()
+        first = with_norm(conv1[0], None, conv1[1:], self.bn1.eps)
+        y = convolve_with(self.conv1, x, *first).relu_()
         if self.dw is not None and self.bn_dw is not None:
             y = x + y
-            y = y + convolve_with(self.dw, y, *_fold(self.bn_dw, dw[0], dw[1], dw[2:])).relu_()
-        fc1 = _fold(self.bn2, conv2[0], None, conv2[1:])
-        return relu_mlp(x, y, *fc1, *_fold(self.bn3, conv3[0], None, conv3[1:]))
+            folded = with_norm(dw[0], dw[1], dw[2:], self.bn_dw.eps)
+            y = y + convolve_with(self.dw, y, *folded).relu_()
+        fc1 = with_norm(conv2[0], None, conv2[1:], self.bn2.eps)
+        return relu_mlp(x, y, *fc1, *with_norm(conv3[0], None, conv3[1:], self.bn3.eps))
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}"
@@ -159,13 +162,3 @@ def _folds(x: Tensor, tensors: list[Any]) -> bool:
         return False
     wanted = (t for t in (x, *tensors) if t is not None and t.requires_grad)
     return not (torch.is_grad_enabled() and any(True for _ in wanted))
-
-
-def _fold(
-    bn: nn.BatchNorm2d, weight: Tensor, bias: Tensor | None, statistics: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution with the batch norm after it."""
-    scale, shift, mean, var = statistics
-    scale = scale * (var + bn.eps).rsqrt()
-    mean = mean if bias is None else mean - bias
-    return weight * scale[:, None, None, None], torch.addcmul(shift, mean, scale, value=-1)

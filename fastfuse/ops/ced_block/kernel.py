@@ -12,7 +12,7 @@ from fastfuse.ops.define import steps_of
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias, to_accumulation
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -25,17 +25,8 @@ def kept_shapes(x: Tensor, parameters: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None, eps: float) -> Mlp:
-    _, _, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
-    return Mlp(
-        fc1_weight,
-        to_accumulation(fc1_bias),
-        fc2_weight,
-        to_accumulation(fc2_bias),
-        to_accumulation(scale),
-        to_accumulation(keep),
-        Norm(to_accumulation(norm_weight), to_accumulation(norm_bias), eps),
-        x.shape[2] * x.shape[3],
-    )
+    weight, bias = parameters[2:4]
+    return Mlp.of(x, parameters[4:], keep, Norm.of(weight, bias, eps))
 
 
 def forward(
@@ -90,13 +81,4 @@ def backward(
     if g is None:
         return grad_x, [None] * len(parameters)
     dw = ops.depthwise_conv2d_backward_weight(grad_convolved, x, dw_weight.shape[2], 1)
-    return grad_x, [
-        *dw,
-        g.norm_weight,
-        g.norm_bias,
-        g.fc1_weight,
-        g.fc1_bias,
-        g.fc2_weight,
-        g.fc2_bias,
-        g.scale,
-    ]
+    return grad_x, [*dw, *g]

@@ -12,7 +12,7 @@ from fastfuse.ops.define import steps_of
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias, to_accumulation
+from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -42,7 +42,7 @@ class _Step:
     def __init__(self, parameters: Sequence[Any], dilation: int, eps: float) -> None:
         self.weight, self.bias, norm_weight, norm_bias = parameters
         self.dilation = dilation
-        self.norm = Norm(to_accumulation(norm_weight), to_accumulation(norm_bias), eps)
+        self.norm = Norm.of(norm_weight, norm_bias, eps)
 
     def forward(self, x: Tensor, keeping: bool) -> tuple[Tensor, Tensor]:
         """The convolution's result, if it is kept, and the step's."""
@@ -85,20 +85,6 @@ class _Step:
         return grad_x, [*of_convolution, *norm_sums]
 
 
-def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None) -> Mlp:
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
-    return Mlp(
-        fc1_weight,
-        to_accumulation(fc1_bias),
-        fc2_weight,
-        to_accumulation(fc2_bias),
-        to_accumulation(scale),
-        to_accumulation(keep),
-        None,
-        x.shape[2] * x.shape[3],
-    )
-
-
 def _steps(parameters: Sequence[Any], dilation: int, eps: float) -> tuple[_Step, _Step]:
     return _Step(parameters[:4], 1, eps), _Step(parameters[4:8], dilation, eps)
 
@@ -118,7 +104,7 @@ def forward(
         hidden = empty(kept_shapes(x, parameters)[4], x, torch.channels_last)
         kept = [convolved, y, convolved2, z, hidden]
         out = empty(x.shape, x, torch.channels_last)
-    mlp = _mlp(x, parameters[8:], keep)
+    mlp = Mlp.of(x, parameters[8:], keep)
     hidden_rows = as_matrix(kept[4]) if keeping else None
     pointwise.forward(as_matrix(out), as_matrix(x), as_matrix(z), mlp, hidden_rows)
     return out, kept
@@ -146,7 +132,7 @@ def backward(
         as_matrix(grad_z),
         as_matrix(grad),
         as_matrix(z),
-        _mlp(x, parameters[8:], keep),
+        Mlp.of(x, parameters[8:], keep),
         None if hidden is None else as_matrix(hidden),
         of_parameters=wants_parameters,
     )
@@ -155,7 +141,5 @@ def backward(
     grad_x, of_first = first.backward(grad_y, x, convolved, bool(kept), wants_x, wants_parameters)
     if grad_x is not None:
         grad_x = grad_x.add_(grad)
-    of_mlp: list[Tensor | None] = [None] * 5
-    if g is not None:
-        of_mlp = [g.fc1_weight, g.fc1_bias, g.fc2_weight, g.fc2_bias, g.scale]
+    of_mlp = [None] * 5 if g is None else g[2:]
     return grad_x, [*of_first, *of_second, *of_mlp]

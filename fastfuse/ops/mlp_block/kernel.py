@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, to_accumulation
+from fastfuse.ops.pointwise.mlp import Mlp, Norm
 
 __all__ = ["backward", "forward", "kept_shapes"]
 
@@ -23,17 +23,8 @@ def kept_shapes(x: Tensor, parameters: Sequence[Any]) -> list[tuple[int, ...]]:
 
 
 def _mlp(x: Tensor, parameters: Sequence[Any], keep: Tensor | None, eps: float) -> Mlp:
-    norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
-    return Mlp(
-        fc1_weight,
-        to_accumulation(fc1_bias),
-        fc2_weight,
-        to_accumulation(fc2_bias),
-        to_accumulation(scale),
-        to_accumulation(keep),
-        Norm(to_accumulation(norm_weight), to_accumulation(norm_bias), eps),
-        x.shape[2] * x.shape[3],
-    )
+    weight, bias = parameters[:2]
+    return Mlp.of(x, parameters[2:], keep, Norm.of(weight, bias, eps))
 
 
 def forward(
@@ -72,12 +63,4 @@ def backward(
     of_x = grad_x.add_(grad) if wants_x else None
     if g is None:
         return of_x, [None] * len(parameters)
-    return of_x, [
-        g.norm_weight,
-        g.norm_bias,
-        g.fc1_weight,
-        g.fc1_bias,
-        g.fc2_weight,
-        g.fc2_bias,
-        g.scale,
-    ]
+    return of_x, list(g)

@@ -9,7 +9,7 @@ not multiply are converted to float32 a chunk at a time, and results rounded onc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -67,6 +67,10 @@ class Norm(NamedTuple):
     bias: Tensor
     eps: float
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor, eps: float) -> Norm:
+        return cls(to_accumulation(weight), to_accumulation(bias), eps)
+
 
 class Mlp(NamedTuple):
     """Matrices in the dtype of images, vectors in the accumulation dtype.
@@ -84,9 +88,27 @@ class Mlp(NamedTuple):
     norm: Norm | None
     pixels: int
 
+    @classmethod
+    def of(
+        cls, x: Tensor, parameters: Sequence[Any], keep: Tensor | None, norm: Norm | None = None
+    ) -> Mlp:
+        """Of a block's last five parameters: both layers' and the scale."""
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
+        return cls(
+            fc1_weight,
+            to_accumulation(fc1_bias),
+            fc2_weight,
+            to_accumulation(fc2_bias),
+            to_accumulation(scale),
+            to_accumulation(keep),
+            norm,
+            x.shape[2] * x.shape[3],
+        )
+
 
 class MlpGradients(NamedTuple):
-    """Of vectors in the accumulation dtype; of matrices too where they sum several chunks."""
+    """Of vectors in the accumulation dtype; of matrices too where they sum several chunks. In the
+    order of a block's parameters."""
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
