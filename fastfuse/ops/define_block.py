@@ -12,6 +12,7 @@ recomputed. A block's module of kernels sees dense channels_last maps and has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -174,7 +175,9 @@ class BlockOp:
         options = (*options[:-1], float(options[-1]))
         backend, channels_last = select(self.operation, x), is_channels_last([x])
         arguments = (x, *parameters, keep, *options, channels_last)
-        if backend == "reference" or recompute or not torch.is_grad_enabled():
+        if backend == "reference" or not torch.is_grad_enabled():
+            return self.operation.run(backend, x.device.type, *arguments)
+        if recompute and not self._keeps_little(x, parameters):
             return self.operation.run(backend, x.device.type, *arguments)
         if not any(t is not None and t.requires_grad for t in (x, *parameters)):
             return self.forward[backend](*arguments)
@@ -230,6 +233,14 @@ class BlockOp:
 
     def _routes(self, image: Tensor) -> dict[str, str]:
         return {"hidden 4 C": mlp_route(select(self.operation, image), image)}
+
+    def _keeps_little(self, x: Tensor, parameters: Sequence[Tensor | None]) -> bool:
+        """Whether what recomputation spares is no more than the parameters and their gradients: of
+        small maps of many channels. In a graph that is captured sizes may not be known."""
+        if torch.compiler.is_compiling():
+            return False
+        kept = sum(math.prod(shape) for shape in self.kernel.kept_shapes(x, parameters))
+        return kept <= 2 * sum(p.numel() for p in parameters if p is not None)
 
     # ---- kernels ---------------------------------------------------------------------------------
 

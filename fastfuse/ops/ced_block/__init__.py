@@ -42,7 +42,8 @@ def ced_block(
 
     DW is a depthwise k x k convolution (7 x 7 in both papers), LN normalizes the channels of each
     pixel, GELU is the exact one. For backward only x is kept, and the rest computed once more;
-    eager PyTorch keeps about twelve tensors of x's size.
+    eager PyTorch keeps about twelve tensors of x's size. Of small maps of many channels it is all
+    kept, where that takes no more memory than the parameters and their gradients.
 
     Args:
         x: (N, C, H, W), float64, float32, bfloat16 or float16, any strides; channels_last is best.

@@ -49,7 +49,8 @@ def lr_ced_block(
     ``y = x + GELU(LN(DW(x)))`` and ``z = y + GELU(LN(DW2(y)))``, DW2 being dilated.
 
     DW and DW2 are depthwise k x k convolutions (7 x 7 in the paper), LN normalizes the channels of
-    each pixel, GELU is the exact one. For backward only x is kept, and the rest computed once more.
+    each pixel, GELU is the exact one. For backward only x is kept, and the rest computed once more,
+    but for small maps of many channels, as in ``ced_block``.
 
     Args:
         x: (N, C, H, W), float64, float32, bfloat16 or float16, any strides; channels_last is best.

@@ -41,8 +41,8 @@ def mlp_block(
 ) -> Tensor:
     """``x + keep * layer_scale * fc2(GELU(fc1(LN(x))))``: ``fastfuse.ced_block`` without DW.
 
-    Shapes, dtypes, autocast, derivatives and errors are ``ced_block``'s; ``recompute=False`` keeps
-    the hidden tensor besides x.
+    Shapes, dtypes, autocast, derivatives, errors and what is kept unasked are ``ced_block``'s;
+    ``recompute=False`` keeps the hidden tensor besides x.
     """
     parameters = [
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale,

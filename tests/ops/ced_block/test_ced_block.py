@@ -374,6 +374,20 @@ def test_memory_kept_for_backward(dtype: torch.dtype, channels_last: bool, block
 
 
 @both_blocks
+def test_little_is_kept_unasked(block: Block) -> None:
+    """Where it is no more than the parameters and their gradients; results are the same."""
+    leaves = [t.requires_grad_() for t in block.inputs((1, 32, 6, 7), 128)]
+    x, *parameters = leaves
+    image, of_parameters = x.nbytes, sum(p.nbytes for p in parameters)
+    more = (5 if block.steps == 1 else 8) * image
+    assert more <= 2 * of_parameters
+    with backend("cpu"):
+        assert kept_bytes(block, leaves) == image + more
+        wide = [t.requires_grad_() for t in block.inputs((1, 32, 60, 70), 128)]
+        assert kept_bytes(block, wide) == wide[0].nbytes
+
+
+@both_blocks
 def test_a_changed_input_is_noticed(block: Block) -> None:
     """x is kept for backward: PyTorch refuses to go back through what was overwritten."""
     x, *parameters = block.inputs()
