@@ -91,6 +91,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_differentiated_otherwise() -> bool:
+    """Whether torch.func or forward mode differentiates what is computed: by definitions alone."""
+    return is_transformed() or forward_ad._current_level >= 0
+
+
 def is_tracing() -> bool:
     """Whether torch.jit.trace records this call, with every branch on a size as it is now."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from fastfuse.backends import DTYPES
 from fastfuse.nn.batch_norm import folded
-from fastfuse.nn.composition import CONVERTED, Part, is_plain, is_watched
+from fastfuse.nn.composition import (
+    Part,
+    are_untouched,
+    is_plain,
+    is_untouched,
+    is_watched,
+)
 from fastfuse.nn.conv2d import Conv2d, dense_padding, depthwise_dilation
 from fastfuse.ops.autocast import cast_dtype
 from fastfuse.ops.ced_block import ced_block
@@ -56,24 +62,6 @@ _DEPTHWISE = Part(
 )
 _LINEAR = Part((nn.Linear,), _WEIGHT_AND_BIAS)
 _SEQUENCE = nn.Sequential.forward  # as it is when this package is imported
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module runs its class's forward, or ours, and nothing else."""
-    state = module.__dict__
-    if "forward" in state and getattr(state["forward"], "__func__", None) not in CONVERTED:
-        return False
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "_compiled_call_impl" in state
-    )
-
-
-def are_untouched(*modules: nn.Module) -> bool:
-    return not is_watched() and all(is_untouched(module) for module in modules)
 
 
 def is_original(module: nn.Module, target: str) -> bool:

@@ -14,6 +14,8 @@ from torch.fx import GraphModule, Node
 from fastfuse.conversion import convert
 from fastfuse.conversion.plain_ops import AdaptivePooling, Fusion, pays_winograd
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.define import Operation
+from fastfuse.ops.mlp_block import BLOCK as MLP_BLOCK
 from fastfuse.ops.upsample_argmax.reference import reference as argmax
 
 __all__ = ["plain"]
@@ -187,9 +189,9 @@ def _argmax(confidence: bool) -> Function:
     return run
 
 
-def _definition(name: str) -> Function:
+def _definition(operation: Operation) -> Function:
     """An op's reference; the last argument is the memory format of the result."""
-    return lambda *arguments: OPERATIONS[name].reference(*arguments[:-1])
+    return lambda *arguments: operation.reference(*arguments[:-1])
 
 
 # What needs no constants, by the names of ops.
@@ -198,12 +200,13 @@ _PLAIN: dict[str, Function] = {
     "upsample_argmax": _argmax(False),
     "upsample_argmax_confidence": _argmax(True),
     **{
-        name: _definition(name)
+        name: _definition(OPERATIONS[name])
         for name in (
             "ced_block", "depthwise_conv2d", "lr_ced_block", "tap_sum", "upsample_add",
             "upsample_equalize_concat",
         )
     },
+    "mlp_block": _definition(MLP_BLOCK.operation),
 }  # fmt: skip
 
 

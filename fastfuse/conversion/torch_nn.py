@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,11 +33,9 @@ def conv2d(self: nn.Conv2d, input: Tensor) -> Tensor:
 
 def _pairs(sequence: nn.Sequential) -> list[bool]:
     """Of each child, whether a batch norm follows a convolution."""
-    children = list(sequence)
-    following = [*children[1:], None]
     return [
         isinstance(child, nn.Conv2d) and type(after) is nn.BatchNorm2d
-        for child, after in zip(children, following, strict=True)
+        for child, after in pairwise([*sequence, None])
     ]
 
 

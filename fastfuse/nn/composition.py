@@ -20,7 +20,17 @@ from torch.fx import Proxy, Tracer
 from torch.nn.modules import module as globally
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = ["CONVERTED", "Composition", "Part", "explain", "is_plain", "is_watched", "leaf"]
+__all__ = [
+    "CONVERTED",
+    "Composition",
+    "Part",
+    "are_untouched",
+    "explain",
+    "is_plain",
+    "is_untouched",
+    "is_watched",
+    "leaf",
+]
 
 # Forwards that convert puts in the place of classes', with the same results.
 CONVERTED: set[Callable[..., Any]] = set()
@@ -105,6 +115,24 @@ class Part:
             if not holds(child, *into[first:]):
                 return f"is not as expected: {expected}"
         return None
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward, or ours, and nothing else."""
+    state = module.__dict__
+    if "forward" in state and getattr(state["forward"], "__func__", None) not in CONVERTED:
+        return False
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "_compiled_call_impl" in state
+    )
+
+
+def are_untouched(*modules: nn.Module) -> bool:
+    return not is_watched() and all(is_untouched(module) for module in modules)
 
 
 class Composition(nn.Module):

@@ -51,6 +51,7 @@ class MLPBlock(Composition):
         self.norm = LayerNorm2d(channels)
         self.fc1 = nn.Linear(channels, _EXPANSION * channels)
         self.fc2 = nn.Linear(_EXPANSION * channels, channels)
+        self.channels = channels
         self.drop_path = drop_path
         self.recompute = recompute
 
@@ -62,10 +63,10 @@ class MLPBlock(Composition):
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
+        check_feature_map("MLPBlock", "x", x, channels=self.channels)
         keep = drawn_keep(x, self.drop_path, self.training)
         tensors = self.read_parts()
         if isinstance(tensors, str):
-            check_feature_map("MLPBlock", "x", x)
             (x,) = cast_for_autocast([x])
             hidden = F.gelu(self.fc1(self.norm(x).permute(0, 2, 3, 1)))
             return scaled_and_added(x, self.fc2(hidden), None, keep)

@@ -7,15 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastfuse.backends import is_transformed, requested_backend
+from fastfuse.backends import is_differentiated_otherwise, requested_backend
 from fastfuse.nn.batch_norm import with_norm
 from fastfuse.nn.ced_block import depthwise
-from fastfuse.nn.composition import Composition, Part, leaf
+from fastfuse.nn.composition import Composition, Part, are_untouched, leaf
 from fastfuse.nn.conv2d import Conv2d, convolve_with, dense_padding, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
 from fastfuse.ops.autocast import autocasts, cast_for_autocast
 from fastfuse.ops.checks import check_feature_map, check_ints
+from fastfuse.ops.layout import is_channels_last, to_memory_format
 from fastfuse.ops.pointwise.relu_mlp import relu_mlp
 from fastfuse.ops.policy import policy_of
 
@@ -101,7 +102,7 @@ class ResNetBlock(Composition):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        check_ints("ResNetBlock", 1, channels=channels)
+        check_ints("ResNetBlock", 1, channels=channels, dilation=dilation)
         check_drop_path("ResNetBlock", drop_path)
         wide = _EXPANSION * channels
         self.conv1 = Conv2d(channels, channels, 3, padding=1, bias=False)
@@ -112,7 +113,7 @@ class ResNetBlock(Composition):
         self.bn2 = nn.BatchNorm2d(wide)
         self.conv3 = Conv2d(wide, channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)  # nobody needs batch norm's result but the ReLU
+        self.relu = nn.ReLU()
         self.channels = channels
         self.drop_path = drop_path
 
@@ -120,18 +121,27 @@ class ResNetBlock(Composition):
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map("ResNetBlock", "x", x, channels=self.channels)
         tensors = self.read_parts()
-        if not isinstance(tensors, str) and _folds(x, tensors):
+        drops = self.training and self.drop_path > 0
+        if not isinstance(tensors, str) and not drops and _folds(x, tensors):
             return self._folded(x, tensors)
         (x,) = cast_for_autocast([x])
-        y = self.relu(self.bn1(self.conv1(x)))
+        y = self._activated(self.bn1, self.conv1(x))
         if self.dw is not None and self.bn_dw is not None:
             y = x + y
-            y = y + self.relu(self.bn_dw(self.dw(y)))
-        branch = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
+            y = y + self._activated(self.bn_dw, self.dw(y))
+        branch = self.bn3(self.conv3(self._activated(self.bn2, self.conv2(y))))
         keep = drawn_keep(x, self.drop_path, self.training)
         if keep is not None:
             branch = branch * keep.to(branch.dtype)[:, None, None, None]
         return self.relu(x + branch)
+
+    def _activated(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``relu(norm(x))``, over batch norm's result where nobody else sees it."""
+        y = norm(x)
+        kinds = type(norm), type(self.relu)
+        if kinds == (nn.BatchNorm2d, nn.ReLU) and are_untouched(norm, self.relu):
+            return y.relu_()
+        return self.relu(y)
 
     def _folded(self, x: Tensor, tensors: list[Any]) -> Tensor:
         conv1, dw, conv2, conv3 = tensors[:5], tensors[5:11], tensors[11:16], tensors[16:]
@@ -142,7 +152,8 @@ class ResNetBlock(Composition):
             folded = with_norm(dw[0], dw[1], dw[2:], self.bn_dw.eps)
             y = y + convolve_with(self.dw, y, *folded).relu_()
         fc1 = with_norm(conv2[0], None, conv2[1:], self.bn2.eps)
-        return relu_mlp(x, y, *fc1, *with_norm(conv3[0], None, conv3[1:], self.bn3.eps))
+        out = relu_mlp(x, y, *fc1, *with_norm(conv3[0], None, conv3[1:], self.bn3.eps))
+        return to_memory_format(out, is_channels_last([x]))
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path}"
@@ -152,8 +163,10 @@ def _folds(x: Tensor, tensors: list[Any]) -> bool:
     """Where a batch norm is folded, with results that are the composition's to rounding."""
     if x.device.type != "cpu" or x.dtype not in policy_of("cpu").native:
         return False
-    if autocasts("cpu") or is_transformed() or requested_backend() == "reference":
+    if autocasts("cpu") or is_differentiated_otherwise() or requested_backend() == "reference":
         return False
+    if not torch.compiler.is_compiling() and (type(x) is not Tensor or torch.jit.is_tracing()):
+        return False  # what stands for other tensors, which may want derivatives
     if any(t is not None and t.dtype != x.dtype for t in tensors):
         return False
     batch, channels, height, width = x.shape

@@ -9,6 +9,8 @@ __all__ = ["check_drop_path", "drawn_keep"]
 
 
 def check_drop_path(op: str, drop_path: float) -> None:
+    if not isinstance(drop_path, (int, float)):
+        raise TypeError(f"{op}: drop_path must be a number; got {type(drop_path).__name__}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"{op}: drop_path must be in [0, 1); got {drop_path}")
 

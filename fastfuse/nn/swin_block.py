@@ -13,7 +13,7 @@ from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
 from fastfuse.nn.window_attention import StripeAttention, WindowAttention
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.ced_block.reference import scaled_and_added
-from fastfuse.ops.checks import check_feature_map
+from fastfuse.ops.checks import check_feature_map, check_ints
 
 __all__ = ["CSwinBlock", "SwinBlock"]
 
@@ -88,6 +88,7 @@ class SwinBlock(_AttentionBlock):
         drop_path: float = 0.0,
         recompute: bool = True,
     ) -> None:
+        check_ints("SwinBlock", 1, dilation=dilation)
         attention = WindowAttention(channels, heads, window=window, shift=shift)
         super().__init__(attention, channels, drop_path, recompute)
         self.long_range = long_range

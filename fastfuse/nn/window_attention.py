@@ -9,8 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastfuse.backends import cpu_refusal, is_transformed, requested_backend
+from fastfuse.backends import (
+    cpu_refusal,
+    is_differentiated_otherwise,
+    is_transformed,
+    requested_backend,
+)
 from fastfuse.nn.composition import leaf
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.ops.autocast import cast_for_autocast
@@ -102,6 +108,16 @@ def _cut(rows: Tensor, window: int) -> Tensor:
     return tiles.reshape(-1, window * window, rows.shape[3])
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's; by its definition where the reference runs, which has all derivatives."""
+    if not torch.compiler.is_compiling() and (
+        requested_backend() == "reference" or is_differentiated_otherwise()
+    ):
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
 class WindowAttention(nn.Module):
     """Self-attention in windows of w x w pixels, with a bias by relative position; Swin's.
 
@@ -140,7 +156,7 @@ class WindowAttention(nn.Module):
             raise ValueError(
                 f"WindowAttention: shift must be below the window, {window}; got {shift}"
             )
-        self.window, self.shift = window, shift
+        self.channels, self.window, self.shift = channels, window, shift
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         table = torch.empty((2 * window - 1) ** 2, self.heads)
@@ -148,7 +164,7 @@ class WindowAttention(nn.Module):
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        check_feature_map("WindowAttention", "x", x, channels=self.proj.out_features)
+        check_feature_map("WindowAttention", "x", x, channels=self.channels)
         (x,) = cast_for_autocast([x])
         batch, channels, height, width = x.shape
         w, rows = self.window, x.permute(0, 2, 3, 1)
@@ -163,7 +179,7 @@ class WindowAttention(nn.Module):
             tokens = _cut(_rolled(rows, -self.shift), w)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = self._bias(batch, *padded, q)
-        tokens = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2)
+        tokens = _attention(q, k, v, bias).transpose(1, 2)
         if places is not None:
             rows = places.join(tokens.reshape(-1, channels)).view(batch, height, width, channels)
         else:
@@ -234,14 +250,14 @@ class StripeAttention(nn.Module):
         self.heads = check_heads("StripeAttention", channels, heads, branches)
         if stripe is not None:
             check_ints("StripeAttention", 1, stripe=stripe)
-        self.stripe = stripe
+        self.channels, self.stripe = channels, stripe
         self.qkv = nn.Linear(channels, 3 * channels)
         self.lepe = nn.ModuleList(DepthwiseConv2d(channels // branches, 3) for _ in range(branches))
         self.proj = nn.Linear(channels, channels)
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        check_feature_map("StripeAttention", "x", x, channels=self.proj.out_features)
+        check_feature_map("StripeAttention", "x", x, channels=self.channels)
         (x,) = cast_for_autocast([x])
         height, width = x.shape[2:]
         s, heads = self.stripe, self.heads // len(self.lepe)
@@ -271,9 +287,9 @@ def _in_stripes(qkv: Tensor, extent: tuple[int, int], lepe: nn.Module) -> Tensor
     ).transpose(2, 3)
     tokens = tiles.reshape(-1, rows * columns, 3, heads, size)  # no copy where stripes are rows
     q, k, v = tokens.permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mixed = _attention(q, k, v).transpose(1, 2).flatten(2)
     values = tokens[:, :, 2].reshape(-1, rows, columns, heads * size).permute(0, 3, 1, 2)
     mixed = mixed + lepe(values).permute(0, 2, 3, 1).flatten(1, 2)
-    tiles = mixed.view(*tiles.shape[:5], -1).transpose(2, 3)
-    image = tiles.reshape(batch, padded_height, padded_width, -1)
+    tiles = mixed.view(*tiles.shape[:5], heads * size).transpose(2, 3)
+    image = tiles.reshape(batch, padded_height, padded_width, heads * size)
     return image[:, top : top + height, left : left + width]
