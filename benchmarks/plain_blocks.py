@@ -68,9 +68,14 @@ def joined(tokens: Tensor, tall: int, wide: int, h: int, w: int) -> Tensor:
     return tiles.transpose(2, 3).reshape(-1, h, w, tokens.shape[2])
 
 
+def mask(h: int, w: int, tokens: Tensor) -> Tensor:
+    """Of shifted windows, (windows, 1, tokens, tokens); kept, where tensors are what they seem."""
+    make = _mask if type(tokens) is Tensor else _mask.__wrapped__
+    return make(h, w, tokens.dtype)
+
+
 @lru_cache(32)
-def mask(h: int, w: int, dtype: torch.dtype) -> Tensor:
-    """Of shifted windows, (windows, 1, tokens, tokens)."""
+def _mask(h: int, w: int, dtype: torch.dtype) -> Tensor:
     regions = torch.zeros(1, h, w, 1)
     slices = (slice(0, -WINDOW), slice(-WINDOW, -SHIFT), slice(-SHIFT, None))
     for i, rows in enumerate(slices):
@@ -106,7 +111,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.index].view(WINDOW**2, WINDOW**2, -1)
         bias = bias.permute(2, 0, 1).unsqueeze(0)
         if self.shift:
-            bias = (bias + mask(h, w, q.dtype)).repeat(n, 1, 1, 1)
+            bias = (bias + mask(h, w, q)).repeat(n, 1, 1, 1)
         tokens = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
         rows = joined(self.proj(tokens), WINDOW, WINDOW, h, w)
         if self.shift:

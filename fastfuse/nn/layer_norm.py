@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastfuse.nn.composition import leaf
 from fastfuse.ops.checks import check_ints
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["LayerNorm2d"]
 
@@ -49,9 +49,7 @@ class LayerNorm2d(nn.Module):
             )
         pixels = x.permute(0, 2, 3, 1)
         normalized = F.layer_norm(pixels, self.weight.shape, self.weight, self.bias, self.eps)
-        return normalized.permute(0, 3, 1, 2).contiguous(
-            memory_format=memory_format(is_channels_last([x]))
-        )
+        return defined_memory_format(normalized.permute(0, 3, 1, 2), is_channels_last([x]))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -15,6 +15,7 @@ from fastfuse.ops.define import COMPILED, Derivative, Op
 __all__ = [
     "as_image",
     "as_matrix",
+    "defined_memory_format",
     "is_channels_last",
     "memory_format",
     "prefer_memory_format",
@@ -55,6 +56,14 @@ def to_memory_format(image: Tensor, channels_last: bool) -> Tensor:
     if dense and image.device.type == "cpu" and _extension.module is not None:
         return cast(Tensor, _copy["cpu"](image, channels_last))
     return image.contiguous(memory_format=wanted)
+
+
+def defined_memory_format(image: Tensor, channels_last: bool) -> Tensor:
+    """:func:`to_memory_format` for definitions, by PyTorch; in transforms, where images may be
+    batches of images, the image as it is."""
+    if is_transformed():
+        return image
+    return image.contiguous(memory_format=memory_format(channels_last))
 
 
 def prefer_memory_format(image: Tensor, channels_last: bool) -> Tensor:

@@ -71,6 +71,15 @@ def test_forward_mode(name: str, channels_last: bool) -> None:
 
 
 @all_blocks
+@both_layouts
+def test_vmap(name: str, channels_last: bool) -> None:
+    m = block(name)
+    images = [to_memory_format(torch.randn(2, 12, 5, 7).double(), channels_last) for _ in range(3)]
+    expected = torch.stack([m(x) for x in images])
+    torch.testing.assert_close(torch.func.vmap(m)(torch.stack(images)), expected)
+
+
+@all_blocks
 def test_second_derivatives_of_the_reference(name: str) -> None:
     m = block(name)
     with backend("reference"):

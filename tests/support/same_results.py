@@ -67,31 +67,30 @@ def _run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, dict[str, Tensor]
     }
 
 
-def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], kind: str) -> None:
+def _assert_close(
+    got: dict[str, Tensor], expected: dict[str, Tensor], kind: str, roundings: float = 1.0
+) -> None:
     assert got.keys() == expected.keys(), kind
-
-    def size(t: Tensor) -> float:
-        """Of gradients the norm: one that meets a ReLU near 0 is on or off by a rounding."""
-        return float(t.norm() if "gradient" in kind else t.abs().max())
-
-    largest = max(map(size, expected.values()), default=0.0)
+    largest = max((float(t.abs().max()) for t in expected.values()), default=0.0)
     for name, b in expected.items():
         a = got[name]
         assert a.shape == b.shape, (kind, name)
         assert a.dtype == b.dtype, (kind, name)
-        tolerance = _TOLERANCE.get(b.dtype, 0.0)  # of counts of batches none
-        error = size(a - b)
+        tolerance = roundings * _TOLERANCE.get(b.dtype, 0.0)  # of counts of batches none
+        error = float((a - b).abs().max())
         assert error <= tolerance * largest, f"{kind} {name}: {error:.3g} of {largest:.3g}"
 
 
 def assert_same_results(
-    model: nn.Module, *args: Any, converted: str | None = None
+    model: nn.Module, *args: Any, converted: str | None = None, is_deep: bool = False
 ) -> ConversionReport:
     """Converts a copy of a model, and compares: float64 and float32, train and eval, both layouts;
     outputs, gradients of inputs and parameters, buffers.
 
     Args:
         converted: the name of a module that must be converted.
+        is_deep: whether it is a whole network. Of its float32 values some meet a ReLU so near 0
+            that a rounding turns their gradients on or off, the original's against float64 too.
     """
     for dtype in (torch.float64, torch.float32):
         original = copy.deepcopy(model).to(dtype)
@@ -112,5 +111,7 @@ def assert_same_results(
                 for kind, tensors in expected.items():
                     if training and kind == "gradient" and dtype == torch.float32:
                         continue  # differences of large numbers, through norms of few values
-                    _assert_close(got[kind], tensors, f"{dtype}, training={training}: {kind}")
+                    kinks = is_deep and kind == "gradient" and dtype == torch.float32
+                    title = f"{dtype}, training={training}: {kind}"
+                    _assert_close(got[kind], tensors, title, 10.0 if kinks else 1.0)
     return report

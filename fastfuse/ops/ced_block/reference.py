@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["mlp", "reference", "scaled_and_added"]
 
@@ -19,7 +19,7 @@ def scaled_and_added(
     if keep is not None:
         branch = branch * keep.to(branch.dtype)[:, None, None, None]
     output = x + branch.to(x.dtype).permute(0, 3, 1, 2)
-    return output.contiguous(memory_format=memory_format(is_channels_last([x])))
+    return defined_memory_format(output, is_channels_last([x]))
 
 
 def mlp(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["reference"]
 
@@ -22,4 +22,4 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> 
     if dtype == torch.float16 and x.device.type == "cpu":  # PyTorch's gradient sums in float16
         x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     output = F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
-    return output.to(dtype).contiguous(memory_format=memory_format(channels_last))
+    return defined_memory_format(output.to(dtype), channels_last)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 from fastfuse.ops.upsample_equalize_concat.reference import reference as concatenated
 
 __all__ = ["reference"]
@@ -26,4 +26,4 @@ def reference(
     """``conv2d(upsample_equalize_concat(features, ...), weight, bias, padding=padding)``."""
     fused = concatenated(features, size, mean, std, align_corners)
     output = F.conv2d(fused, weight, bias, padding=padding)
-    return output.contiguous(memory_format=memory_format(is_channels_last(features)))
+    return defined_memory_format(output, is_channels_last(features))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.bilinear import interpolate
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["reference", "sum_of_shifted"]
 
@@ -58,4 +58,4 @@ def reference(
         padding,
         lambda x: interpolate(x, size, align_corners=align_corners),
     )
-    return output.to(taps.dtype).contiguous(memory_format=memory_format(is_channels_last([taps])))
+    return defined_memory_format(output.to(taps.dtype), is_channels_last([taps]))

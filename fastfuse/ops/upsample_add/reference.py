@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["reference"]
 
@@ -17,4 +17,4 @@ def reference(x: Tensor, skip: Tensor, align_corners: bool = False) -> Tensor:
     """
     size = (skip.shape[2], skip.shape[3])
     output = skip + interpolate(x, size, align_corners=align_corners)
-    return output.contiguous(memory_format=memory_format(is_channels_last([x, skip])))
+    return defined_memory_format(output, is_channels_last([x, skip]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate
-from fastfuse.ops.layout import is_channels_last, memory_format
+from fastfuse.ops.layout import defined_memory_format, is_channels_last
 
 __all__ = ["reference"]
 
@@ -30,4 +30,4 @@ def reference(
             level = level / std[i]
         levels.append(level)
     output = torch.cat(levels, dim=1)
-    return output.contiguous(memory_format=memory_format(is_channels_last(features)))
+    return defined_memory_format(output, is_channels_last(features))
