@@ -380,16 +380,20 @@ def test_blocks_agree(suite: ModuleType, dtype: str, mode: str) -> None:
     assert not found.left_out
 
 
-def test_bytes_that_blocks_keep() -> None:
-    def kept(suite: ModuleType, name: str, mode: str = "forward + backward") -> float:
+def test_bytes_that_blocks_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(
+        suite: ModuleType, name: str, mode: str = "forward + backward", shape: str = "tiny"
+    ) -> float:
         """Of the image's."""
-        call = suite.build(name, "channels_last", "tiny", "float32", mode)
+        call = suite.build(name, "channels_last", shape, "float32", mode)
         of_image: int = call.x.nbytes
         return counts.kept_bytes(call, call.parameters) / of_image
 
     assert kept(bench_ced_block, "fastfuse", "forward") == 0
     for suite, more in ((bench_ced_block, 6), (bench_lr_ced_block, 9)):
-        assert kept(suite, "fastfuse") == 1
+        monkeypatch.setitem(suite.SHAPES, "wide", ced_blocks.BlockShape(8, 32, 32, dilation=3))
+        assert kept(suite, "fastfuse", shape="wide") == 1
+        assert kept(suite, "fastfuse") == more  # no more than parameters and gradients
         assert kept(suite, "fastfuse, recompute=False") == more
     # x, the convolution's, the norm's, two of the hidden width, the MLP's, a mean and a deviation
     assert kept(bench_ced_block, "eager, linear") == 12 + 2 / 8
