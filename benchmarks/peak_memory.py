@@ -133,12 +133,14 @@ def _peaks(
         if (child := os.fork()) == 0:
             try:
                 os.chdir(folder)
-                found: dict[str, Any] = {"peak": _peak_here(build, case, warm_up)}
+                os.write(write_end, json.dumps({"peak": _peak_here(build, case, warm_up)}).encode())
             except BaseException as error:
                 traceback.print_exc()
-                found = {"error": f"{type(error).__name__}: {error}"}
-            os.write(write_end, json.dumps(found).encode())
-            os._exit(0)
+                os.write(
+                    write_end, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode()
+                )
+            finally:
+                os._exit(0)
         os.close(write_end)
         with os.fdopen(read_end, encoding="utf-8") as stream:
             answer = stream.read()

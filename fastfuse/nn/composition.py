@@ -43,6 +43,16 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in _PLAIN
 
 
+def _has_hooks(state: Mapping[str, Any]) -> bool:
+    """Of a module's attributes."""
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
 @dataclass(frozen=True)
 class Part:
     """What an op assumes of a child, beside that nothing was done to it.
@@ -90,12 +100,7 @@ class Part:
             elif type(tensor) not in _PLAIN:
                 return f"has a {type(tensor).__name__} as {name}"
             into.append(tensor)
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-        ):
+        if _has_hooks(state):
             return "has hooks"
         # Set on the module or, since the import, on its class. Dynamo guards what it reads so.
         forward, convolve = methods
@@ -122,13 +127,7 @@ def is_untouched(module: nn.Module) -> bool:
     state = module.__dict__
     if "forward" in state and getattr(state["forward"], "__func__", None) not in CONVERTED:
         return False
-    return not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "_compiled_call_impl" in state
-    )
+    return not (_has_hooks(state) or "_compiled_call_impl" in state)
 
 
 def are_untouched(*modules: nn.Module) -> bool:

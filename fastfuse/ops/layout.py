@@ -67,13 +67,10 @@ def defined_memory_format(image: Tensor, channels_last: bool) -> Tensor:
 
 
 def prefer_memory_format(image: Tensor, channels_last: bool) -> Tensor:
-    """:func:`to_memory_format` for modules, with derivatives; in transforms, where images may be
-    batches of images, the image as it is."""
-    if is_transformed():
-        return image
+    """:func:`to_memory_format` for modules, with derivatives; by PyTorch where no kernel runs."""
     if requested_backend() != "reference" and cpu_refusal(image) is None:
         return to_memory_format(image, channels_last)
-    return image.contiguous(memory_format=memory_format(channels_last))
+    return defined_memory_format(image, channels_last)
 
 
 def _fake(image: Tensor, channels_last: bool) -> Tensor:
