@@ -17,6 +17,7 @@ from fastfuse.ops import OPERATIONS
 from fastfuse.ops.define import Operation
 from fastfuse.ops.mlp_block import BLOCK as MLP_BLOCK
 from fastfuse.ops.upsample_argmax.reference import reference as argmax
+from fastfuse.ops.window_attention.reference import reference as window_attention
 
 __all__ = ["plain"]
 
@@ -207,6 +208,7 @@ _PLAIN: dict[str, Function] = {
         )
     },
     "mlp_block": _definition(MLP_BLOCK.operation),
+    "window_attention": window_attention,
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from cednets import assert_alike, count, randomized, results
 from inputs import both_layouts, images
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastfuse
@@ -26,7 +25,6 @@ from fastfuse.nn import (
     SwinBlock,
     WindowAttention,
 )
-from fastfuse.nn import window_attention as module
 from fastfuse.ops.mlp_block import mlp_block
 from fastfuse.ops.mlp_block.reference import reference
 from fastfuse.ops.mlp_block.samples import samples
@@ -237,55 +235,6 @@ def test_parameters() -> None:
     assert count(CSwinBlock(64)) == count(CSwinBlock(64, stripe=None)) == 12 * 64**2 + 23 * 64
     assert count(ResNetBlock(c)) == 17 * c * c + 12 * c
     assert count(ResNetBlock(c, long_range=True)) == 17 * c * c + 64 * c
-
-
-def test_a_table_of_one_window_is_swins() -> None:
-    """Row (dy + w - 1) (2 w - 1) + dx + w - 1 of a query at (dy, dx) from its key."""
-    w = 3
-    attention = WindowAttention(4, 1, window=w)
-    rows, columns = coordinates(w, w)
-    index = (rows[:, None] - rows + w - 1) * (2 * w - 1) + columns[:, None] - columns + w - 1
-    q = torch.zeros(())
-    expected = attention.relative_position_bias_table[index, 0]
-    assert torch.equal(attention._bias(1, w, w, q)[0, 0], expected)
-
-
-# ---- masks --------------------------------------------------------------------------------------
-
-
-def test_masks_and_places_are_made_once_for_a_size() -> None:
-    first, second = WindowAttention(C, 3, shift=3), WindowAttention(C, 3, shift=3)
-    module._kept.cache_clear()
-    with torch.inference_mode():
-        first(torch.randn(1, C, 9, 9))
-    second(torch.randn(1, C, 9, 9)).sum().backward()
-    assert module._kept.cache_info().currsize == 2
-    second(torch.randn(2, C, 12, 9)).sum().backward()
-    assert module._kept.cache_info().currsize == 3  # the mask is that of 14 x 14
-    for extent in range(1, module._SIZES):
-        first(torch.randn(1, C, 7 * extent, 1))
-    assert module._kept.cache_info().currsize == module._SIZES
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        first(torch.randn(1, C, 7, 77))
-    assert type(first(torch.randn(1, C, 7, 77))) is Tensor  # of no fake mask
-
-
-def test_rows_are_moved_by_one_op() -> None:
-    """And as PyTorch's passes move them, in double backward too."""
-    attention, x = WindowAttention(4, 1, shift=3).double(), torch.randn(2, 4, 9, 3).double()
-    places = module._places(2, 9, 3, 7, 3)
-    rows = x.permute(0, 2, 3, 1).reshape(-1, 4).requires_grad_()
-    tokens = places.cut(rows)
-    plain = module._cut(module._rolled(F.pad(rows.view(2, 9, 3, 4), (0, 0, 0, 4, 0, 5)), -3), 7)
-    assert torch.equal(tokens, plain.flatten(0, 1))
-    assert torch.equal(places.join(tokens), rows)
-    assert torch.autograd.gradcheck(places.cut, rows)
-    assert torch.autograd.gradcheck(places.join, tokens)
-    assert torch.autograd.gradgradcheck(places.cut, rows)
-    torch.library.opcheck(torch.ops.fastfuse.gather_rows.default, (rows, *places))
-    found = results(attention, x)
-    with backend("reference"):
-        assert_alike(results(attention, x), found, 1e-14)
 
 
 # ---- stochastic depth ---------------------------------------------------------------------------
