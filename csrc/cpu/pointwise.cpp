@@ -166,6 +166,20 @@ void bias_gelu_backward_into(Tensor grad, Tensor out, Tensor grad_bias, Tensor h
   });
 }
 
+void bias_relu_into(Tensor out, Tensor product, Tensor bias, std::optional<Tensor> skip) {
+  const Matrix m("bias_relu_into", "product", product);
+  BiasRelu op{};
+  op.rows = m.rows();
+  op.channels = m.channels();
+  op.product = m.matrix("product", product);
+  op.skip = m.matrix("skip", skip);
+  op.out = m.matrix("out", out);
+  op.bias = m.vector("bias", bias);
+  m.for_rows([&, body = kernel(m.dtype()).bias_relu](int64_t begin, int64_t end) {
+    body(op, begin, end);
+  });
+}
+
 // The images of the rows: `first` and those after it, `pixels` rows each.
 void describe_images(const char* name, const Matrix& m, const std::optional<Tensor>& keep,
                      int64_t pixels, int64_t first, Residual& op) {
@@ -217,6 +231,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastfuse, CPU, m) {
   m.impl("layer_norm_backward_into", TORCH_BOX(&layer_norm_backward_into));
   m.impl("bias_gelu_into", TORCH_BOX(&bias_gelu_into));
   m.impl("bias_gelu_backward_into", TORCH_BOX(&bias_gelu_backward_into));
+  m.impl("bias_relu_into", TORCH_BOX(&bias_relu_into));
   m.impl("residual_into", TORCH_BOX(&residual_into));
   m.impl("residual_backward_into", TORCH_BOX(&residual_backward_into));
 }

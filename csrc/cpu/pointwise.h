@@ -39,6 +39,12 @@ struct BiasGelu {
   void* sums;  // of grad
 };
 
+struct BiasRelu {
+  int64_t rows, channels;
+  Rows product, skip, out;  // skip: added before; there may be none
+  const void* bias;
+};
+
 struct Residual {
   int64_t rows, channels;
   Rows x, product, out;  // backward: x is the gradient, and there is no product
@@ -56,6 +62,7 @@ struct PointwiseKernels {
                                 void* scratch);
     void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
     void (*bias_gelu_backward)(const BiasGelu&, int64_t begin, int64_t end);
+    void (*bias_relu)(const BiasRelu&, int64_t begin, int64_t end);
     void (*residual)(const Residual&, int64_t begin, int64_t end);
     void (*residual_backward)(const Residual&, int64_t begin, int64_t end);
   };

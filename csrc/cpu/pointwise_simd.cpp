@@ -211,8 +211,26 @@ void residual_backward(const Residual& op, int64_t begin, int64_t end) {
 }
 
 template <class S>
+void bias_relu(const BiasRelu& op, int64_t begin, int64_t end) {
+  using A = compute_t<S>;
+  const A* bias = static_cast<const A*>(op.bias);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* product = row_of<const S>(op.product, i);
+    const S* skip = op.skip.data ? row_of<const S>(op.skip, i) : nullptr;
+    S* out = row_of<S>(op.out, i);
+    for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        Vec<A> y = load(product + c) + load(bias + c);
+        if (skip) y += load(skip + c);
+        store(out + c, y < 0 ? Vec<A>{} : y);  // a NaN stays one
+      }
+    });
+  }
+}
+
+template <class S>
 constexpr PointwiseKernels::Kernel kernel() {
-  return {layer_norm<S>, layer_norm_backward<S>, bias_gelu<S>, bias_gelu_backward<S>,
+  return {layer_norm<S>, layer_norm_backward<S>, bias_gelu<S>, bias_gelu_backward<S>, bias_relu<S>,
           residual<S>,   residual_backward<S>};
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fastfuse.conversion.parts import upsampled
 from fastfuse.conversion.pattern import register_pattern
-from fastfuse.nn.batch_norm import normalized
+from fastfuse.nn.batch_norm import in_order, norms_of
 from fastfuse.nn.conv2d import convolve, dense_padding, depthwise_dilation
 
 
@@ -31,27 +30,13 @@ def conv2d(self: nn.Conv2d, input: Tensor) -> Tensor:
     return convolve(self, input)
 
 
-def _pairs(sequence: nn.Sequential) -> list[bool]:
-    """Of each child, whether a batch norm follows a convolution."""
-    return [
-        isinstance(child, nn.Conv2d) and type(after) is nn.BatchNorm2d
-        for child, after in pairwise([*sequence, None])
-    ]
-
-
 def _check_sequence(sequence: Any) -> str | None:
-    return None if any(_pairs(sequence)) else ""
+    return None if any(norms_of(sequence)) else ""
 
 
 @register_pattern("torch.nn.modules.container:Sequential", check=_check_sequence)
 def sequential(self: nn.Sequential, input: Tensor) -> Tensor:
-    children, x = list(self), input
-    for i, is_pair in enumerate(pairs := _pairs(self)):
-        if is_pair:
-            x = normalized(children[i], children[i + 1], x)
-        elif not (i and pairs[i - 1]):
-            x = children[i](x)
-    return x
+    return in_order(list(self), input)
 
 
 def whole_scale(factor: float | tuple[float, ...] | None) -> int | None:

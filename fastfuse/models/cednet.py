@@ -13,6 +13,7 @@ from fastfuse.backends import is_transformed
 from fastfuse.models.cednet_blocks import Blocks, activation_of, norm_of
 from fastfuse.models.cednet_settings import Settings, settings
 from fastfuse.nn import Conv2d, LayerNorm2d
+from fastfuse.nn.batch_norm import NormedSequential
 from fastfuse.nn.ced_block import TokenMixer
 from fastfuse.nn.initialize import kaiming_normal_linear
 from fastfuse.ops.checks import check_feature_map
@@ -44,7 +45,7 @@ class StageOutput(NamedTuple):
 
 def norm_after(conv: nn.Conv2d, norm: Callable[[int], nn.Module] = LayerNorm2d) -> nn.Sequential:
     """A convolution and the norm of its channels, keys ``conv``, ``norm``."""
-    sequence = nn.Sequential()
+    sequence = NormedSequential()
     sequence.add_module("conv", conv)
     sequence.add_module("norm", norm(conv.out_channels))
     return sequence
@@ -215,7 +216,7 @@ class CEDNet(nn.Module):
         self.checkpoint = checkpoint
         c2, norm, activation = config.channels[0], norm_of(block), activation_of(block)
         make = Blocks(config, iter(config.drop_rates()))
-        self.stem = nn.Sequential(
+        self.stem = NormedSequential(
             Conv2d(3, _STEM, 3, stride=2, padding=1),
             norm(_STEM),
             activation(),

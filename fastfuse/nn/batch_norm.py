@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastfuse.backends import requested_backend
-from fastfuse.nn.composition import Part, is_plain, is_watched
+from fastfuse.nn.composition import Part, are_untouched, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, convolve_with
 
-__all__ = ["folded", "normalized", "with_norm"]
+__all__ = [
+    "NormedSequential",
+    "activated",
+    "folded",
+    "in_order",
+    "normalized",
+    "norms_of",
+    "with_norm",
+]
 
 _CONV = Part((nn.Conv2d, Conv2d), ("weight", "bias"), maybe=("bias",))
 _NORM = Part(
@@ -67,3 +76,42 @@ def with_norm(
     scale = scale if gain is None else scale * gain
     offset = (-mean if bias is None else bias - mean) * scale
     return weight * scale[:, None, None, None], offset if shift is None else offset + shift
+
+
+def activated(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(x)`` of a norm's result, over it where nobody else sees it."""
+    kinds = type(norm), type(activation)
+    if kinds == (nn.BatchNorm2d, nn.ReLU) and are_untouched(norm, activation):
+        return x.relu_()
+    return cast(Tensor, activation(x))
+
+
+def norms_of(sequence: Sequence[nn.Module]) -> list[bool]:
+    """Of each module, whether a batch norm follows a convolution."""
+    return [
+        isinstance(child, nn.Conv2d) and type(after) is nn.BatchNorm2d
+        for child, after in pairwise([*sequence, None])
+    ]
+
+
+def in_order(sequence: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The modules of a sequence, each called with the result of the one before it; convolutions
+    with their batch norms in one step, where that gives the same."""
+    pairs = norms_of(sequence)
+    for i, module in enumerate(sequence):
+        if pairs[i]:
+            x = normalized(module, sequence[i + 1], x)
+        elif i and pairs[i - 1]:
+            continue  # the norm
+        elif i > 1 and pairs[i - 2]:
+            x = activated(sequence[i - 1], module, x)
+        else:
+            x = module(x)
+    return x
+
+
+class NormedSequential(nn.Sequential):
+    """An ``nn.Sequential``, :func:`in_order`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return in_order(list(self), input)

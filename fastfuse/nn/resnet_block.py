@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.backends import is_differentiated_otherwise, requested_backend
-from fastfuse.nn.batch_norm import with_norm
+from fastfuse.nn.batch_norm import activated, with_norm
 from fastfuse.nn.ced_block import depthwise
-from fastfuse.nn.composition import Composition, Part, are_untouched, leaf
+from fastfuse.nn.composition import Composition, Part, leaf
 from fastfuse.nn.conv2d import Conv2d, convolve_with, dense_padding, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
@@ -125,23 +125,15 @@ class ResNetBlock(Composition):
         if not isinstance(tensors, str) and not drops and _folds(x, tensors):
             return self._folded(x, tensors)
         (x,) = cast_for_autocast([x])
-        y = self._activated(self.bn1, self.conv1(x))
+        y = activated(self.bn1, self.relu, self.bn1(self.conv1(x)))
         if self.dw is not None and self.bn_dw is not None:
             y = x + y
-            y = y + self._activated(self.bn_dw, self.dw(y))
-        branch = self.bn3(self.conv3(self._activated(self.bn2, self.conv2(y))))
+            y = y + activated(self.bn_dw, self.relu, self.bn_dw(self.dw(y)))
+        branch = self.bn3(self.conv3(activated(self.bn2, self.relu, self.bn2(self.conv2(y)))))
         keep = drawn_keep(x, self.drop_path, self.training)
         if keep is not None:
             branch = branch * keep.to(branch.dtype)[:, None, None, None]
         return self.relu(x + branch)
-
-    def _activated(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """``relu(norm(x))``, over batch norm's result where nobody else sees it."""
-        y = norm(x)
-        kinds = type(norm), type(self.relu)
-        if kinds == (nn.BatchNorm2d, nn.ReLU) and are_untouched(norm, self.relu):
-            return y.relu_()
-        return self.relu(y)
 
     def _folded(self, x: Tensor, tensors: list[Any]) -> Tensor:
         conv1, dw, conv2, conv3 = tensors[:5], tensors[5:11], tensors[11:16], tensors[16:]

@@ -85,9 +85,7 @@ def outputs(arguments: dict[str, Any], *, reference: bool = False) -> dict[str, 
         torch.manual_seed(1)
         output.backward(torch.randn(output.shape).to(output.dtype))
     found = {"output": output.detach()}
-    return found | {
-        name: leaves[name].grad for name in GRADIENTS if arguments[name] is not None
-    }
+    return found | {name: leaves[name].grad for name in GRADIENTS if arguments[name] is not None}
 
 
 @every_case
@@ -103,7 +101,9 @@ def test_equals_its_definition(name: str, dtype: torch.dtype) -> None:
         error = relative_error(found[key], value)
         limit = 1e-12 if dtype == torch.float64 else tolerance(dtype, reduction=64, roundings=3)
         assert error < limit, (key, error)
-        assert found[key].dtype == (dtype if key in ("output", "qkv") else accumulation_dtype(dtype))
+        assert found[key].dtype == (
+            dtype if key in ("output", "qkv") else accumulation_dtype(dtype)
+        )
 
 
 @every_case
