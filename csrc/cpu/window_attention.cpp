@@ -27,7 +27,7 @@ struct Call {
   std::vector<AttentionWindows> branches;
   std::optional<Scratch> bias;  // of whole vectors
 
-  Call(const Tensor& qkv, const std::optional<Tensor>& padding, const std::optional<Tensor>& table,
+  Call(const Tensor& qkv, const std::optional<Tensor>& qkv_bias, const std::optional<Tensor>& table,
        const std::optional<Tensor>& local_weight, const std::optional<Tensor>& local_bias,
        int64_t heads, const std::vector<int64_t>& windows, int64_t shift, bool centered) {
     check(qkv.is_cpu() && qkv.dim() == 4 && qkv.is_contiguous(), kOp,
@@ -59,7 +59,8 @@ struct Call {
       branch.first_head = i * branch.heads;
       branches.push_back(branch);
     }
-    op.padding = data(padding, "padding", {3 * op.channels});
+    op.qkv_bias = data(qkv_bias, "qkv_bias", {3 * op.channels});
+    op.pads_with_bias = !centered;
     op.local_weight = data(local_weight, "local_weight", {9, op.channels});
     op.local_bias = data(local_bias, "local_bias", {op.channels});
     check(!local_bias || local_weight, kOp, "local_bias must come with a local_weight");
@@ -102,10 +103,10 @@ struct Call {
   }
 };
 
-Tensor forward(Tensor qkv, std::optional<Tensor> padding, std::optional<Tensor> bias,
+Tensor forward(Tensor qkv, std::optional<Tensor> qkv_bias, std::optional<Tensor> bias,
                std::optional<Tensor> local_weight, std::optional<Tensor> local_bias, int64_t heads,
                std::vector<int64_t> windows, int64_t shift, bool centered) {
-  Call call(qkv, padding, bias, local_weight, local_bias, heads, windows, shift, centered);
+  Call call(qkv, qkv_bias, bias, local_weight, local_bias, heads, windows, shift, centered);
   WindowAttention& op = call.op;
   Tensor out = torch::stable::new_empty(qkv, {op.batch, op.height, op.width, op.channels});
   advise_huge_pages(out.data_ptr(), bytes_of(out));
@@ -125,7 +126,7 @@ Tensor forward(Tensor qkv, std::optional<Tensor> padding, std::optional<Tensor> 
 
 // Adds the sums of all blocks, in order: those of this branch's heads.
 template <class A>
-void add_sums(const WindowAttentionBackward& all, int64_t stride, A* bias, A* padding, A* local) {
+void add_sums(const WindowAttentionBackward& all, int64_t stride, A* bias, A* qkv_bias, A* local) {
   const WindowAttention& op = all.forward;
   const int64_t tokens = op.in.tokens(), first = op.in.first_head * op.head_size;
   const int64_t channels = op.in.heads * op.head_size;
@@ -141,18 +142,18 @@ void add_sums(const WindowAttentionBackward& all, int64_t stride, A* bias, A* pa
           total[row * op.channels + first + c] += sums[row * op.channels + first + c];
       sums += rows * op.channels;
     };
-    add(padding, 3);
+    add(qkv_bias, 3);
     add(local, 10);
   }
 }
 
-// The gradients of qkv, and of padding, bias, local_weight and local_bias, (10, C), in the
+// The gradients of qkv, and of qkv_bias, bias, local_weight and local_bias, (10, C), in the
 // accumulation dtype; empty where there is none.
-std::vector<Tensor> backward(Tensor grad, Tensor qkv, std::optional<Tensor> padding,
+std::vector<Tensor> backward(Tensor grad, Tensor qkv, std::optional<Tensor> qkv_bias,
                              std::optional<Tensor> bias, std::optional<Tensor> local_weight,
                              int64_t heads, std::vector<int64_t> windows, int64_t shift,
                              bool centered) {
-  Call call(qkv, padding, bias, local_weight, std::nullopt, heads, windows, shift, centered);
+  Call call(qkv, qkv_bias, bias, local_weight, std::nullopt, heads, windows, shift, centered);
   WindowAttentionBackward all{};
   all.forward = call.op;
   WindowAttention& op = all.forward;
@@ -169,7 +170,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor qkv, std::optional<Tensor> padd
     return torch::stable::zero_(sums);
   };
   const int64_t tokens = call.branches[0].tokens();
-  Tensor grad_padding = zeros(padding.has_value(), {3 * op.channels});
+  Tensor grad_qkv_bias = zeros(qkv_bias.has_value(), {3 * op.channels});
   Tensor grad_bias = zeros(bias.has_value(), {heads, tokens, tokens});
   Tensor grad_local = zeros(local_weight.has_value(), {10, op.channels});
   all.grad = grad.data_ptr();
@@ -192,7 +193,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor qkv, std::optional<Tensor> padd
       const auto to = [](const auto& there, Tensor& total) {
         return there ? static_cast<A*>(total.data_ptr()) : nullptr;
       };
-      add_sums<A>(all, stride, to(bias, grad_bias), to(padding, grad_padding),
+      add_sums<A>(all, stride, to(bias, grad_bias), to(qkv_bias, grad_qkv_bias),
                   to(local_weight, grad_local));
     };
     if (call.dtype == kFloat64)
@@ -200,7 +201,7 @@ std::vector<Tensor> backward(Tensor grad, Tensor qkv, std::optional<Tensor> padd
     else
       add(0.0f);
   }
-  return {grad_qkv, grad_padding, grad_bias, grad_local};
+  return {grad_qkv, grad_qkv_bias, grad_bias, grad_local};
 }
 
 }  // namespace

@@ -27,18 +27,19 @@ struct WindowAttention {
   int64_t batch, height, width, channels, head_size;
   const void* qkv;
   void* out;
-  const void* padding;  // queries, keys and values of what is no pixel; null: zeros
-  const void* bias;     // (heads, tokens, tokens in whole vectors), added to logits
+  const void* qkv_bias;  // added to queries, keys and values
+  bool pads_with_bias;   // what is no pixel has the bias alone, else zeros
+  const void* bias;      // (heads, tokens, tokens in whole vectors), added to logits
   const void *local_weight, *local_bias;  // (9, channels), (channels): values convolved in a window
   int64_t shift;  // above 0: the last windows hold regions, which do not see each other
 
   // Where sums of the weights' gradients lie, in elements of the accumulation type: those of a
   // block of windows. Bodies of a head write its part.
   int64_t sums_of_bias(int64_t stride) const { return bias ? in.heads * in.tokens() * stride : 0; }
-  int64_t sums_of_padding() const { return padding ? 3 * channels : 0; }
+  int64_t sums_of_qkv_bias() const { return qkv_bias ? 3 * channels : 0; }
   int64_t sums_of_local() const { return local_weight ? 10 * channels : 0; }
   int64_t sums(int64_t stride) const {
-    return sums_of_bias(stride) + sums_of_padding() + sums_of_local();
+    return sums_of_bias(stride) + sums_of_qkv_bias() + sums_of_local();
   }
 };
 
@@ -47,7 +48,7 @@ struct WindowAttentionBackward {
   const void* grad;
   void* grad_qkv;
   int64_t blocks;  // of windows, whose sums are apart
-  void* sums;      // block by block: of bias, padding, local weight and bias
+  void* sums;      // block by block: of bias, qkv_bias, local weight and bias
 };
 
 // Queries of a unit of forward, at most: a multiple of what is multiplied at a time.

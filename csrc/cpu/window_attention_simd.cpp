@@ -207,24 +207,30 @@ struct Windows {
   }
 };
 
-// to[t] = factor from(pixel of t), or of the padding, for the tokens [begin, end).
+template <class A>
+FASTFUSE_INLINE void clear(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+// to[t] = factor (from(pixel of t) + bias) for the tokens [begin, end); of what is no pixel the
+// same without `from`, or zeros.
 template <class S, class A = compute_t<S>>
 FASTFUSE_INLINE void gather(A* to, int64_t stride, const S* from, int64_t from_stride,
-                            const A* padding, const Tokens& tokens, int64_t begin, int64_t end,
-                            int64_t size, A factor) {
+                            const A* bias, bool pads_with_bias, const Tokens& tokens, int64_t begin,
+                            int64_t end, int64_t size, A factor) {
   for (int64_t t = begin; t < end; ++t, to += stride) {
-    const auto copy = [&](const auto* row) {
-      for_channels<A>(size, [&](auto count, int64_t c, auto load, auto) {
-        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>)
-          fastfuse::store(to + c, load(row + c) * factor);
-      });
-    };
-    if (tokens.pixels[t] >= 0)
-      copy(from + tokens.pixels[t] * from_stride);
-    else if (padding)
-      copy(padding);
-    else
-      for (int64_t c = 0; c < stride; ++c) to[c] = 0;
+    const S* const row = tokens.pixels[t] >= 0 ? from + tokens.pixels[t] * from_stride : nullptr;
+    if (!row && !(bias && pads_with_bias)) {
+      clear(to, stride);
+      continue;
+    }
+    for_channels<A>(size, [&](auto count, int64_t c, auto load, auto) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        Vec<A> value = bias ? load(bias + c) : Vec<A>{};
+        if (row) value += load(row + c);
+        fastfuse::store(to + c, value * factor);
+      }
+    });
   }
 }
 
@@ -241,11 +247,6 @@ FASTFUSE_INLINE void transpose_rows(A* to, int64_t to_stride, const A* from, int
       FASTFUSE_UNROLL
       for (int i = 0; i < lanes; ++i) store(to + (c + i) * to_stride + t, block[i]);
     }
-}
-
-template <class A>
-FASTFUSE_INLINE void clear(A* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
 }
 
 template <class A>
@@ -266,16 +267,27 @@ FASTFUSE_INLINE A exponentials(A* logits, const A* bias, const int64_t* regions,
   if (regions)
     for (int64_t t = 0; t < tokens; ++t) logits[t] += regions[t] == region ? A(0) : kApart;
   Vec<A> largest = splat<A>(kNone), total = {};
-  for (int64_t t = 0; t < stride; t += lanes) {
+  int64_t t = 0;
+  const auto take = [&](int64_t t) {
     Vec<A> x = load(logits + t);
     if (bias) {
       x += load(bias + t);
       store(logits + t, x);
     }
-    largest = x > largest ? x : largest;
-    total += x;
+    return x;
+  };
+  for (; t + 4 * lanes <= stride; t += 4 * lanes) {  // chains are what would bound it
+    const Vec<A> a = take(t), b = take(t + lanes), c = take(t + 2 * lanes), d = take(t + 3 * lanes);
+    total += (a + b) + (c + d);
+    const Vec<A> ab = a > b ? a : b, cd = c > d ? c : d, abcd = ab > cd ? ab : cd;
+    largest = abcd > largest ? abcd : largest;
   }
-  A max = largest_lane<A>(largest), check = sum_of_lanes<A>(total);
+  for (; t < stride; t += lanes) {
+    const Vec<A> x = take(t);
+    total += x;
+    largest = x > largest ? x : largest;
+  }
+  const A max = largest_lane<A>(largest), check = sum_of_lanes<A>(total);
   if (__builtin_expect(!(check - check == 0), 0)) {  // one is infinite or none: as PyTorch has it
     A sum = 0;
     for (int64_t t = 0; t < tokens; ++t) sum += logits[t] = exp_of(logits[t] - max);
@@ -346,20 +358,21 @@ void forward(const WindowAttention& op, int64_t begin, int64_t end, void* memory
     const Tokens& tokens = f.windows.now;
     const int64_t channel = (op.in.first_head + new_head) * size;
     const S* const q = static_cast<const S*>(op.qkv) + channel;
-    const A* const padding = op.padding ? static_cast<const A*>(op.padding) + channel : nullptr;
-    const auto padded = [&](int64_t i) { return padding ? padding + i * op.channels : nullptr; };
+    const auto bias_of = [&](int64_t i) {
+      return op.qkv_bias ? static_cast<const A*>(op.qkv_bias) + i * op.channels + channel : nullptr;
+    };
     const A* const local_weight =
         op.local_weight ? static_cast<const A*>(op.local_weight) + channel : nullptr;
     const A* const local_bias =
         op.local_bias ? static_cast<const A*>(op.local_bias) + channel : nullptr;
     if (moved || new_head != head) {
       head = new_head;
-      gather<S>(f.keys, s.stride, q + op.channels, 3 * op.channels, padded(1), tokens, 0, s.tokens,
-                size, A(1));
+      gather<S>(f.keys, s.stride, q + op.channels, 3 * op.channels, bias_of(1), op.pads_with_bias,
+                tokens, 0, s.tokens, size, A(1));
       clear(f.keys + s.tokens * s.stride, (s.row_stride - s.tokens) * s.stride);
       transpose_rows(f.transposed, s.row_stride, f.keys, s.stride);
-      gather<S>(f.values, s.stride, q + 2 * op.channels, 3 * op.channels, padded(2), tokens, 0,
-                s.tokens, size, A(1));
+      gather<S>(f.values, s.stride, q + 2 * op.channels, 3 * op.channels, bias_of(2),
+                op.pads_with_bias, tokens, 0, s.tokens, size, A(1));
     }
     const int64_t last = min_of((part + 1) * kQueriesOfUnit, s.tokens);
     for (int64_t first = part * kQueriesOfUnit; first < last; first += kQueries) {
@@ -372,8 +385,8 @@ void forward(const WindowAttention& op, int64_t begin, int64_t end, void* memory
           (last_head ? f.windows.next : tokens)
               .template prefetch<false>(q + i * op.channels + (last_head ? -head : 1) * size,
                                         3 * op.channels, size, first, first + count);
-      gather<S>(f.queries, s.stride, q, 3 * op.channels, padded(0), tokens, first, first + count,
-                size, scale_of<A>(op));
+      gather<S>(f.queries, s.stride, q, 3 * op.channels, bias_of(0), op.pads_with_bias, tokens,
+                first, first + count, size, scale_of<A>(op));
       multiply<A>(f.logits, s.row_stride, {f.queries, s.stride, 1}, count, f.transposed,
                   s.row_stride, size, s.row_stride);
       A inverse[kQueries];
@@ -438,21 +451,22 @@ int64_t backward_scratch(const WindowAttention& op) {
   return Backward<S>(op, Carver(nullptr)).bytes;
 }
 
-// to(pixel of t) = factor from[t]; what is no pixel's is added to `padding`, if there is one.
+// to(pixel of t) = factor from[t], and its sums: of pixels, and of the rest where it has a bias
+// too.
 template <class S, class A = compute_t<S>>
-FASTFUSE_INLINE void scatter(S* to, int64_t to_stride, A* padding, const A* from, int64_t stride,
-                             const Tokens& tokens, int64_t begin, int64_t end, int64_t size,
-                             A factor) {
+FASTFUSE_INLINE void scatter(S* to, int64_t to_stride, A* sums, bool pads_with_bias, const A* from,
+                             int64_t stride, const Tokens& tokens, int64_t begin, int64_t end,
+                             int64_t size, A factor) {
   for (int64_t t = begin; t < end; ++t, from += stride) {
-    if (tokens.pixels[t] >= 0) {
-      S* row = to + tokens.pixels[t] * to_stride;
-      for_channels<A>(size, [&](auto count, int64_t c, auto, auto store) {
-        for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>)
-          store(row + c, fastfuse::load(from + c) * factor);
-      });
-    } else if (padding) {
-      for (int64_t c = 0; c < size; ++c) padding[c] += from[c] * factor;
-    }
+    S* const row = tokens.pixels[t] >= 0 ? to + tokens.pixels[t] * to_stride : nullptr;
+    A* const sum = row || pads_with_bias ? sums : nullptr;
+    for_channels<A>(size, [&](auto count, int64_t c, auto load, auto store) {
+      for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
+        const Vec<A> value = fastfuse::load(from + c) * factor;
+        if (row) store(row + c, value);
+        if (sum) store(sum + c, load(sum + c) + value);
+      }
+    });
   }
 }
 
@@ -507,20 +521,21 @@ void backward(const WindowAttentionBackward& all, int64_t begin, int64_t end, vo
     const int64_t block = unit / op.in.heads, head = unit % op.in.heads;
     const int64_t channel = (op.in.first_head + head) * size;
     A* const sums = static_cast<A*>(all.sums) + block * op.sums(s.row_stride);
-    A* const of_padding = sums + op.sums_of_bias(s.row_stride) + channel;
-    A* const of_local = sums + op.sums_of_bias(s.row_stride) + op.sums_of_padding() + channel;
+    A* const of_qkv_bias = sums + op.sums_of_bias(s.row_stride) + channel;
+    A* const of_local = sums + op.sums_of_bias(s.row_stride) + op.sums_of_qkv_bias() + channel;
     A* const of_bias = sums + head * s.tokens * s.row_stride;
     const S* const q = static_cast<const S*>(op.qkv) + channel;
     const S* const grad = static_cast<const S*>(all.grad) + channel;
     S* const grad_q = static_cast<S*>(all.grad_qkv) + channel;
-    const A* const padding = op.padding ? static_cast<const A*>(op.padding) + channel : nullptr;
+    const auto bias_of = [&](int64_t i) {
+      return op.qkv_bias ? static_cast<const A*>(op.qkv_bias) + i * op.channels + channel : nullptr;
+    };
     const A* const bias = op.bias ? static_cast<const A*>(op.bias) +
                                         (op.in.first_head + head) * s.tokens * s.row_stride
                                   : nullptr;
-    const auto padded = [&](int64_t i) { return padding ? padding + i * op.channels : nullptr; };
     if (op.bias) clear(of_bias, s.tokens * s.row_stride);
-    if (op.padding)
-      for (int64_t i = 0; i < 3; ++i) clear(of_padding + i * op.channels, size);
+    if (op.qkv_bias)
+      for (int64_t i = 0; i < 3; ++i) clear(of_qkv_bias + i * op.channels, size);
     if (op.local_weight)
       for (int64_t i = 0; i < 10; ++i) clear(of_local + i * op.channels, size);
 
@@ -530,12 +545,12 @@ void backward(const WindowAttentionBackward& all, int64_t begin, int64_t end, vo
       const Tokens& tokens = f.windows.now;
       A* const matrices[] = {f.queries, f.keys, f.values};
       for (int64_t i = 0; i < 3; ++i) {
-        gather<S>(matrices[i], s.stride, q + i * op.channels, 3 * op.channels, padded(i), tokens, 0,
-                  s.tokens, size, i == 0 ? scale : A(1));
+        gather<S>(matrices[i], s.stride, q + i * op.channels, 3 * op.channels, bias_of(i),
+                  op.pads_with_bias, tokens, 0, s.tokens, size, i == 0 ? scale : A(1));
         clear(matrices[i] + s.tokens * s.stride, (s.rows - s.tokens) * s.stride);
       }
-      gather<S>(f.grads, s.stride, grad, op.channels, static_cast<const A*>(nullptr), tokens, 0,
-                s.tokens, size, A(1));
+      gather<S>(f.grads, s.stride, grad, op.channels, static_cast<const A*>(nullptr), false, tokens,
+                0, s.tokens, size, A(1));
       clear(f.grads + s.tokens * s.stride, (s.rows - s.tokens) * s.stride);
       transpose_rows(f.transposed_keys, s.row_stride, f.keys, s.stride);
       transpose_rows(f.transposed_values, s.row_stride, f.values, s.stride);
@@ -575,8 +590,8 @@ void backward(const WindowAttentionBackward& all, int64_t begin, int64_t end, vo
         }
         multiply<A>(f.grad_queries, s.stride, {f.grad_logits, s.row_stride, 1}, count, f.keys,
                     s.stride, s.tokens, s.stride);
-        scatter<S>(grad_q, 3 * op.channels, op.padding ? of_padding : nullptr, f.grad_queries,
-                   s.stride, tokens, first, first + count, size, scale);
+        scatter<S>(grad_q, 3 * op.channels, op.qkv_bias ? of_qkv_bias : nullptr, op.pads_with_bias,
+                   f.grad_queries, s.stride, tokens, first, first + count, size, scale);
         multiply<A, true>(f.grad_keys, s.stride, {f.grad_logits, 1, s.row_stride}, s.tokens,
                           queries, s.stride, count, s.stride);
         multiply<A, true>(f.grad_values, s.stride, {f.weights, 1, s.row_stride}, s.tokens, grads,
@@ -587,8 +602,8 @@ void backward(const WindowAttentionBackward& all, int64_t begin, int64_t end, vo
       A* const found[] = {f.grad_keys, f.grad_values};
       for (int64_t i = 1; i < 3; ++i)
         scatter<S>(grad_q + i * op.channels, 3 * op.channels,
-                   op.padding ? of_padding + i * op.channels : nullptr, found[i - 1], s.stride,
-                   tokens, 0, s.tokens, size, A(1));
+                   op.qkv_bias ? of_qkv_bias + i * op.channels : nullptr, op.pads_with_bias,
+                   found[i - 1], s.stride, tokens, 0, s.tokens, size, A(1));
     }
   }
 }

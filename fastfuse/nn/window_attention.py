@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +13,12 @@ from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import check_feature_map, check_ints
-from fastfuse.ops.window_attention import convolved_in_windows, window_attention
+from fastfuse.ops.window_attention import convolved_in_windows, runs_kernel, window_attention
 
 __all__ = ["StripeAttention", "WindowAttention", "check_heads"]
 
 HEAD_CHANNELS = 32  # in both papers
-_LINEAR = Part((nn.Linear,), ("bias",), maybe=("bias",))
+_LINEAR = Part((nn.Linear,), ("weight", "bias"), maybe=("bias",))
 _LOCAL = Part(
     (DepthwiseConv2d, Conv2d, nn.Conv2d),
     ("weight", "bias"),
@@ -50,6 +52,15 @@ def check_heads(op: str, channels: int, heads: int | None, multiple: int = 1) ->
             f"{heads} heads"
         )
     return heads
+
+
+def _without_bias(qkv: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """A linear layer's product and its bias, which the kernel adds on the way; None: call it."""
+    found: list[Any] = []
+    if not runs_kernel(rows) or is_watched() or _LINEAR.read(qkv, found) is not None:
+        return None
+    weight, bias = found
+    return F.linear(rows, weight), bias
 
 
 class WindowAttention(nn.Module):
@@ -102,17 +113,11 @@ class WindowAttention(nn.Module):
         (x,) = cast_for_autocast([x])
         height, width = x.shape[2:]
         w, rows = self.window, x.permute(0, 2, 3, 1)
-        padding: list[Tensor | None] = []
-        if is_watched() or _LINEAR.read(self.qkv, padding) is not None:  # of zeros it knows itself
-            rows = F.pad(rows, (0, 0, 0, -width % w, 0, -height % w))
-            padding = [None]
+        qkv, qkv_bias = _without_bias(self.qkv, rows) or (None, None)
+        if qkv is None:  # what it makes of zeros it knows itself
+            qkv = self.qkv(F.pad(rows, (0, 0, 0, -width % w, 0, -height % w)))
         mixed = window_attention(
-            self.qkv(rows),
-            (w, w),
-            heads=self.heads,
-            shift=self.shift,
-            padding=padding[0],
-            bias=self._bias(),
+            qkv, (w, w), heads=self.heads, shift=self.shift, qkv_bias=qkv_bias, bias=self._bias()
         )
         return self.proj(mixed[:, :height, :width]).permute(0, 3, 1, 2)
 
@@ -171,10 +176,19 @@ class StripeAttention(nn.Module):
         check_feature_map("StripeAttention", "x", x, channels=self.channels)
         (x,) = cast_for_autocast([x])
         windows = (0, 0) if self.stripe is None else (0, self.stripe, self.stripe, 0)
-        qkv = self.qkv(x.permute(0, 2, 3, 1))
+        rows = x.permute(0, 2, 3, 1)
         weight, bias = self._local() or (None, None)
+        qkv, qkv_bias = (weight is not None and _without_bias(self.qkv, rows)) or (None, None)
+        if qkv is None:
+            qkv = self.qkv(rows)
         mixed = window_attention(
-            qkv, windows, heads=self.heads, centered=True, local_weight=weight, local_bias=bias
+            qkv,
+            windows,
+            heads=self.heads,
+            centered=True,
+            qkv_bias=qkv_bias,
+            local_weight=weight,
+            local_bias=bias,
         )
         if weight is None:
             values = qkv[..., 2 * self.channels :].chunk(len(self.lepe), 3)

@@ -20,13 +20,13 @@ from fastfuse.nn import StripeAttention, SwinBlock, WindowAttention
 from fastfuse.ops.window_attention import window_attention
 from fastfuse.tolerances import relative_error, tolerance
 
-GRADIENTS = ("qkv", "padding", "bias", "local_weight", "local_bias")
+GRADIENTS = ("qkv", "qkv_bias", "bias", "local_weight", "local_bias")
 
 
 def case(
     size: tuple[int, int], heads: int, head_size: int, windows: tuple[int, ...], *,
-    batch: int = 2, padding: bool = False, bias: bool = False, local: bool = False, shift: int = 0,
-    dtype: torch.dtype = torch.float64,
+    batch: int = 2, qkv_bias: bool = False, centered: bool = False, bias: bool = False,
+    local: bool = False, shift: int = 0, dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:  # fmt: skip
     torch.manual_seed(0)
     channels, tokens = heads * head_size, windows[0] * windows[1]
@@ -36,8 +36,8 @@ def case(
         "windows": windows,
         "heads": heads,
         "shift": shift,
-        "centered": not padding,
-        "padding": torch.randn(3 * channels, dtype=parameters) if padding else None,
+        "centered": centered,
+        "qkv_bias": torch.randn(3 * channels, dtype=parameters) if qkv_bias else None,
         "bias": torch.randn(heads, tokens, tokens, dtype=parameters) if bias else None,
         "local_weight": torch.randn(9, channels, dtype=parameters) if local else None,
         "local_bias": torch.randn(channels, dtype=parameters) if local else None,
@@ -46,30 +46,32 @@ def case(
 
 CASES: dict[str, dict[str, Any]] = {
     "of 49 tokens, shifted": {
-        "size": (9, 17), "heads": 3, "head_size": 5, "windows": (7, 7), "padding": True,
+        "size": (9, 17), "heads": 3, "head_size": 5, "windows": (7, 7), "qkv_bias": True,
         "bias": True, "shift": 3,
     },
     "shifted without a bias": {
-        "size": (9, 10), "heads": 2, "head_size": 32, "windows": (4, 5), "padding": True,
+        "size": (9, 10), "heads": 2, "head_size": 32, "windows": (4, 5), "qkv_bias": True,
         "shift": 2,
     },
     "smaller than a window": {
-        "size": (2, 3), "heads": 1, "head_size": 40, "windows": (7, 7), "padding": True,
+        "size": (2, 3), "heads": 1, "head_size": 40, "windows": (7, 7), "qkv_bias": True,
         "bias": True, "shift": 6,
     },
     "of one token": {"size": (3, 2), "heads": 2, "head_size": 1, "windows": (1, 1), "bias": True},
     "stripes": {
         "size": (11, 6), "heads": 4, "head_size": 8, "windows": (0, 2, 2, 0), "local": True,
+        "centered": True,
     },
     "stripes of padding": {
         "size": (5, 5), "heads": 2, "head_size": 9, "windows": (0, 3, 3, 0), "local": True,
+        "centered": True, "qkv_bias": True,
     },
     "of more tokens than a unit of work": {
         "size": (17, 16), "heads": 2, "head_size": 20, "windows": (0, 0), "local": True, "batch": 1,
     },
     "of many blocks": {
         "size": (17, 20), "heads": 1, "head_size": 33, "windows": (2, 3), "bias": True,
-        "padding": True, "shift": 1,
+        "qkv_bias": True, "shift": 1,
     },
 }  # fmt: skip
 every_case = pytest.mark.parametrize("name", CASES)
@@ -161,7 +163,7 @@ def test_pytorchs_checks_of_ops(name: str) -> None:
         ({"qkv": torch.zeros(2, 4, 6, 48).int()}, "qkv must be float64"),
         ({"qkv": torch.zeros(2, 0, 6, 48)}, "qkv must be at least 1"),
         ({"bias": torch.zeros(2, 6, 5)}, "bias must be a contiguous CPU tensor of the right size"),
-        ({"padding": torch.zeros(48).double()}, "padding must be a contiguous CPU tensor"),
+        ({"qkv_bias": torch.zeros(48).double()}, "qkv_bias must be a contiguous CPU tensor"),
         ({"local_weight": torch.zeros(16, 9).t()}, "local_weight must be a contiguous CPU tensor"),
         ({"local_bias": torch.zeros(16)}, "local_bias must come with a local_weight"),
         ({"heads": 0}, "heads must be at least 1"),

@@ -11,7 +11,12 @@ from fastfuse.ops.autocast import without_autocast
 from fastfuse.ops.window_attention.autograd import forward
 from fastfuse.ops.window_attention.reference import convolved_in_windows, reference
 
-__all__ = ["convolved_in_windows", "window_attention"]
+__all__ = ["convolved_in_windows", "runs_kernel", "window_attention"]
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether the C++ runs, or else the definition: which it is of products with their biases."""
+    return requested_backend() in ("auto", "cpu") and cpu_refusal(x) is None
 
 
 def window_attention(
@@ -21,7 +26,7 @@ def window_attention(
     heads: int,
     shift: int = 0,
     centered: bool = False,
-    padding: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
     bias: Tensor | None = None,
     local_weight: Tensor | None = None,
     local_bias: Tensor | None = None,
@@ -38,10 +43,9 @@ def window_attention(
         heads: of all.
         shift: by how many pixels windows are moved to the right and down; the map wraps around, and
             tokens see those of their own side alone.
-        centered: whether the map is padded to whole windows on all sides, else at the right and
-            below.
-        padding: (3 C,): what padding has for queries, keys and values; None: zeros. Not with
-            ``centered``.
+        centered: whether the map is padded to whole windows on all sides, by zeros; else at the
+            right and below, by ``qkv_bias``.
+        qkv_bias: (3 C,), added to queries, keys and values.
         bias: (heads, tokens, tokens), added to logits of windows of one shape.
         local_weight: (9, C), a 3x3 convolution's of the values inside of each window, added.
         local_bias: (C,).
@@ -49,15 +53,15 @@ def window_attention(
     Returns:
         (N, H, W, C).
     """
-    if requested_backend() not in ("auto", "cpu") or cpu_refusal(qkv) is not None:
+    if not runs_kernel(qkv):
         with without_autocast(qkv.device.type):
             return reference(
-                qkv, padding, bias, local_weight, local_bias, heads, windows, shift, centered
+                qkv, qkv_bias, bias, local_weight, local_bias, heads, windows, shift, centered
             )
     dtype = accumulation_dtype(qkv.dtype)
     parameters = (
         None if t is None else t.to(dtype).contiguous()
-        for t in (padding, bias, local_weight, local_bias)
+        for t in (qkv_bias, bias, local_weight, local_bias)
     )
     arguments = heads, list(windows), shift, centered
     return forward["cpu"](qkv.contiguous(), *parameters, *arguments)  # type: ignore[no-any-return]

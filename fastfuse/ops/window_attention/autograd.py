@@ -23,29 +23,29 @@ def _forward_fake(qkv: Tensor, *_: Any) -> Tensor:
 def _backward_fake(
     grad: Tensor,
     qkv: Tensor,
-    padding: Tensor | None,
+    qkv_bias: Tensor | None,
     bias: Tensor | None,
     local_weight: Tensor | None,
     *_: Any,
 ) -> list[Tensor]:
     local = None if local_weight is None else (10, local_weight.shape[1])
-    shapes = [None if t is None else tuple(t.shape) for t in (padding, bias)] + [local]
+    shapes = [None if t is None else tuple(t.shape) for t in (qkv_bias, bias)] + [local]
     sums = [qkv.new_empty(s or (0,), dtype=accumulation_dtype(qkv.dtype)) for s in shapes]
     return [qkv.new_empty(qkv.shape), *sums]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, padding, bias, local_weight, _, *ctx.arguments = inputs
-    ctx.save_for_backward(qkv, padding, bias, local_weight)
+    qkv, qkv_bias, bias, local_weight, _, *ctx.arguments = inputs
+    ctx.save_for_backward(qkv, qkv_bias, bias, local_weight)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> Sequence[Any]:
     found = backward[ctx.backend](grad.contiguous(), *ctx.saved_tensors, *ctx.arguments)
-    grad_qkv, grad_padding, grad_bias, grad_local = found
+    grad_qkv, grad_qkv_bias, grad_bias, grad_local = found
     needs = ctx.needs
     gradients = (
         grad_qkv,
-        grad_padding,
+        grad_qkv_bias,
         grad_bias,
         grad_local[:9] if needs[3] else None,
         grad_local[9] if needs[4] else None,
@@ -68,14 +68,14 @@ def _flops(shape: torch.Size, windows: Sequence[int]) -> int:
 
 
 def _forward_flops(
-    qkv: Any, padding: Any, bias: Any, weight: Any, local_bias: Any, heads: int, windows: list[int],
-    *args: Any, **kwargs: Any,
+    qkv: Any, qkv_bias: Any, bias: Any, weight: Any, local_bias: Any, heads: int,
+    windows: list[int], *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _flops(qkv, windows)
 
 
 def _backward_flops(
-    grad: Any, qkv: Any, padding: Any, bias: Any, weight: Any, heads: int, windows: list[int],
+    grad: Any, qkv: Any, qkv_bias: Any, bias: Any, weight: Any, heads: int, windows: list[int],
     *args: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     return _flops(qkv, windows) * 5 // 2
@@ -83,17 +83,17 @@ def _backward_flops(
 
 # Vectors and matrices of parameters are in the accumulation dtype.
 forward = Op(
-    "window_attention(Tensor qkv, Tensor? padding, Tensor? bias, Tensor? local_weight, "
+    "window_attention(Tensor qkv, Tensor? qkv_bias, Tensor? bias, Tensor? local_weight, "
     f"Tensor? local_bias, {_ARGUMENTS}) -> Tensor",
     kernels={"cpu": COMPILED},
     fake=_forward_fake,
     derivative=Derivative(_save, _gradients),
     flops=_forward_flops,
 )
-# The gradients of qkv, padding, bias, and of local_weight and local_bias as one; empty ones of what
-# is not there.
+# The gradients of qkv, qkv_bias, bias, and of local_weight and local_bias as one; empty ones of
+# what is not there.
 backward = Op(
-    "window_attention_backward(Tensor grad, Tensor qkv, Tensor? padding, Tensor? bias, "
+    "window_attention_backward(Tensor grad, Tensor qkv, Tensor? qkv_bias, Tensor? bias, "
     f"Tensor? local_weight, {_ARGUMENTS}) -> Tensor[]",
     kernels={"cpu": COMPILED},
     fake=_backward_fake,

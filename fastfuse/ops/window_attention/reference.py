@@ -19,7 +19,7 @@ _APART = -100.0  # added to logits of tokens of another region: e^-100 of float6
 
 def reference(
     qkv: Tensor,
-    padding: Tensor | None,
+    qkv_bias: Tensor | None,
     bias: Tensor | None,
     local_weight: Tensor | None,
     local_bias: Tensor | None,
@@ -30,6 +30,10 @@ def reference(
 ) -> Tensor:
     height, width, channels = qkv.shape[1], qkv.shape[2], qkv.shape[3] // 3
     branches = len(windows) // 2
+    if qkv_bias is not None:
+        qkv_bias = qkv_bias.to(qkv.dtype)
+        qkv = qkv + qkv_bias
+    padding = None if centered else qkv_bias
     mixed = []
     for i in range(branches):
         extent = _Extent.of(height, width, windows[2 * i : 2 * i + 2], shift, centered)
@@ -114,7 +118,6 @@ def _padded(rows: Tensor, padding: Tensor | None, extent: _Extent) -> Tensor:
     if padding is None:
         top, left = extent.top, extent.left
         return F.pad(rows, (0, 0, left, right - left, top, down - top)) if down or right else rows
-    padding = padding.to(rows.dtype)
     if right:
         rows = torch.cat([rows, padding.expand(batch, height, right, channels)], 2)
     if down:
