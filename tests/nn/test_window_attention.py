@@ -90,6 +90,7 @@ def outputs(arguments: dict[str, Any], *, reference: bool = False) -> dict[str, 
     return found | {name: leaves[name].grad for name in GRADIENTS if arguments[name] is not None}
 
 
+@pytest.mark.walks_memory
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_its_definition(name: str, dtype: torch.dtype) -> None:
@@ -155,6 +156,7 @@ def test_pytorchs_checks_of_ops(name: str) -> None:
     torch.library.opcheck(torch.ops.fastfuse.window_attention.default, (*leaves, *numbers))
 
 
+@pytest.mark.walks_memory
 @pytest.mark.parametrize(
     ("change", "message"),
     [

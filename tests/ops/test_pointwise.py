@@ -156,6 +156,28 @@ def test_gelu_in_place(isa: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.walks_memory
 @every_dtype
+@pytest.mark.parametrize("with_skip", [False, True])
+def test_bias_and_relu_by_the_definition(isa: str, dtype: torch.dtype, with_skip: bool) -> None:
+    """In place too; what is no number stays none."""
+    limit = tolerance(dtype, roundings=2)
+    for size in SIZES:
+        product, skip = inputs(size, dtype, 2)
+        (bias,) = vectors(size[1], dtype, 1)
+        if product.numel():
+            product[0, 0] = math.nan
+        out = Rows(size, dtype, math.nan)
+        OPS.bias_relu_into(out.matrix, product, bias, skip if with_skip else None)
+        expected = product.double() + bias + (skip if with_skip else 0)
+        torch.testing.assert_close(
+            out.matrix.double(), expected.relu(), rtol=limit, atol=limit, equal_nan=True
+        )
+        assert out.intact
+        OPS.bias_relu_into(product, product, bias, skip if with_skip else None)
+        torch.testing.assert_close(product, out.matrix, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.walks_memory
+@every_dtype
 @pytest.mark.parametrize("with_keep", [False, True])
 @pytest.mark.parametrize("with_scale", [False, True])
 def test_residual_by_the_definition(
@@ -290,6 +312,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bias_gelu_backward": lambda a: OPS.bias_gelu_backward_into(
         a["skip"], a["out"], a["sum"], a["x"], a["bias"]
     ),
+    "bias_relu": lambda a: OPS.bias_relu_into(a["out"], a["x"], a["bias"], a["skip"]),
     "residual": lambda a: OPS.residual_into(
         a["out"], a["skip"], a["x"], a["bias"], a["weight"], a["keep"], a["pixels"], a["first"]
     ),
