@@ -14,7 +14,8 @@ namespace fastfuse {
 namespace {
 
 constexpr const char* kOp = "window_attention";
-constexpr int64_t kBlocks = 16;  // of windows, whose sums are apart, at most
+constexpr int64_t kMaxTokens = int64_t{1} << 24;  // of a window
+constexpr int64_t kBlocks = 16;                   // of windows, whose sums are apart, at most
 
 const WindowAttentionKernels::Kernel& kernel(Dtype dtype) {
   return window_attention_kernels_of(isa_of(dtype)).kernels[dtype];
@@ -43,6 +44,7 @@ struct Call {
     const int64_t number = static_cast<int64_t>(windows.size()) / 2;
     check(number >= 1 && windows.size() % 2 == 0, kOp, "windows must be pairs of sizes");
     check_at_least(kOp, "heads", 1, heads);
+    check(shift == 0 || !centered, kOp, "shift must be 0 where padding is on all sides");
     check(qkv.size(3) % 3 == 0 && op.channels % heads == 0 && heads % number == 0, kOp,
           "heads must divide the channels of queries, and windows the heads");
     op.head_size = op.channels / heads;
@@ -50,6 +52,7 @@ struct Call {
       AttentionWindows branch{};
       branch.window_height = size_of(windows[2 * i], op.height);
       branch.window_width = size_of(windows[2 * i + 1], op.width);
+      check(branch.tokens() <= kMaxTokens, kOp, "windows must have at most 2^24 tokens");
       check_at_least(kOp, "shift", 0, shift, std::min(branch.window_height, branch.window_width));
       branch.height = round_up(op.height, branch.window_height);
       branch.width = round_up(op.width, branch.window_width);

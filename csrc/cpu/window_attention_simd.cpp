@@ -161,6 +161,21 @@ FASTFUSE_INLINE A largest_lane(Vec<A> v) {
   return result;
 }
 
+// As exponentials, of any values: as PyTorch has them.
+template <class A>
+A exponentials_one_by_one(A* logits, int64_t tokens) {
+  constexpr A kInfinity = __builtin_inf();
+  A max = -kInfinity, sum = 0;
+  bool numbers = true;
+  for (int64_t t = 0; t < tokens; ++t) {
+    numbers &= logits[t] == logits[t];
+    max = logits[t] > max ? logits[t] : max;
+  }
+  const bool none = numbers && max == -kInfinity;
+  for (int64_t t = 0; t < tokens; ++t) sum += logits[t] = none ? A(0) : exp_of(logits[t] - max);
+  return none ? A(0) : 1 / sum;
+}
+
 // exp(logits - their largest), in place; returns 1 / sum. `bias` is added to logits before, and
 // kApart where a region is another one than `region`.
 template <class A>
@@ -193,11 +208,8 @@ FASTFUSE_INLINE A exponentials(A* logits, const A* bias, const int64_t* regions,
     largest = x > largest ? x : largest;
   }
   const A max = largest_lane<A>(largest), check = sum_of_lanes<A>(total);
-  if (__builtin_expect(!(check - check == 0), 0)) {  // one is infinite or none: as PyTorch has it
-    A sum = 0;
-    for (int64_t t = 0; t < tokens; ++t) sum += logits[t] = exp_of(logits[t] - max);
-    return 1 / sum;
-  }
+  if (__builtin_expect(!(check - check == 0) || !(max > kNone), 0))
+    return exponentials_one_by_one(logits, tokens);
   Vec<A> sum = {};
   for (int64_t t = 0; t < stride; t += lanes) {
     const Vec<A> e = exp_of_negative(load(logits + t) - max);

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfuse.backends import requested_backend
-from fastfuse.nn.composition import Part, are_untouched, is_plain, is_watched
+from fastfuse.nn.composition import Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, convolve_with
 
 __all__ = [
@@ -30,6 +30,9 @@ _NORM = Part(
     maybe=("weight", "bias"),
     conditions={"of running statistics": lambda norm, *tensors: not norm.training},
 )
+
+_ANY_NORM = Part((nn.BatchNorm2d,), ())
+_RELU = Part((nn.ReLU,), ())
 
 
 def normalized(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
@@ -80,8 +83,10 @@ def with_norm(
 
 def activated(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(x)`` of a norm's result, over it where nobody else sees it."""
-    kinds = type(norm), type(activation)
-    if kinds == (nn.BatchNorm2d, nn.ReLU) and are_untouched(norm, activation):
+    watched = is_watched() or not is_plain(x)
+    if not (watched or torch.compiler.is_compiling()):
+        watched = bool(torch._C._len_torch_function_stack())
+    if not watched and _ANY_NORM.read(norm, []) is None and _RELU.read(activation, []) is None:
         return x.relu_()
     return cast(Tensor, activation(x))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastfuse.nn.composition import Part, is_watched, leaf
+from fastfuse.nn.composition import Composition, Part, leaf
 from fastfuse.nn.conv2d import Conv2d, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.ops.autocast import cast_for_autocast
@@ -54,16 +54,7 @@ def check_heads(op: str, channels: int, heads: int | None, multiple: int = 1) ->
     return heads
 
 
-def _without_bias(qkv: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """A linear layer's product and its bias, which the kernel adds on the way; None: call it."""
-    found: list[Any] = []
-    if not runs_kernel(rows) or is_watched() or _LINEAR.read(qkv, found) is not None:
-        return None
-    weight, bias = found
-    return F.linear(rows, weight), bias
-
-
-class WindowAttention(nn.Module):
+class WindowAttention(Composition):
     """Self-attention in windows of w x w pixels, with a bias by relative position; Swin's.
 
     Maps are padded with zeros at the right and below to multiples of w. 4 C^2 + 4 C + (2 w - 1)^2
@@ -90,6 +81,8 @@ class WindowAttention(nn.Module):
     torch.Size([2, 64, 9, 16])
     """
 
+    parts: ClassVar = {"qkv": _LINEAR}
+
     def __init__(
         self, channels: int, heads: int | None = None, *, window: int = 7, shift: int = 0
     ) -> None:
@@ -113,9 +106,12 @@ class WindowAttention(nn.Module):
         (x,) = cast_for_autocast([x])
         height, width = x.shape[2:]
         w, rows = self.window, x.permute(0, 2, 3, 1)
-        qkv, qkv_bias = _without_bias(self.qkv, rows) or (None, None)
-        if qkv is None:  # what it makes of zeros it knows itself
+        tensors, qkv_bias = self.read_parts(), None
+        if isinstance(tensors, str) or not runs_kernel(rows):  # what it makes of zeros it knows
             qkv = self.qkv(F.pad(rows, (0, 0, 0, -width % w, 0, -height % w)))
+        else:
+            weight, qkv_bias = tensors
+            qkv = F.linear(rows, weight)
         mixed = window_attention(
             qkv, (w, w), heads=self.heads, shift=self.shift, qkv_bias=qkv_bias, bias=self._bias()
         )
@@ -133,7 +129,7 @@ class WindowAttention(nn.Module):
         return f"heads={self.heads}, window={self.window}, shift={self.shift}"
 
 
-class StripeAttention(nn.Module):
+class StripeAttention(Composition):
     """Self-attention in stripes: half of the heads in vertical ones, s pixels wide, half in
     horizontal ones; CSwin's.
 
@@ -160,6 +156,8 @@ class StripeAttention(nn.Module):
     torch.Size([2, 64, 9, 16])
     """
 
+    parts: ClassVar = {"qkv": _LINEAR}
+
     def __init__(self, channels: int, heads: int | None = None, *, stripe: int | None = 7) -> None:
         super().__init__()
         branches = 1 if stripe is None else 2
@@ -177,42 +175,42 @@ class StripeAttention(nn.Module):
         (x,) = cast_for_autocast([x])
         windows = (0, 0) if self.stripe is None else (0, self.stripe, self.stripe, 0)
         rows = x.permute(0, 2, 3, 1)
-        weight, bias = self._local() or (None, None)
-        qkv, qkv_bias = (weight is not None and _without_bias(self.qkv, rows)) or (None, None)
-        if qkv is None:
+        tensors = self.read_parts()
+        if isinstance(tensors, str) or not runs_kernel(rows):
             qkv = self.qkv(rows)
-        mixed = window_attention(
-            qkv,
-            windows,
-            heads=self.heads,
-            centered=True,
-            qkv_bias=qkv_bias,
-            local_weight=weight,
-            local_bias=bias,
-        )
-        if weight is None:
+            mixed = window_attention(qkv, windows, heads=self.heads, centered=True)
             values = qkv[..., 2 * self.channels :].chunk(len(self.lepe), 3)
             local = [
                 convolved_in_windows(v, windows[2 * i : 2 * i + 2], lepe)
                 for i, (v, lepe) in enumerate(zip(values, self.lepe, strict=True))
             ]
-            mixed = mixed + torch.cat(local, 3)
+            return self.proj(mixed + torch.cat(local, 3)).permute(0, 3, 1, 2)
+        weight, qkv_bias, *local = tensors
+        taps = [t.flatten(1) for t in local[::2]]
+        biases = [
+            tap.new_zeros(tap.shape[0]) if bias is None else bias
+            for tap, bias in zip(taps, local[1::2], strict=True)
+        ]
+        mixed = window_attention(
+            F.linear(rows, weight),
+            windows,
+            heads=self.heads,
+            centered=True,
+            qkv_bias=qkv_bias,
+            local_weight=torch.cat(taps).t(),
+            local_bias=torch.cat(biases),
+        )
         return self.proj(mixed).permute(0, 3, 1, 2)
 
-    def _local(self) -> tuple[Tensor, Tensor] | None:
-        """Weight (9, C) and bias (C,) of the convolutions of all branches, or None: others are to
-        be called."""
-        if is_watched():
-            return None
-        weights, biases = [], []
-        for lepe in self.lepe:
-            found: list[Tensor] = []
-            if _LOCAL.read(lepe, found) is not None:
-                return None
-            weight, bias = found
-            weights.append(weight.flatten(1))
-            biases.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
-        return torch.cat(weights).t(), torch.cat(biases)
+    def read_parts(self) -> list[Any] | str:
+        tensors = super().read_parts()
+        if isinstance(tensors, str):
+            return tensors
+        for i, lepe in enumerate(self.lepe):
+            reason = _LOCAL.read(lepe, tensors)
+            if reason is not None:
+                return f"lepe.{i} {reason}"
+        return tensors
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, stripe={self.stripe}"

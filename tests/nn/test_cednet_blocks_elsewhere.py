@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cednets import randomized
 from inputs import both_layouts
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Interpreter, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 import fastfuse
 from fastfuse import backend, models
@@ -116,6 +119,66 @@ def test_what_a_hook_of_a_norm_keeps_stays() -> None:
     for kept, before in seen:
         assert torch.equal(kept, before)
     assert any((before < 0).any() for _, before in seen)
+
+
+def stem() -> nn.Sequential:
+    """Whose norms give less than zero."""
+    model = models.CEDNet(block="resnet", channels=(64,) * 4, depths=(1, 1, 1, 1), stages=1)
+    return randomized(model).eval().stem
+
+
+def converted() -> nn.Sequential:
+    model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    fastfuse.convert(model)
+    return model
+
+
+@pytest.mark.parametrize("make", [stem, converted])
+@pytest.mark.parametrize("way", ["class", "mode", "fx"])
+def test_what_somebody_keeps_of_a_norm_stays(
+    make: Callable[[], nn.Sequential], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a patched class, a mode, or a graph that gives it out."""
+    model, x = make(), torch.randn(2, 3, 16, 16)
+    held: list[Tensor] = []
+    expected = model[1](model[0](x))
+    if way == "class":
+        forward = nn.BatchNorm2d.forward
+
+        def patched(self: nn.BatchNorm2d, y: Tensor) -> Tensor:
+            held.append(forward(self, y))
+            return held[-1]
+
+        monkeypatch.setattr(nn.BatchNorm2d, "forward", patched)
+        model(x)
+    elif way == "mode":
+        model[1].train()  # or it is folded
+        model[1].track_running_stats = False
+        expected = model[1](model[0](x))
+
+        class Keeping(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                result = function(*args, **(kwargs or {}))
+                if function is F.batch_norm:
+                    held.append(result)
+                return result
+
+        with Keeping():
+            model(x)
+    else:
+        graph = symbolic_trace(model)
+
+        class Recording(Interpreter):
+            def run_node(self, node: Node) -> object:
+                result = super().run_node(node)
+                if node.target == "1":
+                    held.append(result)
+                return result
+
+        Recording(graph).run(x)
+        assert {"1", "2"} <= {node.target for node in graph.graph.nodes}
+    assert held[0].min() < 0
+    torch.testing.assert_close(held[0], expected)
 
 
 @pytest.mark.parametrize("name", ["bn1", "bn_dw", "bn2", "relu"])

@@ -137,6 +137,19 @@ def test_what_is_no_number_is_as_pytorch_has_it(value: float, place: int) -> Non
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("value", [-1e29, -1e30, -1e31, -3.4e38, -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_masks(value: float, dtype: torch.dtype) -> None:
+    """All of a row, and all but one key, which padding lanes must not join."""
+    arguments = case((2, 3), 1, 8, (2, 3), bias=True, dtype=dtype)
+    arguments["bias"][:, 1] = value
+    arguments["bias"][:, 2, :5] = value
+    found = outputs(arguments)
+    expected = outputs(arguments, reference=True)
+    torch.testing.assert_close(found["output"], expected["output"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["qkv"], expected["qkv"], rtol=1e-4, atol=1e-5)
+
+
 def test_logits_far_apart() -> None:
     """Below e^-87 of the largest a weight is nothing."""
     arguments = case((2, 4), 1, 4, (2, 4), bias=True, dtype=torch.float32)
@@ -175,6 +188,9 @@ def test_pytorchs_checks_of_ops(name: str) -> None:
         ({"windows": [0, 2, 2, 0]}, "bias must come with windows of one shape"),
         ({"shift": 2}, "shift must be below 2"),
         ({"shift": -1}, "shift must be at least 0"),
+        ({"shift": 1, "centered": True}, "shift must be 0 where padding is on all sides"),
+        ({"windows": [2**30, 2**30]}, "windows must have at most"),
+        ({"windows": [2**31, 1]}, "windows must be below"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -263,6 +279,18 @@ def test_hooks_of_children_see_every_call(child: str) -> None:
     finally:
         handle.remove()
     assert attention.lepe[1] in calls
+
+
+def test_what_runs_is_explained() -> None:
+    attention = StripeAttention(12, 2, stripe=2)
+    assert fastfuse.explain(attention) == {"": None}
+    attention.lepe[1] = Doubled(attention.lepe[1])
+    (reason,) = fastfuse.explain(attention).values()
+    assert reason is not None
+    assert reason.startswith("lepe.1 is a ")
+    windows = WindowAttention(12, 2)
+    windows.qkv.register_forward_hook(lambda *_: None)
+    assert fastfuse.explain(windows) == {"": "qkv has hooks"}
 
 
 @pytest.mark.parametrize("attention", [WindowAttention, StripeAttention])

@@ -42,7 +42,7 @@ def window_attention(
             with as many heads each; 0: the image's.
         heads: of all.
         shift: by how many pixels windows are moved to the right and down; the map wraps around, and
-            tokens see those of their own side alone.
+            tokens see those of their own side alone. Not with ``centered``.
         centered: whether the map is padded to whole windows on all sides, by zeros; else at the
             right and below, by ``qkv_bias``.
         qkv_bias: (3 C,), added to queries, keys and values.
