@@ -44,15 +44,21 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith(("camvid", "load_")):
             raise  # not the user's input
-        print(str(error), file=sys.stderr)
+        text = str(error)
+        named = text.startswith(("camvid", "load_"))
+        print(text if named else f"camvid: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last epoch", file=sys.stderr)
+        print("interrupted; the same command goes on after the last epoch done", file=sys.stderr)
         return 130
 
 
 def _run(args: argparse.Namespace, console: Console, group: Processes) -> int:
     config = _config(args)
+    if args.study and args.head:
+        raise ValueError("camvid: --head must not stand beside --study HEAD; got both")
+    if args.study is not None and args.seeds < 1:
+        raise ValueError(f"camvid: --seeds must be at least 1; got {args.seeds}")
     data = _data(args, config, console, group)
     counts = ", ".join(f"{len(split)} {name}" for name, split in data.splits.items())
     console.print(f"images: {counts}; {torch.get_num_threads()} threads", highlight=False)
@@ -101,9 +107,16 @@ def _curves(args: argparse.Namespace, console: Console) -> int:
     """Of runs that are there, in one picture."""
     states = {}
     for folder in args.curves:
-        if (state := load_state(folder)) is None:
-            raise ValueError(f"camvid: --curves must name folders of runs; {folder} has none")
-        states[folder.name] = [state]
+        of_study = (folder / "study.json").exists()
+        for run in sorted(p for p in folder.iterdir() if p.is_dir()) if of_study else [folder]:
+            if (state := load_state(run)) is not None:
+                states[run.name] = [state]
+            elif not of_study:
+                raise ValueError(
+                    f"camvid: --curves must name folders of runs, or of a study; {folder} is none"
+                )
+    if (args.out / "checkpoint.json").exists():
+        raise ValueError(f"camvid: --out must be no run, whose curves it has; got {args.out}")
     args.out.mkdir(parents=True, exist_ok=True)
     curves(states, args.out / "curves.png")
     console.print(f"picture: {args.out / 'curves.png'}", soft_wrap=True)
@@ -128,24 +141,56 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="CamVid; without it: a small synthetic data set")
-    add("--out", type=Path, default=Path("runs/camvid"), metavar="DIR", help="of what is written")
-    add("--quick", action="store_true", help="half the size, a narrow head, a few epochs")
-    add("--study", nargs="*", choices=HEADS, metavar="HEAD", help="with and without equalizers")
-    add("--seeds", type=int, default=3, metavar="N", help="of a study")
-    add("--curves", type=Path, nargs="+", metavar="RUN", help="only draws the curves of runs")
-    for name, choices in (
-        ("head", HEADS),
-        ("backbone", BACKBONES),
-        ("scale-equalizer", EQUALIZERS),
-        ("pipeline", PIPELINES),
-        ("dtype", DTYPES),
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/camvid"),
+        metavar="DIR",
+        help="where checkpoints and pictures go (default: %(default)s)",
+    )
+    add(
+        "--quick",
+        action="store_true",
+        help="minutes, not hours: other defaults for "
+        + ", ".join(f"{name} ({_shown(value)})" for name, value in PRESETS["quick"].items()),
+    )
+    add(
+        "--study",
+        nargs="*",
+        choices=HEADS,
+        metavar="HEAD",
+        help="train each head (without a name: --head's) with and without equalizers",
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="of a study (default: %(default)s)")
+    add("--curves", type=Path, nargs="+", metavar="RUN", help="only draw the curves of these runs")
+    for name, choices, what in (
+        ("head", HEADS, "decode head"),
+        ("backbone", BACKBONES, "what it reads the maps of"),
+        ("scale-equalizer", EQUALIZERS, "calibrated and kept, or folded into the first weights"),
+        ("pipeline", PIPELINES, "the package's ops, or PyTorch's alone"),
+        ("dtype", DTYPES, "of products; bfloat16 by autocast"),
     ):
-        add(f"--{name}", choices=tuple(choices))
-    for name in ("epochs", "batch", "channels", "output-stride", "seed"):
-        add(f"--{name}", type=int, metavar="N")
-    for name in ("size", "crop"):
-        add(f"--{name}", type=int, nargs=2, metavar=("H", "W"))
-    add("--lr", type=float)
+        add(f"--{name}", choices=tuple(choices), help=f"{what}{_default(name)}")
+    for name, what in (
+        ("epochs", "passes over the training images, fixed when a run begins"),
+        ("batch", "images of a step"),
+        ("channels", "of the head"),
+        ("output-stride", "of ResNets; 0: 32 for heads that read all levels, else 8"),
+        ("seed", "of weights, order and augmentation"),
+    ):
+        add(f"--{name}", type=int, metavar="N", help=f"{what}{_default(name)}")
+    for name, what in (("size", "images are resized to"), ("crop", "of crops, multiples of 32")):
+        add(f"--{name}", type=int, nargs=2, metavar=("H", "W"), help=f"{what}{_default(name)}")
+    add("--lr", type=float, help="the largest learning rate; 0: the backbone's (default)")
     add("--workers", type=int, default=0, metavar="N", help="processes that read images")
     add("--threads", type=int, default=0, metavar="N", help="of the ops; 0: PyTorch's default")
     return parser
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _default(name: str) -> str:
+    default = {field.name: field.default for field in fields(Config)}[name.replace("-", "_")]
+    return f" (default: {_shown(default)})"

@@ -64,4 +64,4 @@ def window_attention(
         for t in (qkv_bias, bias, local_weight, local_bias)
     )
     arguments = heads, list(windows), shift, centered
-    return forward["cpu"](qkv.contiguous(), *parameters, *arguments)  # type: ignore[no-any-return]
+    return forward["cpu"](qkv.contiguous(), *parameters, *arguments)

@@ -38,14 +38,10 @@ def reference(
     for i in range(branches):
         extent = _Extent.of(height, width, windows[2 * i : 2 * i + 2], shift, centered)
         share = slice(i * channels // branches, (i + 1) * channels // branches)
+        weight, offset = (None if t is None else t[..., share] for t in (local_weight, local_bias))
+        of_branch = [_of_branch(t, share, branches) for t in (qkv, padding)]
         mixed.append(
-            _mixed(
-                *(_of_branch(t, share, branches) for t in (qkv, padding)),
-                bias,
-                *(None if t is None else t[..., share] for t in (local_weight, local_bias)),
-                heads // branches,
-                extent,
-            )
+            _mixed(of_branch[0], of_branch[1], bias, weight, offset, heads // branches, extent)
         )
     return mixed[0] if branches == 1 else torch.cat(mixed, 3)
 
