@@ -16,6 +16,7 @@ from examples.camvid.data import Split, normalized
 __all__ = ["augmented", "epoch_batches", "seed_of"]
 
 _SCALES = (0.5, 2.0)
+_TRIES = 10  # until a crop has a labelled pixel: of a batch without any there is no loss
 _CONTRAST = 0.3  # brightness, contrast and saturation are multiplied by 1 - 0.3 to 1 + 0.3
 
 
@@ -73,7 +74,15 @@ class _Augmented(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, index))
-        return augmented(*self.split.read(index), self.crop, generator)
+        image, labels = self.split.read(index)
+        if not (labels != self.split.classes).any():
+            path = self.split.pairs[index][1]
+            raise ValueError(f"camvid: {path} must have labelled pixels; all are void")
+        for _ in range(_TRIES):
+            found = augmented(image, labels, self.crop, generator)
+            if (found[1] != self.split.classes).any():
+                break
+        return found
 
 
 def epoch_batches(

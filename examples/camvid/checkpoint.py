@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,13 @@ from examples.camvid.config import differences
 from fastfuse.models import load_checkpoint
 from fastfuse.models.checkpoint import state_dict_of
 
-__all__ = ["INDEX", "State", "load_state", "restore", "save_state"]
+__all__ = ["INDEX", "State", "claimed", "load_state", "restore", "save_state"]
 
 INDEX = "checkpoint.json"
 _FORMAT = "fastfuse camvid checkpoint"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+_OWN = re.compile(r"epoch-\d{4,}\.safetensors(\.partial)?|checkpoint\.json\.partial")
+_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 
 
 @dataclass
@@ -48,6 +51,46 @@ class State:
     gradients: dict[str, list[float]] = field(default_factory=dict)
     test: dict[str, Any] | None = None
     weights: str = ""
+
+    def check(self) -> None:
+        """Of what a file says."""
+        assert isinstance(self.identity, dict), "identity must be an object"
+        assert isinstance(self.gradients, dict), "gradients must be an object"
+        assert isinstance(self.weights, str), "weights must be a name"
+        assert self.weights, "weights must be a name"
+        assert isinstance(self.history, list), "history must be a list"
+        assert self.epoch == len(self.history) > 0, "history must have an entry for each epoch"
+        for entry in (*self.history, *([] if self.test is None else [self.test])):
+            for key in ("miou", "iou", "accuracy", "pixels"):
+                assert key in entry, f"an entry must have {key}"
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Of one run at a time; the system gives it back whatever ends the process.
+
+    Raises:
+        OSError: the folder cannot be made.
+        ValueError: another run has it.
+    """
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"camvid: --out must be of one run; another one is in {folder}"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_state(
@@ -77,8 +120,8 @@ def write_index(folder: Path, state: State) -> None:
     """The line that counts; files that it does not name go."""
     document = {"format": _FORMAT, "version": 1, **vars(state)}
     _write(folder / INDEX, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
-    for path in (*folder.glob("epoch-*.safetensors"), *folder.glob("*.partial")):
-        if path.name != state.weights:
+    for path in folder.iterdir():
+        if path.name != state.weights and _OWN.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -98,9 +141,15 @@ def load_state(folder: Path, identity: dict[str, Any] | None = None) -> State | 
         raise ValueError(f"camvid: {path} is damaged: {error}") from error
     if not isinstance(document, dict) or document.pop("format", None) != _FORMAT:
         raise ValueError(f"camvid: {path} is no checkpoint of this program")
-    if (version := document.pop("version")) != 1:
+    if (version := document.pop("version", None)) != 1:
         raise ValueError(f"camvid: {path} must be of version 1; got {version}")
-    state = State(**document)
+    try:
+        state = State(**document)
+        state.check()
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"camvid: {path} is damaged: {str(error) or 'a value is missing'}"
+        ) from error
     if identity is not None and (different := differences(state.identity, identity)):
         raise ValueError(
             f"camvid: {path} is of another configuration ({'; '.join(different)}); give another "
@@ -117,15 +166,30 @@ def restore(
     Raises:
         OSError, ValueError, RuntimeError: a file that is missing, damaged or does not fit.
     """
-    tensors = state_dict_of(folder / state.weights)
-    load_checkpoint(model, tensors, prefix=_MODEL)
+    path = folder / state.weights
+    tensors = state_dict_of(path)
+    try:
+        load_checkpoint(model, tensors, prefix=_MODEL)
+    except RuntimeError as error:
+        raise ValueError(f"camvid: {path} does not fit the model: {error}") from error
     if optimizer is None:
         return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    expected = {
+        f"{_OPTIMIZER}{i}.{key}": () if key == "step" else tuple(p.shape)
+        for i, p in enumerate(parameters)
+        for key in _MOMENTS
+    }
+    shapes = {n: tuple(t.shape) for n, t in tensors.items() if n.startswith(_OPTIMIZER)}
+    if wrong := sorted(n for n in expected | shapes if expected.get(n) != shapes.get(n)):
+        raise ValueError(
+            f"camvid: {path} must have the optimizer's tensors; {len(wrong)} are missing, of "
+            f"another shape or of no parameter, first {wrong[0]}"
+        )
     found: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith(_OPTIMIZER):
-            index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
-            found.setdefault(int(index), {})[key] = tensor
+    for name in expected:
+        index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
+        found.setdefault(int(index), {})[key] = tensors[name]
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": found, "param_groups": groups})
 

@@ -35,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     try:
+        for name in ("threads", "workers"):
+            if (value := getattr(args, name)) < 0:
+                raise ValueError(f"camvid: --{name} must be at least 0; got {value}")
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.curves:
@@ -68,7 +71,7 @@ def _run(args: argparse.Namespace, console: Console, group: Processes) -> int:
             data,
             args.out,
             heads=args.study or [config.head],
-            seeds=range(args.seeds),
+            seeds=range(config.seed, config.seed + args.seeds),
             processes=group,
             workers=args.workers,
             console=console,
@@ -86,7 +89,8 @@ def _run(args: argparse.Namespace, console: Console, group: Processes) -> int:
         title = f"{len(data.splits[name])} {name} images of {config.size[0]}x{config.size[1]}"
         console.print(title, highlight=False)
         console.print(scores_table(data.classes, Scores.of_entry(found)))
-        console.print(f"pictures: curves.png and predictions.png in {args.out}", soft_wrap=True)
+        where = f"pictures: curves.png and predictions.png in {args.out}"
+        console.print(where, soft_wrap=True, markup=False)
     return 0
 
 
@@ -110,16 +114,18 @@ def _curves(args: argparse.Namespace, console: Console) -> int:
         of_study = (folder / "study.json").exists()
         for run in sorted(p for p in folder.iterdir() if p.is_dir()) if of_study else [folder]:
             if (state := load_state(run)) is not None:
-                states[run.name] = [state]
+                states[str(run) if run.name in states else run.name] = [state]
             elif not of_study:
                 raise ValueError(
                     f"camvid: --curves must name folders of runs, or of a study; {folder} is none"
                 )
+    if not states:
+        raise ValueError("camvid: --curves must name folders of runs; the studies have none yet")
     if (args.out / "checkpoint.json").exists():
         raise ValueError(f"camvid: --out must be no run, whose curves it has; got {args.out}")
     args.out.mkdir(parents=True, exist_ok=True)
     curves(states, args.out / "curves.png")
-    console.print(f"picture: {args.out / 'curves.png'}", soft_wrap=True)
+    console.print(f"picture: {args.out / 'curves.png'}", soft_wrap=True, markup=False)
     return 0
 
 

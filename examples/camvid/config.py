@@ -11,6 +11,8 @@ from examples.camvid.models import BACKBONES, HEADS, MULTI_LEVEL
 
 __all__ = ["DIVISOR", "DTYPES", "EQUALIZERS", "PIPELINES", "PRESETS", "Config", "differences"]
 
+_LIMIT = 1 << 31  # of numbers
+_MAX_LR = 100.0
 DIVISOR = 32  # the coarsest stride of the backbones
 EQUALIZERS = ("none", "module", "fold")
 PIPELINES = ("fused", "plain")
@@ -83,6 +85,7 @@ class Config:
         for name, least in (("epochs", 1), ("batch", 2), ("channels", 1), ("seed", 0)):
             value = getattr(self, name)
             _require(name, value, f"at least {least}", (value,) if value >= least else ())
+            _require(name, value, "below 2^31", (value,) if value < _LIMIT else ())
         for name in ("size", "crop"):
             value = getattr(self, name)
             _require(name, value, "positive", (value,) if min(value) > 0 else ())
@@ -96,6 +99,8 @@ class Config:
         allowed_strides = (0, 8, 16, 32)
         _require("output_stride", self.output_stride, "one of 8, 16, 32", allowed_strides)
         _require("lr", self.lr, "positive", (self.lr,) if self.lr >= 0 else ())
+        small = self.lr <= _MAX_LR
+        _require("lr", self.lr, f"at most {_MAX_LR:g}", (self.lr,) if small else ())
         if not self.output_stride and BACKBONES[self.backbone].dilated:
             stride = 32 if self.head in MULTI_LEVEL else 8
             object.__setattr__(self, "output_stride", stride)

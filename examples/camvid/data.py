@@ -51,8 +51,18 @@ class Split:
         from PIL.Image import Resampling
 
         image_path, label_path = self.pairs[index]
-        image = _decoded(image_path).convert("RGB")
+        image = _decoded(image_path)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"camvid: {image_path} must have 8 bits a channel; got an image of mode "
+                f"{image.mode}"
+            )
+        image = image.convert("RGB")
         labels = _decoded(label_path)
+        if (bits := _grey_bits(label_path)) is not None and bits != 8:
+            raise ValueError(
+                f"camvid: {label_path} must have 8 bits a pixel, the class; got {bits}"
+            )
         if labels.mode not in _LABEL_MODES:
             raise ValueError(
                 f"camvid: {label_path} must have one byte a pixel, the class; got an image of "
@@ -72,6 +82,16 @@ class Split:
             classes = _pixels(labels.resize((width, height), Resampling.NEAREST))[0].long()
         return _pixels(image), classes
 
+    def check_labelled(self) -> None:
+        """Whether there is a pixel to score.
+
+        Raises:
+            ValueError: all label maps are void.
+        """
+        if not any(bool((self.read(i)[1] != self.classes).any()) for i in range(len(self))):
+            folder = self.pairs[0][1].parent
+            raise ValueError(f"camvid: {folder} must have labelled pixels; all are void")
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -85,9 +105,11 @@ class DataSet:
         return len(self.classes)
 
     def fingerprint(self) -> str:
-        """Of the names of training images and classes: their order decides about the weights."""
-        names = [image.name for image, _ in self.splits["train"].pairs]
-        return hashlib.sha256("\n".join([*names, "", *self.classes]).encode()).hexdigest()[:16]
+        """Of the names of classes and of all images: what weights and scores are of."""
+        files = [
+            f"{n} {image.name}" for n, split in self.splits.items() for image, _ in split.pairs
+        ]
+        return hashlib.sha256("\n".join([*files, "", *self.classes]).encode()).hexdigest()[:16]
 
 
 def open_data(folder: Path, size: tuple[int, int]) -> DataSet:
@@ -106,7 +128,10 @@ def open_data(folder: Path, size: tuple[int, int]) -> DataSet:
     """
     names: tuple[str, ...] = CAMVID
     if (file := folder / CLASSES_FILE).exists():
-        lines = file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"camvid: {file} must be UTF-8: {error}") from error
         names = tuple(name for line in lines if (name := line.strip()))
         if len(names) < 2:
             raise ValueError(f"camvid: {file} must name at least 2 classes; got {len(names)}")
@@ -168,6 +193,13 @@ def _decoded(path: Path) -> Image:
             return image
     except Exception as error:
         raise _unreadable(path, error) from error
+
+
+def _grey_bits(path: Path) -> int | None:
+    """Of a grey PNG, whose values Pillow would spread over 8 bits."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    return head[24] if head.startswith(b"\x89PNG") and len(head) == 26 and head[25] == 0 else None
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:

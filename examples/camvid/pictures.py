@@ -37,7 +37,7 @@ def curves(runs: Mapping[str, Sequence[State]], path: Path) -> None:
     for number, (name, states) in enumerate(runs.items()):
         for ax, key, factor in zip(axes, ("loss", "miou"), (1, 100), strict=True):
             lines = [[factor * entry[key] for entry in s.history] for s in states]
-            _mean_line(ax, lines, f"C{number}", name, first=1)
+            _mean_line(ax, lines, f"C{number}", _literal(name), first=1)
     for ax, label in zip(axes, ("loss, training", "mIoU, validation, %"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
         _plain_axes(ax)
@@ -93,6 +93,8 @@ def predictions(
     height, width = images.size
     figure = _figure(10.5, 0.8 + 3.3 * height / width * count)
     grid = figure.subplots(count, 3, squeeze=False)
+    for ax in grid.flat:  # some stay empty
+        ax.set_axis_off()
     for row, index in zip(grid, range(0, len(images), -(-len(images) // count)), strict=False):
         image, truth = images.read(index)
         with running(pipeline):
@@ -101,7 +103,6 @@ def predictions(
         shown = (image.permute(1, 2, 0), colours[truth], colours[found])
         for ax, pixels in zip(row, shown, strict=True):
             ax.imshow(pixels.numpy(), interpolation="nearest")
-            ax.set_axis_off()
     for ax, title in zip(grid[0], ("image", "truth", "prediction"), strict=True):
         ax.set_title(title)
     _legend(figure, data)
@@ -129,9 +130,15 @@ def _names(data: DataSet) -> list[str]:
 def _legend(figure: Any, data: DataSet) -> None:
     from matplotlib.patches import Patch
 
-    labels = [*data.classes, "void"]
+    labels = [_literal(name) for name in (*data.classes, "void")]
     handles = [Patch(color=c, label=n) for c, n in zip(_names(data), labels, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+
+
+def _literal(name: str) -> str:
+    """As matplotlib shows it, without mathematics; a name that begins with _ has no legend."""
+    name = name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
 
 
 def _figure(width: float, height: float) -> Any:

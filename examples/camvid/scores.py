@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -33,7 +34,7 @@ class Scores:
 
     @property
     def miou(self) -> float:
-        """The mean over classes that occur."""
+        """The mean over classes that occur or are predicted."""
         found = [value for value in self.iou if not math.isnan(value)]
         return sum(found) / len(found) if found else math.nan
 
@@ -87,7 +88,7 @@ def scores_table(classes: tuple[str, ...], scores: Scores) -> Table:
     table.add_column("class")
     table.add_column("IoU, %", justify="right")
     for name, value in zip(classes, scores.iou, strict=True):
-        table.add_row(name, "–" if math.isnan(value) else f"{100 * value:.1f}")
+        table.add_row(escape(name), "–" if math.isnan(value) else f"{100 * value:.1f}")
     table.add_section()
     table.add_row("[bold]mean[/]", f"[bold]{100 * scores.miou:.2f}[/]")
     table.add_row("pixels right", f"{100 * scores.accuracy:.1f}")

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -39,6 +40,11 @@ class Comparison:
     with_equalizers: tuple[float, ...]
     difference: float
     interval: tuple[float, float]
+
+    def entry(self) -> dict[str, Any]:
+        """In JSON, which has no infinity."""
+        interval = self.interval if math.isfinite(self.interval[0]) else None
+        return asdict(self) | {"interval": interval}
 
 
 def compare(without: Sequence[float], with_equalizers: Sequence[float]) -> Comparison:
@@ -132,7 +138,7 @@ def study(
                 out / f"{head}-gradients.png",
             )
             (out / "study.md").write_text(_markdown(found), encoding="utf-8")
-            numbers = {name: asdict(comparison) for name, comparison in found.items()}
+            numbers = {name: comparison.entry() for name, comparison in found.items()}
             (out / "study.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
     console.print(_table(found))
     return found

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -77,8 +78,16 @@ def train(
     processes = processes or Processes()
     console = console if console is not None and processes.first else Console(quiet=True)
     run = _Run(config, data, processes, processes.device(), workers)
+    with checkpoint.claimed(out) if processes.first else nullcontext():
+        return _train(run, out, console)
+
+
+def _train(run: _Run, out: Path, console: Console) -> tuple[Segmentor, State]:
+    config, data, processes = run.config, run.data, run.processes
     state = State(identity_of(config, data, processes))
     found = checkpoint.load_state(out, state.identity)
+    for name in data.splits.keys() - {"train"}:
+        data.splits[name].check_labelled()
     fold = found is None and config.scale_equalizer == "fold"
     model = model_of(config, data, equalizers=fold).to(run.device)
     processes.normalize(model, run.device)
@@ -91,7 +100,8 @@ def train(
         if found is not None:
             state = found
             checkpoint.restore(out, state, model, optimizer)
-            console.print(f"{out}: {state.epoch} of {config.epochs} epochs are done")
+            done = f"{out}: {state.epoch} of {config.epochs} epochs are done"
+            console.print(done, markup=False)
         objective = processes.wrapped(Objective(model, config.pipeline))
         last = state.history[-1]["miou"] if state.history else None
         with Meter(console, config.epochs, state.epoch, last) as meter:

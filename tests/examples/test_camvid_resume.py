@@ -20,7 +20,7 @@ import pytest
 import torch
 from camvid_runs import Interrupting, config, finish, finish_killed_by, options, weights
 
-from examples.camvid import cli
+from examples.camvid import cli, training
 from examples.camvid.checkpoint import INDEX, load_state, restore
 from examples.camvid.data import DataSet
 from examples.camvid.training import model_of
@@ -156,8 +156,8 @@ def test_loss_that_is_no_number(begun: Path, folder: Path, data: DataSet) -> Non
     state = load_state(begun)
     assert state is not None
     model = model_of(config(), data)
-    optimizer = torch.optim.AdamW(model.parameters())
-    restore(begun, state, model)
+    optimizer = training._optimizer(model, config())
+    restore(begun, state, model, optimizer)
     with torch.no_grad():
         model.decode_head.conv_seg.bias.fill_(torch.nan)
     from examples.camvid.checkpoint import save_state

@@ -314,13 +314,13 @@ def test_the_mlp_keeps_its_input_alone() -> None:
 
 def test_explain_and_hooks() -> None:
     block, (x,) = SwinBlock(C, 3), images((1, C, 7, 7))
-    assert fastfuse.explain(block) == {"mlp": None}
+    assert fastfuse.explain(block) == {"attention": None, "mlp": None}
     expected = block(x)
     seen: list[Tensor] = []
     block.mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     assert relative_error(block(x), expected) < 1e-5
     assert seen[0].shape[-1] == 4 * C
-    assert fastfuse.explain(block) == {"mlp": "fc1 has hooks"}
+    assert fastfuse.explain(block) == {"attention": None, "mlp": "fc1 has hooks"}
 
 
 def test_the_reference_is_the_mlp() -> None:
