@@ -72,6 +72,8 @@ def processes() -> Iterator[Processes]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        group = Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        yield group
+        group.wait()  # gloo aborts a process whose peers have left it
     finally:
         destroy_process_group()
