@@ -53,16 +53,18 @@ class State:
     weights: str = ""
 
     def check(self) -> None:
-        """Of what a file says."""
-        assert isinstance(self.identity, dict), "identity must be an object"
-        assert isinstance(self.gradients, dict), "gradients must be an object"
-        assert isinstance(self.weights, str), "weights must be a name"
-        assert self.weights, "weights must be a name"
-        assert isinstance(self.history, list), "history must be a list"
-        assert self.epoch == len(self.history) > 0, "history must have an entry for each epoch"
+        """Of what a file says; a TypeError names what is not as it was written."""
+        kinds = {"identity": dict, "epoch": int, "history": list, "gradients": dict, "weights": str}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{name} must be of type {kind.__name__}")
+        if not self.weights:
+            raise TypeError("weights must be a name")
+        if not self.epoch == len(self.history) > 0:
+            raise TypeError("history must have an entry for each epoch")
         for entry in (*self.history, *([] if self.test is None else [self.test])):
-            for key in ("miou", "iou", "accuracy", "pixels"):
-                assert key in entry, f"an entry must have {key}"
+            if missing := {"miou", "iou", "accuracy", "pixels"} - entry.keys():
+                raise TypeError(f"an entry must have {min(missing)}")
 
 
 @contextlib.contextmanager
@@ -146,10 +148,8 @@ def load_state(folder: Path, identity: dict[str, Any] | None = None) -> State | 
     try:
         state = State(**document)
         state.check()
-    except (AssertionError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"camvid: {path} is damaged: {str(error) or 'a value is missing'}"
-        ) from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"camvid: {path} is damaged: {error}") from error
     if identity is not None and (different := differences(state.identity, identity)):
         raise ValueError(
             f"camvid: {path} is of another configuration ({'; '.join(different)}); give another "

@@ -86,8 +86,9 @@ def _train(run: _Run, out: Path, console: Console) -> tuple[Segmentor, State]:
     config, data, processes = run.config, run.data, run.processes
     state = State(identity_of(config, data, processes))
     found = checkpoint.load_state(out, state.identity)
-    for name in data.splits.keys() - {"train"}:
-        data.splits[name].check_labelled()
+    for name, split in data.splits.items():
+        if name != "train":
+            split.check_labelled()
     fold = found is None and config.scale_equalizer == "fold"
     model = model_of(config, data, equalizers=fold).to(run.device)
     processes.normalize(model, run.device)

@@ -32,6 +32,16 @@ def _relabel(mode: str, value: object, size: tuple[int, int] = SIZE[::-1]) -> Ca
     return change
 
 
+def _void(split: str, count: int | None = None) -> Callable[[Path], None]:
+    """The first label maps of a split, or all."""
+
+    def change(folder: Path) -> None:
+        for file in sorted((folder / f"{split}annot").iterdir())[:count]:
+            Image.new("L", SIZE[::-1], 5).save(file)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -64,6 +74,17 @@ def _relabel(mode: str, value: object, size: tuple[int, int] = SIZE[::-1]) -> Ca
         (
             lambda f: (f / "classes.txt").write_text("one\n", encoding="utf-8"),
             "{f}/classes.txt must name at least 2 classes; got 1",
+        ),
+        (
+            lambda f: (f / "classes.txt").write_bytes(b"caf\xe9\nb\n"),
+            "{f}/classes.txt must be UTF-8",
+        ),
+        (_void("val"), "{f}/valannot must have labelled pixels; all are void"),
+        (_void("test"), "{f}/testannot must have labelled pixels; all are void"),
+        (_void("train", 1), "{f}/trainannot/000.png must have labelled pixels; all are void"),
+        (
+            lambda f: Image.new("I;16", SIZE[::-1]).save(f / "train" / "000.png"),
+            "{f}/train/000.png must have 8 bits a channel; got an image of mode I",
         ),
     ],
 )
