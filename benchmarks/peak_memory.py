@@ -61,7 +61,12 @@ def peak_extra_memory(
 @cache
 def _server() -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(__file__).resolve())]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # What is freed goes back to the system: holes that an allocator keeps, 60 MB of a backbone's
+    # step and others in every process, are held by no call.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def of_variants(

@@ -22,7 +22,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ContextDecorator
 from functools import lru_cache
 from typing import Protocol
@@ -47,6 +47,7 @@ __all__ = [
     "requested_backend",
     "select",
     "triton_refusal",
+    "wants_gradients",
 ]
 
 # PyTorch's dispatch keys of the fused backends.
@@ -94,6 +95,12 @@ def is_transformed() -> bool:
 def is_differentiated_otherwise() -> bool:
     """Whether torch.func or forward mode differentiates what is computed: by definitions alone."""
     return is_transformed() or forward_ad._current_level >= 0
+
+
+def wants_gradients(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether what is computed of some tensors is recorded for backward."""
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return wanted and torch.is_grad_enabled()
 
 
 def is_tracing() -> bool:

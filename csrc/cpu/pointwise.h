@@ -1,22 +1,11 @@
 // What the host functions of the pointwise steps tell their vector bodies.
 #pragma once
 
-#include <cstdint>
-
 #include "cpu/image.h"
 #include "cpu/isa_list.h"
+#include "cpu/rows.h"
 
 namespace fastfuse {
-
-// A matrix with unit stride along channels; null where there is none.
-struct Rows {
-  void* data;
-  int64_t stride;
-};
-
-// Vectors are in the accumulation type. A sum over rows is made of sums over blocks of kRowBlock
-// rows, whichever threads do them: block b's are at sums[b * (number of sums) * channels].
-constexpr int64_t kRowBlock = 128;
 
 struct LayerNorm {
   int64_t rows, channels;
@@ -48,8 +37,8 @@ struct BiasRelu {
 struct Residual {
   int64_t rows, channels;
   Rows x, product, out;  // backward: x is the gradient, and there is no product
-  const void *bias, *scale, *keep;
-  int64_t pixels, first;
+  Images images;
+  const void *bias, *scale;
   void* sums;
 };
 

@@ -4,17 +4,13 @@
 #include "cpu/gelu.h"
 #include "cpu/integers.h"
 #include "cpu/pointwise.h"
+#include "cpu/rows_bodies.h"
 #include "cpu/tiles.h"
 #include "cpu/vec.h"
 
 namespace fastfuse {
 namespace FASTFUSE_ISA {
 namespace {
-
-template <class S>
-FASTFUSE_INLINE S* row_of(const Rows& rows, int64_t row) {
-  return static_cast<S*>(rows.data) + row * rows.stride;
-}
 
 // Whether GELU may be as inexact as the storage type.
 template <class S>
@@ -68,11 +64,6 @@ void layer_norm(const LayerNorm& op, int64_t begin, int64_t end, void* scratch) 
       }
     });
   }
-}
-
-template <class A>
-FASTFUSE_INLINE void clear(A* p, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) p[i] = 0;
 }
 
 template <class S>
@@ -162,23 +153,11 @@ void bias_gelu_backward(const BiasGelu& op, int64_t begin, int64_t end) {
   }
 }
 
-// Calls row(i, keep of its image) for the rows [begin, end).
-template <class A, class Do>
-FASTFUSE_INLINE void for_kept_rows(const Residual& op, int64_t begin, int64_t end, Do row) {
-  const A* keep = static_cast<const A*>(op.keep);
-  while (begin < end) {
-    const int64_t image = (op.first + begin) / op.pixels;
-    const int64_t last = min_of((image + 1) * op.pixels - op.first, end);
-    const A factor = keep ? keep[image] : A(1);
-    for (; begin < last; ++begin) row(begin, factor);
-  }
-}
-
 template <class S>
 void residual(const Residual& op, int64_t begin, int64_t end) {
   using A = compute_t<S>;
   const A *bias = static_cast<const A*>(op.bias), *scale = static_cast<const A*>(op.scale);
-  for_kept_rows<A>(op, begin, end, [&](int64_t i, A keep) {
+  for_kept_rows<A>(op.images, begin, end, [&](int64_t i, A keep) {
     const S *x = row_of<const S>(op.x, i), *product = row_of<const S>(op.product, i);
     S* out = row_of<S>(op.out, i);
     for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
@@ -197,12 +176,12 @@ void residual_backward(const Residual& op, int64_t begin, int64_t end) {
     A* sums = static_cast<A*>(op.sums) + block * op.channels;
     clear(sums, op.channels);
     const int64_t last = min_of((block + 1) * kRowBlock, op.rows);
-    for_kept_rows<A>(op, block * kRowBlock, last, [&](int64_t i, A keep) {
+    for_kept_rows<A>(op.images, block * kRowBlock, last, [&](int64_t i, A keep) {
       const S* grad = row_of<const S>(op.x, i);
       for_channels<A>(op.channels, [&](auto count, int64_t c, auto load, auto store) {
         for (int v = 0; v < decltype(count)::value; ++v, c += kLanes<A>) {
           const Vec<A> kept = load(grad + c) * keep;
-          if (op.keep) store(row_of<S>(op.out, i) + c, kept);
+          if (op.images.keep) store(row_of<S>(op.out, i) + c, kept);
           store(sums + c, load(sums + c) + kept);
         }
       });

@@ -27,11 +27,42 @@ struct Winograd {
 
 using WinogradBody = void (*)(const Winograd&, int64_t begin, int64_t end);
 
+// A weight's taps, [tap][output][input] with any strides.
+struct WinogradTaps {
+  void* data;
+  int64_t tap, output, input;
+  bool flipped;  // in reverse order
+};
+
+// image = what becomes of transformed tiles, (36, count, inputs), with a weight. A unit is a panel
+// of output channels and a group of tiles.
+struct WinogradProduct {
+  Winograd to;  // its elements are those of the inputs
+  int64_t count, inputs;
+  WinogradTaps taps;
+};
+
+// taps = [taps +] what they get of transformed inputs, (36, count, inputs), and of the output's
+// adjoint, (36, count, outputs). A unit is a panel of input channels and a group of outputs.
+struct WinogradGradient {
+  int64_t count, inputs, outputs;
+  void *tiles[kWinogradElements], *gradients[kWinogradElements];
+  int64_t stride_tile, stride_gradient;
+  WinogradTaps taps;
+  bool add;
+};
+
+constexpr int64_t kWinogradGroup = 96;        // of tiles: their products fit the second-level cache
+constexpr int64_t kWinogradOutputGroup = 48;  // of outputs, likewise
+
 struct WinogradKernels {
   struct Kernel {
     WinogradBody input;           // image to tiles
-    WinogradBody output;          // tiles to image
     WinogradBody output_adjoint;  // image to tiles
+    void (*product)(const WinogradProduct&, int64_t begin, int64_t end, void* scratch);
+    void (*gradient)(const WinogradGradient&, int64_t begin, int64_t end, void* scratch);
+    int64_t panel;                          // channels
+    int64_t product_bytes, gradient_bytes;  // of scratch memory
   } kernels[kNumDtypes];
 };
 

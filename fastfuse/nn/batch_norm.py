@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastfuse.backends import requested_backend
 from fastfuse.nn.composition import Part, is_plain, is_watched
 from fastfuse.nn.conv2d import Conv2d, convolve_with
+from fastfuse.ops.batch_norm import BatchNorm, measure
 
 __all__ = [
     "NormedSequential",
@@ -20,6 +21,8 @@ __all__ = [
     "in_order",
     "normalized",
     "norms_of",
+    "state_of",
+    "uses_batch",
     "with_norm",
 ]
 
@@ -79,6 +82,37 @@ def with_norm(
     scale = scale if gain is None else scale * gain
     offset = (-mean if bias is None else bias - mean) * scale
     return weight * scale[:, None, None, None], offset if shift is None else offset + shift
+
+
+def uses_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm is by the statistics of what it is called with."""
+    return norm.training or norm.running_mean is None
+
+
+def state_of(norm: nn.BatchNorm2d, x: Tensor, moments: Tensor | None = None) -> BatchNorm:
+    """What a call of a norm with x applies, whose moments may be known; running statistics move as
+    in the call."""
+    of_batch = uses_batch(norm)
+    mean, variance = norm.running_mean, norm.running_var
+    if not of_batch:
+        assert mean is not None
+        assert variance is not None
+        return BatchNorm(torch.stack([mean, variance]), norm.weight, norm.bias, norm.eps, False)
+    if moments is None:
+        moments = measure(x)
+    if norm.training and norm.track_running_stats and mean is not None and variance is not None:
+        counted = norm.num_batches_tracked
+        if counted is not None:
+            counted.add_(1)
+        momentum = norm.momentum
+        if momentum is None:
+            momentum = 0.0 if counted is None else 1 / float(counted)
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            mean.mul_(1 - momentum).add_(moments[0], alpha=momentum)
+            unbiased = momentum * count / (count - 1)
+            variance.mul_(1 - momentum).add_(moments[1], alpha=unbiased)
+    return BatchNorm(moments, norm.weight, norm.bias, norm.eps, True)
 
 
 def activated(norm: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastfuse.backends import is_differentiated_otherwise, requested_backend
-from fastfuse.nn.batch_norm import activated, with_norm
+from fastfuse.backends import is_differentiated_otherwise, requested_backend, wants_gradients
+from fastfuse.nn.batch_norm import activated, state_of, uses_batch, with_norm
 from fastfuse.nn.ced_block import depthwise
 from fastfuse.nn.composition import Composition, Part, leaf
 from fastfuse.nn.conv2d import Conv2d, convolve_with, dense_padding, depthwise_dilation
 from fastfuse.nn.depthwise_conv2d import DepthwiseConv2d
 from fastfuse.nn.stochastic_depth import check_drop_path, drawn_keep
 from fastfuse.ops.autocast import autocasts, cast_for_autocast
+from fastfuse.ops.batch_norm import normalized_relu, normalized_relu_conv
 from fastfuse.ops.checks import check_feature_map, check_ints
-from fastfuse.ops.layout import is_channels_last, to_memory_format
+from fastfuse.ops.layout import is_channels_last, prefer_memory_format, to_memory_format
 from fastfuse.ops.pointwise.relu_mlp import relu_mlp
 from fastfuse.ops.policy import policy_of
 
@@ -27,7 +29,7 @@ _CONVOLUTIONS = (Conv2d, DepthwiseConv2d, nn.Conv2d)
 _BATCH_NORM = Part(
     (nn.BatchNorm2d,),
     ("weight", "bias", "running_mean", "running_var"),
-    conditions={"statistics that are not the batch's": lambda bn, *_: not bn.training},
+    maybe=("weight", "bias", "running_mean", "running_var"),
 )
 
 
@@ -83,9 +85,7 @@ class ResNetBlock(Composition):
                 )
             },
         ),
-        "bn_dw": Part(
-            _BATCH_NORM.kinds, _BATCH_NORM.tensors, conditions=_BATCH_NORM.conditions, optional=True
-        ),
+        "bn_dw": replace(_BATCH_NORM, optional=True),
         "conv2": _dense(1),
         "bn2": _BATCH_NORM,
         "conv3": _dense(1),
@@ -121,9 +121,14 @@ class ResNetBlock(Composition):
     def forward(self, x: Tensor) -> Tensor:
         check_feature_map("ResNetBlock", "x", x, channels=self.channels)
         tensors = self.read_parts()
-        drops = self.training and self.drop_path > 0
-        if not isinstance(tensors, str) and not drops and _folds(x, tensors):
-            return self._folded(x, tensors)
+        if not isinstance(tensors, str) and _runs_kernels(x, tensors):
+            norms = [n for n in (self.bn1, self.bn_dw, self.bn2, self.bn3) if n is not None]
+            drops = self.training and self.drop_path > 0
+            if drops or wants_gradients([x, *tensors]) or any(map(uses_batch, norms)):
+                if x.numel() > self.channels:  # else PyTorch's error
+                    return self._chained(x)
+            elif _folds(x):
+                return self._folded(x, tensors)
         (x,) = cast_for_autocast([x])
         y = activated(self.bn1, self.relu, self.bn1(self.conv1(x)))
         if self.dw is not None and self.bn_dw is not None:
@@ -134,6 +139,25 @@ class ResNetBlock(Composition):
         if keep is not None:
             branch = branch * keep.to(branch.dtype)[:, None, None, None]
         return self.relu(x + branch)
+
+    def _chained(self, x: Tensor) -> Tensor:
+        """With derivatives, or of the batch's statistics."""
+        channels_last = is_channels_last([x])
+        y, norm = self.conv1(x), None
+        first = state_of(self.bn1, y)
+        if self.dw is not None and self.bn_dw is not None:
+            y = x + normalized_relu(y, first)
+            z = self.dw(y)
+            y = y + normalized_relu(z, state_of(self.bn_dw, z))
+        else:
+            norm = first
+        y, moments = normalized_relu_conv(y, norm, self.conv2.weight, measured=uses_batch(self.bn2))
+        norm = state_of(self.bn2, y, moments)
+        y, moments = normalized_relu_conv(y, norm, self.conv3.weight, measured=uses_batch(self.bn3))
+        keep = drawn_keep(x, self.drop_path, self.training)
+        keep = None if keep is None else keep.to(x.dtype)
+        out = normalized_relu(y, state_of(self.bn3, y, moments), x, keep)
+        return out if channels_last else prefer_memory_format(out, channels_last)
 
     def _folded(self, x: Tensor, tensors: list[Any]) -> Tensor:
         conv1, dw, conv2, conv3 = tensors[:5], tensors[5:11], tensors[11:16], tensors[16:]
@@ -151,19 +175,19 @@ class ResNetBlock(Composition):
         return f"drop_path={self.drop_path}"
 
 
-def _folds(x: Tensor, tensors: list[Any]) -> bool:
-    """Where a batch norm is folded, with results that are the composition's to rounding."""
+def _runs_kernels(x: Tensor, tensors: list[Any]) -> bool:
+    """Whether kernels of CPUs have the block's results, to rounding."""
     if x.device.type != "cpu" or x.dtype not in policy_of("cpu").native:
         return False
     if autocasts("cpu") or is_differentiated_otherwise() or requested_backend() == "reference":
         return False
     if not torch.compiler.is_compiling() and (type(x) is not Tensor or torch.jit.is_tracing()):
         return False  # what stands for other tensors, which may want derivatives
-    if any(t is not None and t.dtype != x.dtype for t in tensors):
-        return False
+    return not any(t is not None and t.dtype != x.dtype for t in tensors)
+
+
+def _folds(x: Tensor) -> bool:
+    """Whether folding pays: it reads and writes 17 C^2 weights, and saves that of 6 C values a
+    pixel."""
     batch, channels, height, width = x.shape
-    # It reads and writes 17 C^2 weights, and saves that of 6 C values a pixel.
-    if not torch.compiler.is_compiling() and batch * height * width < 3 * channels:
-        return False
-    wanted = (t for t in (x, *tensors) if t is not None and t.requires_grad)
-    return not (torch.is_grad_enabled() and any(True for _ in wanted))
+    return torch.compiler.is_compiling() or batch * height * width >= 3 * channels

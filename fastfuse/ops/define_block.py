@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfuse.backends import accumulation_dtype, select
+from fastfuse.backends import accumulation_dtype, select, wants_gradients
 from fastfuse.ops.autocast import (
     autocasts,
     cast_for_autocast,
@@ -179,7 +179,7 @@ class BlockOp:
             return self.operation.run(backend, x.device.type, *arguments)
         if recompute and not self._keeps_little(x, parameters):
             return self.operation.run(backend, x.device.type, *arguments)
-        if not any(t is not None and t.requires_grad for t in (x, *parameters)):
+        if not wants_gradients((x, *parameters)):
             return self.forward[backend](*arguments)
         return self.forward_keeping[backend](*arguments)[0]
 

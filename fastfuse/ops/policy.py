@@ -175,7 +175,6 @@ class Policy:
 
     # ---- Winograd's algorithm ----
     winograd: Mapping[torch.dtype, WinogradRule]
-    winograd_single_channels: int  # for an image alone, without other levels
     winograd_bytes: int  # of transformed inputs and outputs of a block
     winograd_tiles: int  # of a block, at least
 
@@ -220,7 +219,7 @@ def _cpu(machine: Machine) -> Policy:
     bfloat16 = machine.isa == "avx512_bf16" and machine.onednn_bfloat16
     if bfloat16:
         native |= {torch.bfloat16}
-    float32_rule = WinogradRule(channels=64, pixels=1000, work=30_000_000)
+    float32_rule = WinogradRule(channels=64, pixels=32, work=5_000_000)
     narrow_rule = WinogradRule(channels=384, pixels=8000, work=0)
     return Policy(
         measured="AMD EPYC, Zen 4" if avx512 else "AMD EPYC, Zen 3",
@@ -249,9 +248,8 @@ def _cpu(machine: Machine) -> Policy:
             torch.bfloat16: narrow_rule if bfloat16 else float32_rule,
             torch.float16: float32_rule,
         },
-        winograd_single_channels=96,
-        winograd_bytes=min(machine.l3, 32 * MIB),
-        winograd_tiles=128,
+        winograd_bytes=min(machine.l3, 2 * MIB * max(machine.cores, 2)),
+        winograd_tiles=96,
         library_depthwise=_zen4_depthwise if avx512 else _zen3_depthwise,
         moments_values=1 << 20,
         kernels=KernelSizes(
@@ -288,7 +286,6 @@ _CUDA = Policy(
     exact_pixels=1 / 32,
     little_macs=0,
     winograd={},
-    winograd_single_channels=0,
     winograd_bytes=0,
     winograd_tiles=0,
     library_depthwise=lambda kernel_size, channels_last, values, dtype: False,

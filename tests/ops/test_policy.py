@@ -153,9 +153,9 @@ def test_a_fusion_follows_the_policy(dtype: torch.dtype) -> None:
 
     assert "fastfuse::fusion_conv2d" not in run(little_macs=10**12)
     ops = run(little_macs=0, winograd={dtype: anywhere})
-    assert {"fastfuse::winograd_output", "fastfuse::tap_sum_into"} <= ops
+    assert {"fastfuse::winograd_product", "fastfuse::tap_sum_into"} <= ops
     ops = run(little_macs=0, winograd={})
-    assert "fastfuse::winograd_output" not in ops
+    assert "fastfuse::winograd_product" not in ops
     assert "fastfuse::tap_sum_into" in ops
     dear = dataclasses.replace(CPU_COSTS, tap_macs=10**9)
     ops = run(little_macs=0, winograd={}, fusion_costs={dtype: dear})

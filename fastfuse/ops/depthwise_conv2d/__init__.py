@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastfuse.backends import requested_backend, select
+from fastfuse.backends import requested_backend, select, wants_gradients
 from fastfuse.ops.autocast import cast_for_autocast
 from fastfuse.ops.checks import (
     check_depthwise_weight,
@@ -31,9 +31,7 @@ def _library_is_faster(x: Tensor, weight: Tensor, bias: Tensor | None, dilation:
     """By the policy's rule, for calls without derivatives: docs/depthwise_conv2d.md."""
     if requested_backend() != "auto" or x.device.type != "cpu" or dilation > 1:
         return False
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    ):
+    if wants_gradients((x, weight, bias)):
         return False
     policy = policy_of("cpu")
     asked = weight.shape[2], is_channels_last([x]), x.numel(), x.dtype

@@ -160,8 +160,6 @@ def convolves_single(x: Tensor, weight: Tensor, padding: int) -> bool:
     if weight.shape[2] != 3 or cpu_refusal(x) is not None or is_tracing():
         return False
     out_channels, channels = weight.shape[:2]
-    if min(channels, out_channels) < policy_of("cpu").winograd_single_channels:
-        return False
     margin = 2 * padding - 2
     pixels = x.shape[0] * (x.shape[2] + margin) * (x.shape[3] + margin)
     applies = winograd.applies("cpu", cast_dtype(x), channels, out_channels, pixels, 3, padding)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import steps_of
 from fastfuse.ops.fusion_conv2d import cudnn, winograd
 from fastfuse.ops.fusion_conv2d.shape import Gradients
@@ -205,7 +206,7 @@ class WinogradConvolution(TargetResolution):
     def forward(self, features: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Scaled:
         shape = self.shape
         out = empty(shape.out_shape, weight, torch.channels_last)
-        taps = winograd.transform_weight(self._taps(weight, self.levels))
+        taps = self._taps(weight, self.levels)
         winograd.convolve(out, self._inputs(features), taps, bias, shape.padding)
         return Scaled(out, None)
 
@@ -216,14 +217,9 @@ class WinogradConvolution(TargetResolution):
         weight: Tensor | None,
         gradients: Gradients,
     ) -> None:
-        shape, equalized = self.shape, self.equalizes_first
+        equalized = self.equalizes_first
         if gradients.weight is not None:
-            inputs = self._inputs(features)
-            products = winograd.weight_gradient(grad_output, inputs, shape.padding)
-            if self.equalization.inverse_std is not None and not equalized:
-                products = products * self._per_channel(self.levels)
-            for i, piece in zip(self.levels, self._split(products, 2), strict=True):
-                gradients.write_weight(i, slice(None), piece)
+            self._weight_gradient(grad_output, self._inputs(features), gradients)
         wanted = gradients.wanted_of(self.levels)
         if not wanted:
             return
@@ -233,6 +229,25 @@ class WinogradConvolution(TargetResolution):
             return
         for i in wanted:
             gradients.found[i] = self._input_gradient(grad_output, weight, [i])
+
+    def _weight_gradient(
+        self, grad_output: Tensor, inputs: Sequence[Tensor], gradients: Gradients
+    ) -> None:
+        shape, memory = self.shape, gradients.weight
+        assert memory is not None
+        scaled = self.equalization.inverse_std is not None and not self.equalizes_first
+        dtype = accumulation_dtype(memory.dtype)
+        if len(self.levels) == len(shape.channels) and memory.dtype == dtype and not scaled:
+            taps = memory.permute(2, 3, 0, 1).flatten(0, 1)  # a view
+            winograd.weight_gradient(taps, grad_output, inputs, shape.padding)
+            return
+        channels = sum(shape.channels[i] for i in self.levels)
+        taps = memory.new_empty((9, shape.out_channels, channels), dtype=dtype)
+        winograd.weight_gradient(taps, grad_output, inputs, shape.padding)
+        if scaled:
+            taps *= self._per_channel(self.levels)
+        for i, piece in zip(self.levels, self._split(taps, 2), strict=True):
+            gradients.write_weight(i, slice(None), piece)
 
     def _input_gradient(self, grad_output: Tensor, weight: Tensor, levels: Sequence[int]) -> Tensor:
         shape = self.shape

@@ -19,7 +19,6 @@ from torch import Tensor
 from fastfuse import _extension
 from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import COMPILED, Op
-from fastfuse.ops.matmul import MatmulWeight
 from fastfuse.ops.memory import empty
 from fastfuse.ops.policy import policy_of
 
@@ -29,7 +28,6 @@ __all__ = [
     "applies",
     "convolve",
     "input_gradient",
-    "transform_weight",
     "weight_gradient",
 ]
 
@@ -37,36 +35,21 @@ for _schema in (
     # tiles (36, count, C) of the count tiles from `first` on that make outputs height x width
     "winograd_input(Tensor(a!) tiles, Tensor image, SymInt first, SymInt height, SymInt width, "
     "SymInt padding) -> ()",
-    "winograd_output(Tensor(a!) image, Tensor[] products, SymInt first, Tensor? bias) -> ()",
+    # image = what becomes of the tiles with taps (9, C_out, C_in), or with these in reverse order
+    "winograd_product(Tensor(a!) image, Tensor tiles, Tensor taps, bool flipped, SymInt first, "
+    "Tensor? bias) -> ()",
     "winograd_output_adjoint(Tensor(a!) tiles, Tensor image, SymInt first) -> ()",
+    # taps = [taps +] their gradient of tiles (36, count, C_in) and the output's (36, count, C_out)
+    "winograd_gradient(Tensor(a!) taps, Tensor tiles, Tensor gradients, bool add) -> ()",
 ):
     Op(_schema, kernels={"cpu": COMPILED})
 
 OUTPUTS = 4  # of a tile, on each side
 ELEMENTS = (OUTPUTS + 2) ** 2  # of a transformed tile
 
-BLOCK_MULTIPLE = 32  # tiles
+BLOCK_MULTIPLE = 96  # tiles: what the products take at a time
 # Consecutive matrices of a batch would fall into the same cache sets: their distance is odd lines.
 SKEW_BYTES = 5 * 64
-
-# The points 0, a, -a, b, -b and infinity of the transforms in csrc/cpu/winograd_simd.cpp.
-_A, _B = 0.625, 1.5
-
-
-def _weight_transform() -> Tensor:
-    """G (x) G, (36, 9): a transformed tile's elements from the taps."""
-    a, b, a2, b2 = _A, _B, _A**2, _B**2
-    rows = [
-        [1 / (a2 * b2), 0, 0],
-        *([x / (2 * a2 * (a2 - b2)) for x in (1, p, a2)] for p in (a, -a)),
-        *([x / (2 * b2 * (b2 - a2)) for x in (1, p, b2)] for p in (b, -b)),
-        [0, 0, 1],
-    ]
-    matrix = torch.tensor(rows, dtype=torch.float64, device="cpu")
-    return torch.kron(matrix, matrix)
-
-
-_G = _weight_transform()
 
 
 def applies(
@@ -91,13 +74,6 @@ def applies(
         and min(channels, out_channels) >= rule.channels
         and (pixels - rule.pixels) * channels * out_channels >= rule.work
     )
-
-
-def transform_weight(taps: Tensor) -> Tensor:
-    """(9, A, B) -> (36, A, B), in the accumulation dtype."""
-    taps = taps.to(accumulation_dtype(taps.dtype))
-    out = empty((ELEMENTS, taps[0].numel()), taps)
-    return torch.mm(_G.to(taps.dtype), taps.reshape(9, -1), out=out).view(-1, *taps.shape[1:])
 
 
 def _matrices(count: int, channels: int, like: Tensor) -> Tensor:
@@ -132,58 +108,50 @@ def _transform_inputs(
 
 
 def convolve(
-    out: Tensor, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, padding: int
+    out: Tensor,
+    inputs: Sequence[Tensor],
+    taps: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    *,
+    flipped: bool = False,
 ) -> None:
-    """out = the convolution of inputs, concatenated, with a transformed weight (36, C_out, C_in).
+    """out = the convolution of inputs, concatenated, with taps (9, C_out, C_in), or with these in
+    reverse order.
 
     Images are channels_last.
     """
-    bias = None if bias is None else bias.to(accumulation_dtype(out.dtype))
-    size = (out.shape[2], out.shape[3])
-    out_channels, channels = weight.shape[1:]
-    blocks = list(_blocks(out, size, channels + out_channels))
-    if not blocks:
-        return
-    weights = [MatmulWeight(matrix, blocks[-1].stop) for matrix in weight]
-    memory = _matrices(blocks[0].stop, channels, out)
-    results: Sequence[Tensor | None] = [None] * ELEMENTS
-    if weights[0].takes_out:
-        results = _matrices(blocks[0].stop, out_channels, out).unbind()
-    for block in blocks:
-        count = block.stop - block.start
-        transformed = memory[:, :count]
-        _transform_inputs(transformed, inputs, block.start, size, padding)
-        products = [
-            w.matmul(x, None if result is None else result[:count])
-            for w, x, result in zip(weights, transformed, results, strict=True)
-        ]
-        torch.ops.fastfuse.winograd_output(out, products, block.start, bias)
+    dtype = accumulation_dtype(out.dtype)
+    taps, bias = taps.to(dtype), None if bias is None else bias.to(dtype)
+    size, channels = (out.shape[2], out.shape[3]), taps.shape[2]
+    memory: Tensor | None = None
+    for block in _blocks(out, size, channels):
+        if memory is None:
+            memory = _matrices(block.stop, channels, out)
+        tiles = memory[:, : block.stop - block.start]
+        _transform_inputs(tiles, inputs, block.start, size, padding)
+        torch.ops.fastfuse.winograd_product(out, tiles, taps, flipped, block.start, bias)
 
 
 def input_gradient(out: Tensor, grad_output: Tensor, taps: Tensor, padding: int) -> None:
     """out = the gradient of an input whose taps are (9, C_out, C_in): again a convolution."""
-    weight = transform_weight(taps.flip(0)).transpose(1, 2)
-    convolve(out, [grad_output], weight, None, 2 - padding)
+    convolve(out, [grad_output], taps.transpose(1, 2), None, 2 - padding, flipped=True)
 
 
-def weight_gradient(grad_output: Tensor, inputs: Sequence[Tensor], padding: int) -> Tensor:
-    """The gradient of the taps, (9, C_out, C_in), in the accumulation dtype."""
+def weight_gradient(
+    taps: Tensor, grad_output: Tensor, inputs: Sequence[Tensor], padding: int
+) -> None:
+    """taps = their gradient, (9, C_out, C_in) in the accumulation dtype, with any strides."""
     size = (grad_output.shape[2], grad_output.shape[3])
-    channels = sum(image.shape[1] for image in inputs)
-    out_channels = grad_output.shape[1]
-    total = torch.zeros(
-        (ELEMENTS, out_channels, channels),
-        dtype=accumulation_dtype(grad_output.dtype),
-        device=grad_output.device,
-    )
+    out_channels, channels = taps.shape[1:]
     memory: list[Tensor] = []
     for block in _blocks(grad_output, size, channels + out_channels):
         count = block.stop - block.start
         if not memory:
             memory = [_matrices(count, c, grad_output) for c in (channels, out_channels)]
-        transformed, gradients = (m[:, :count] for m in memory)
-        _transform_inputs(transformed, inputs, block.start, size, padding)
+        tiles, gradients = (m[:, :count] for m in memory)
+        _transform_inputs(tiles, inputs, block.start, size, padding)
         torch.ops.fastfuse.winograd_output_adjoint(gradients, grad_output, block.start)
-        torch.baddbmm(total, gradients.transpose(1, 2), transformed, out=total)
-    matrix = _G.to(total.dtype).t()
-    return torch.mm(matrix, total.view(ELEMENTS, -1)).view(9, out_channels, channels)
+        torch.ops.fastfuse.winograd_gradient(taps, tiles, gradients, block.start > 0)
+    if not memory:
+        taps.zero_()

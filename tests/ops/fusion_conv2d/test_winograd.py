@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from inputs import images
 
 from fastfuse import _extension
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, accumulation_dtype
 from fastfuse.ops.fusion_conv2d import winograd
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
@@ -54,7 +54,7 @@ def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.d
 
     taps = weight.permute(2, 3, 0, 1).reshape(9, outputs, -1)
     out = torch.full_like(gradient, torch.nan)
-    winograd.convolve(out, inputs, winograd.transform_weight(taps), bias, padding)
+    winograd.convolve(out, inputs, taps, bias, padding)
     limit = tolerance(dtype, reduction=9 * sum(channels))
     assert out.dtype == dtype
     assert relative_error(out, expected.detach()) <= limit
@@ -63,7 +63,8 @@ def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.d
     winograd.input_gradient(out, gradient, taps, padding)
     assert relative_error(out, x_gradient) <= tolerance(dtype, reduction=9 * outputs)
 
-    result = winograd.weight_gradient(gradient, inputs, padding)
+    result = torch.full(taps.shape, torch.nan, dtype=accumulation_dtype(dtype))
+    winograd.weight_gradient(result, gradient, inputs, padding)
     expected = w_gradient.permute(2, 3, 0, 1).reshape(9, outputs, -1)
     limit = tolerance(dtype, reduction=batch * height * width)
     assert relative_error(result, expected) <= limit
@@ -73,16 +74,21 @@ def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.d
 def test_the_same_bits_for_any_number_of_threads(isa: str) -> None:
     (x,) = images((2, 40, 31, 29), channels_last=True)
     (gradient,) = images((2, 40, 31, 29), channels_last=True)
+    taps = torch.randn(9, 40, 40)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         tiles = torch.full((36, 2 * 8 * 8, 40), torch.nan)
         torch.ops.fastfuse.winograd_input(tiles, x, 0, 31, 29, 1)
         out = torch.full_like(x, torch.nan)
-        torch.ops.fastfuse.winograd_output(out, tiles.unbind(), 0, None)
+        torch.ops.fastfuse.winograd_product(out, tiles, taps, False, 0, None)
         adjoint = torch.full_like(tiles, torch.nan)
         torch.ops.fastfuse.winograd_output_adjoint(adjoint, gradient, 0)
-        found.append((tiles, out, adjoint))
+        of_taps = torch.full_like(taps, torch.nan)
+        torch.ops.fastfuse.winograd_gradient(of_taps, tiles, adjoint, False)
+        assert out.isfinite().all()
+        assert of_taps.isfinite().all()
+        found.append((tiles, out, adjoint, of_taps))
     for results in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
 
