@@ -155,8 +155,8 @@ class CEDNet(nn.Module):
         checkpoint: whether training keeps no more than the maps between stages, and computes the
             rest again in backward.
         recompute: whether it keeps no more than the maps between blocks; if not, what blocks
-            compute again otherwise is kept (docs/cednet.md has speed and memory). Of attention and
-            of "resnet", nothing is computed again.
+            compute again otherwise is kept (docs/cednet.md has speed and memory). Of
+            attention nothing is computed again, of "resnet" ReLUs' results are in any case.
 
     Attributes:
         channels: of the four maps.
