@@ -25,6 +25,8 @@ CASES = {
     "wide padding": (1, [4], 20, 5, 4, 2),
     "two inputs": (2, [17, 6], 9, 7, 8, 1),
     "one pixel": (3, [2], 2, 1, 1, 1),
+    # More than a block of tiles, a panel's inputs and a group of outputs, each with a rest.
+    "large": (2, [130, 7], 53, 42, 37, 1),
 }
 
 
@@ -68,6 +70,35 @@ def test_convolution_and_gradients(small_blocks: None, case: str, dtype: torch.d
     expected = w_gradient.permute(2, 3, 0, 1).reshape(9, outputs, -1)
     limit = tolerance(dtype, reduction=batch * height * width)
     assert relative_error(result, expected) <= limit
+
+
+@pytest.mark.walks_memory
+@pytest.mark.parametrize("flipped", [False, True])
+def test_taps_may_lie_anyhow(isa: str, flipped: bool) -> None:
+    """What is read side by side where it lies so, and value by value elsewhere."""
+    (x,) = images((1, 33, 9, 10), channels_last=True)
+    (gradient,) = images((1, 40, 9, 10), channels_last=True)
+    weight = torch.randn(40, 33, 3, 3)
+    layouts = {
+        "contiguous": weight.permute(2, 3, 0, 1).flatten(0, 1),
+        "channels_last": weight.to(memory_format=torch.channels_last)
+        .permute(2, 3, 0, 1)
+        .flatten(0, 1),
+        "outputs last": weight.permute(2, 3, 1, 0).contiguous().permute(0, 1, 3, 2).flatten(0, 1),
+        "a slice": torch.randn(9, 80, 99)[:, ::2, ::3],
+    }
+    found = []
+    for taps in layouts.values():
+        taps.copy_(weight.permute(2, 3, 0, 1).flatten(0, 1))
+        out, of_taps = torch.full_like(gradient, torch.nan), torch.full_like(taps, torch.nan)
+        winograd.convolve(out, [x], taps, None, 1, flipped=flipped)
+        back = torch.full_like(x, torch.nan)
+        winograd.input_gradient(back, gradient, taps, 1)
+        winograd.weight_gradient(of_taps, gradient, [x], 1)
+        found.append((out, back, of_taps))
+    for results in found:
+        assert all(torch.equal(a, b) for a, b in zip(results, found[0], strict=True))
+        assert all(result.isfinite().all() for result in results)
 
 
 @pytest.mark.walks_memory
@@ -119,3 +150,11 @@ def test_what_does_not_fit_is_refused() -> None:
         op(torch.empty(36, 4, 4), x.double(), 0, 6, 6, 1)
     with pytest.raises(RuntimeError, match="winograd: image must be channels_last"):
         op(torch.empty(36, 4, 4), x.contiguous(), 0, 6, 6, 1)
+    op = torch.ops.fastfuse.winograd_product
+    with pytest.raises(RuntimeError, match=r"winograd: taps must be \(9, 4, 5\)"):
+        op(x, torch.empty(36, 4, 5), torch.empty(9, 5, 5), False, 0, None)
+    with pytest.raises(RuntimeError, match="winograd: bias must have one value per channel"):
+        op(x, torch.empty(36, 4, 5), torch.empty(9, 4, 5), False, 0, torch.empty(5))
+    op = torch.ops.fastfuse.winograd_gradient
+    with pytest.raises(RuntimeError, match="winograd: tiles and gradients must be as many"):
+        op(torch.empty(9, 4, 5), torch.empty(36, 4, 5), torch.empty(36, 3, 4), False)
