@@ -100,18 +100,18 @@ def state_of(norm: nn.BatchNorm2d, x: Tensor, moments: Tensor | None = None) -> 
         return BatchNorm(torch.stack([mean, variance]), norm.weight, norm.bias, norm.eps, False)
     if moments is None:
         moments = measure(x)
-    if norm.training and norm.track_running_stats and mean is not None and variance is not None:
-        counted = norm.num_batches_tracked
+    if norm.training and norm.track_running_stats:
+        counted, momentum = norm.num_batches_tracked, norm.momentum
         if counted is not None:
             counted.add_(1)
-        momentum = norm.momentum
-        if momentum is None:
-            momentum = 0.0 if counted is None else 1 / float(counted)
-        count = x.numel() // x.shape[1]
-        with torch.no_grad():
-            mean.mul_(1 - momentum).add_(moments[0], alpha=momentum)
+        if mean is not None and variance is not None:
+            if momentum is None:
+                momentum = 0.0 if counted is None else 1 / float(counted)
+            count = x.numel() // x.shape[1]
             unbiased = momentum * count / (count - 1)
-            variance.mul_(1 - momentum).add_(moments[1], alpha=unbiased)
+            with torch.no_grad():
+                mean.mul_(1 - momentum).add_(moments[0], alpha=momentum)
+                variance.mul_(1 - momentum).add_(moments[1], alpha=unbiased)
     return BatchNorm(moments, norm.weight, norm.bias, norm.eps, True)
 
 

@@ -53,6 +53,10 @@ def _has_hooks(state: Mapping[str, Any]) -> bool:
     )
 
 
+def _convolves_otherwise(conv: nn.Module, convolve: Any) -> bool:
+    return "_conv_forward" in conv.__dict__ or type(conv)._conv_forward is not convolve
+
+
 @dataclass(frozen=True)
 class Part:
     """What an op assumes of a child, beside that nothing was done to it.
@@ -102,16 +106,13 @@ class Part:
             into.append(tensor)
         if _has_hooks(state):
             return "has hooks"
-        # Set on the module or, since the import, on its class. Dynamo guards what it reads so.
+        # Set on the module or, since the import, on its class.
         forward, convolve = methods
-        own = getattr(child.forward, "__func__", None)
+        own = state.get("forward")
         if (
             type(child).forward is not forward
-            or (own is not forward and own not in CONVERTED)
-            or (
-                convolve is not None
-                and getattr(child._conv_forward, "__func__", None) is not convolve
-            )
+            or (own is not None and getattr(own, "__func__", None) not in CONVERTED)
+            or (convolve is not None and _convolves_otherwise(child, convolve))
         ):
             return "has a forward of its own"
         if "_compiled_call_impl" in state:

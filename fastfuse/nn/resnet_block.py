@@ -8,7 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastfuse.backends import is_differentiated_otherwise, requested_backend, wants_gradients
+from fastfuse.backends import (
+    accumulation_dtype,
+    is_differentiated_otherwise,
+    requested_backend,
+    wants_gradients,
+)
 from fastfuse.nn.batch_norm import activated, state_of, uses_batch, with_norm
 from fastfuse.nn.ced_block import depthwise
 from fastfuse.nn.composition import Composition, Part, leaf
@@ -30,6 +35,13 @@ _BATCH_NORM = Part(
     (nn.BatchNorm2d,),
     ("weight", "bias", "running_mean", "running_var"),
     maybe=("weight", "bias", "running_mean", "running_var"),
+    conditions={
+        "an eps above 0, and both running statistics or none": (
+            lambda bn, weight, bias, mean, variance: (
+                bn.eps > 0 and (mean is None) == (variance is None)
+            )
+        )
+    },
 )
 
 
@@ -125,7 +137,8 @@ class ResNetBlock(Composition):
             norms = [n for n in (self.bn1, self.bn_dw, self.bn2, self.bn3) if n is not None]
             drops = self.training and self.drop_path > 0
             if drops or wants_gradients([x, *tensors]) or any(map(uses_batch, norms)):
-                if x.numel() > self.channels:  # else PyTorch's error
+                # Of one value a channel there is PyTorch's error; narrow dtypes are by layers.
+                if x.numel() > self.channels and accumulation_dtype(x.dtype) == x.dtype:
                     return self._chained(x)
             elif _folds(x):
                 return self._folded(x, tensors)
@@ -183,6 +196,8 @@ def _runs_kernels(x: Tensor, tensors: list[Any]) -> bool:
         return False
     if not torch.compiler.is_compiling() and (type(x) is not Tensor or torch.jit.is_tracing()):
         return False  # what stands for other tensors, which may want derivatives
+    if tensors[16].shape[0] != x.shape[1]:  # of conv3
+        return False
     return not any(t is not None and t.dtype != x.dtype for t in tensors)
 
 

@@ -43,9 +43,9 @@ def normalized_relu(
     x: Tensor, norm: BatchNorm, skip: Tensor | None = None, keep: Tensor | None = None
 ) -> Tensor:
     """``ReLU(skip + keep * BN(x))``: x, skip (N, C, H, W), keep (N,) -> (N, C, H, W),
-    channels_last, all of one dtype but the moments."""
-    moments, weight, bias, *rest = norm
-    return norm_relu["cpu"](x, skip, moments, weight, bias, keep, *rest)
+    channels_last, all of one dtype, float32 or float64."""
+    vectors, rest = _vectors(norm)
+    return norm_relu["cpu"](x, skip, *vectors, keep, *rest)
 
 
 def normalized_relu_conv(
@@ -55,5 +55,12 @@ def normalized_relu_conv(
     (N, C_out, H, W), channels_last, and its moments if ``measured``, else an empty tensor."""
     if norm is None:
         return norm_relu_conv["cpu"](x, weight, None, None, None, 0.0, False, measured)
-    moments, gain, bias, *rest = norm
-    return norm_relu_conv["cpu"](x, weight, moments, gain, bias, *rest, measured)
+    vectors, rest = _vectors(norm)
+    return norm_relu_conv["cpu"](x, weight, *vectors, *rest, measured)
+
+
+def _vectors(norm: BatchNorm) -> tuple[list[Tensor | None], tuple[float, bool]]:
+    """Moments, weight and bias as the ops take them, contiguous; eps and whether moments move."""
+    moments, weight, bias, *rest = norm
+    vectors = [None if v is None else v.contiguous() for v in (moments, weight, bias)]
+    return vectors, (rest[0], rest[1])
