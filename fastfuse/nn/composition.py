@@ -54,7 +54,8 @@ def _has_hooks(state: Mapping[str, Any]) -> bool:
 
 
 def _convolves_otherwise(conv: nn.Module, convolve: Any) -> bool:
-    return "_conv_forward" in conv.__dict__ or type(conv)._conv_forward is not convolve
+    own = conv._conv_forward is None or "_conv_forward" in conv.__dict__  # guarded, as above
+    return own or getattr(type(conv), "_conv_forward", None) is not convolve
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,13 @@ class Part:
             into.append(tensor)
         if _has_hooks(state):
             return "has hooks"
-        # Set on the module or, since the import, on its class.
+        # Set on the module or, since the import, on its class. Dynamo guards a forward that is read
+        # as an attribute, and finds one that is set among the module's own.
         forward, convolve = methods
         own = state.get("forward")
         if (
-            type(child).forward is not forward
+            child.forward is None
+            or type(child).forward is not forward
             or (own is not None and getattr(own, "__func__", None) not in CONVERTED)
             or (convolve is not None and _convolves_otherwise(child, convolve))
         ):

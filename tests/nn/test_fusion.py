@@ -232,8 +232,8 @@ def test_conv2d_by_winograd(dtype: torch.dtype) -> None:
     with profile(activities=[ProfilerActivity.CPU]) as backward:
         gradients = torch.autograd.grad(y, leaves, cotangent)
     for run, kernels in (
-        (forward, {"winograd_input", "winograd_output"}),
-        (backward, {"winograd_input", "winograd_output", "winograd_output_adjoint"}),
+        (forward, {"winograd_input", "winograd_product"}),
+        (backward, {"winograd_product", "winograd_output_adjoint", "winograd_gradient"}),
     ):
         ran = {event.key.removeprefix("fastfuse::") for event in run.key_averages()}
         assert kernels <= ran

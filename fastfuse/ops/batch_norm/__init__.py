@@ -44,8 +44,7 @@ def normalized_relu(
 ) -> Tensor:
     """``ReLU(skip + keep * BN(x))``: x, skip (N, C, H, W), keep (N,) -> (N, C, H, W),
     channels_last, all of one dtype, float32 or float64."""
-    vectors, rest = _vectors(norm)
-    return norm_relu["cpu"](x, skip, *vectors, keep, *rest)
+    return norm_relu["cpu"](x, skip, *_vectors(norm), keep, norm.eps, norm.of_batch)
 
 
 def normalized_relu_conv(
@@ -55,12 +54,9 @@ def normalized_relu_conv(
     (N, C_out, H, W), channels_last, and its moments if ``measured``, else an empty tensor."""
     if norm is None:
         return norm_relu_conv["cpu"](x, weight, None, None, None, 0.0, False, measured)
-    vectors, rest = _vectors(norm)
-    return norm_relu_conv["cpu"](x, weight, *vectors, *rest, measured)
+    return norm_relu_conv["cpu"](x, weight, *_vectors(norm), norm.eps, norm.of_batch, measured)
 
 
-def _vectors(norm: BatchNorm) -> tuple[list[Tensor | None], tuple[float, bool]]:
-    """Moments, weight and bias as the ops take them, contiguous; eps and whether moments move."""
-    moments, weight, bias, *rest = norm
-    vectors = [None if v is None else v.contiguous() for v in (moments, weight, bias)]
-    return vectors, (rest[0], rest[1])
+def _vectors(norm: BatchNorm) -> list[Tensor | None]:
+    """Moments, weight and bias as the ops take them: contiguous."""
+    return [None if v is None else v.contiguous() for v in norm[:3]]
