@@ -1,6 +1,7 @@
 // Matrices of pixels as host functions see them: checks, threads, sums over rows.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "cpu/host.h"
@@ -52,7 +53,7 @@ class Matrix {
   Images images(const std::optional<Tensor>& keep, int64_t pixels, int64_t first) const {
     check_at_least(op_, "pixels", 1, pixels);
     check_at_least(op_, "first", 0, first);
-    if (!keep) return {nullptr, pixels, first};
+    if (!keep) return {nullptr, std::max<int64_t>(rows_, 1), 0};  // all alike
     check(rows_ == 0 || keep->dim() != 1 || (first + rows_ - 1) / pixels < keep->size(0), op_,
           "keep must have a value for every image");
     return {vector("keep", *keep, keep->dim() == 1 ? keep->size(0) : -1), pixels, first};

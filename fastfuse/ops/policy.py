@@ -176,7 +176,6 @@ class Policy:
     # ---- Winograd's algorithm ----
     winograd: Mapping[torch.dtype, WinogradRule]
     winograd_bytes: int  # of transformed inputs and outputs of a block
-    winograd_tiles: int  # of a block, at least
 
     # ---- depthwise_conv2d of dilation 1 without derivatives, by the library instead ----
     # (kernel_size, channels_last, values of the image, dtype) -> whether oneDNN is faster
@@ -249,7 +248,6 @@ def _cpu(machine: Machine) -> Policy:
             torch.float16: float32_rule,
         },
         winograd_bytes=min(machine.l3, 2 * MIB * max(machine.cores, 2)),
-        winograd_tiles=96,
         library_depthwise=_zen4_depthwise if avx512 else _zen3_depthwise,
         moments_values=1 << 20,
         kernels=KernelSizes(
@@ -287,7 +285,6 @@ _CUDA = Policy(
     little_macs=0,
     winograd={},
     winograd_bytes=0,
-    winograd_tiles=0,
     library_depthwise=lambda kernel_size, channels_last, values, dtype: False,
     moments_values=1 << 26,
 )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastfuse.ops.batch_norm.autograd import batch_moments, norm_relu, norm_relu_conv
+from fastfuse.ops.pointwise.mlp import to_accumulation
 
 __all__ = ["BatchNorm", "measure", "normalized_relu", "normalized_relu_conv"]
 
@@ -58,5 +59,5 @@ def normalized_relu_conv(
 
 
 def _vectors(norm: BatchNorm) -> list[Tensor | None]:
-    """Moments, weight and bias as the ops take them: contiguous."""
-    return [None if v is None else v.contiguous() for v in norm[:3]]
+    """Moments, weight and bias as the ops take them."""
+    return [to_accumulation(vector) for vector in norm[:3]]

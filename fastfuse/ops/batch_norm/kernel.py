@@ -146,19 +146,18 @@ def norm_relu_conv(
     of_batch: bool,
     measured: bool,
 ) -> tuple[Tensor, Tensor]:
-    ops, pixels = steps_of("cpu"), x.shape[2] * x.shape[3]
-    out_channels, channels = matrix.shape[:2]
+    ops, out_channels, channels = steps_of("cpu"), *matrix.shape[:2]
     rows, out = _rows(x), _map(x, out_channels)
     of_out = as_matrix(out)
     chunks = Chunks(rows, max(channels, out_channels))
-    (memory,) = chunks.memory(channels)
+    (memory,) = chunks.memory(0 if moments is None else channels)
     found = _Moments(chunks.rows, out_channels, x) if measured else None
     product = MatmulWeight(matrix.flatten(1), chunks.rows)
     for chunk in chunks:
         inputs, target = rows[chunk], of_out[chunk]
         if moments is not None:
             activated = memory[: inputs.shape[0]]
-            ops.norm_relu_into(activated, inputs, moments, weight, bias, eps, None, None, pixels)
+            ops.norm_relu_into(activated, inputs, moments, weight, bias, eps, None, None, 1)
             inputs = activated
         result = product.matmul(inputs, target)
         if result is not target:
@@ -180,14 +179,13 @@ def norm_relu_conv_backward(
     wants_x: bool,
     wants_matrix: bool,
 ) -> list[Tensor]:
-    ops, pixels = steps_of("cpu"), x.shape[2] * x.shape[3]
-    out_channels, channels = matrix.shape[:2]
+    ops, out_channels, channels = steps_of("cpu"), *matrix.shape[:2]
     rows, of_grad = _rows(x), _rows(grad)
     grad_x = _map(x, channels) if wants_x else x.new_empty(0)
     of_grad_x = as_matrix(grad_x) if wants_x else grad_x
     sums = _vectors(x, 2, channels).zero_()
     chunks = Chunks(rows, max(channels, out_channels))
-    (memory,) = chunks.memory(channels)
+    (memory,) = chunks.memory(0 if moments is None else channels)
     transposed = MatmulWeight(matrix.flatten(1).t(), chunks.rows)
     grad_matrix = torch.zeros_like(matrix.flatten(1)) if wants_matrix else x.new_empty(0)
     for chunk in chunks:
@@ -201,18 +199,17 @@ def norm_relu_conv_backward(
             if moments is not None:
                 ops.norm_relu_backward_into(
                     target, activated, sums, result, inputs, moments, weight, bias, eps, None, None,
-                    pixels,
+                    1,
                 )  # fmt: skip
             elif result is not target:
                 target.copy_(result)
         elif moments is not None:
-            ops.norm_relu_into(activated, inputs, moments, weight, bias, eps, None, None, pixels)
+            ops.norm_relu_into(activated, inputs, moments, weight, bias, eps, None, None, 1)
         if wants_matrix:
             torch.addmm(grad_matrix, g.t(), activated, out=grad_matrix)
     if wants_x and moments is not None:
         ops.norm_backward_into(
-            of_grad_x, of_grad_x, rows, moments, weight, eps, sums if of_batch else None, None,
-            pixels,
+            of_grad_x, of_grad_x, rows, moments, weight, eps, sums if of_batch else None, None, 1,
         )  # fmt: skip
         sums = _parameter_sums(sums, moments, eps)
     if wants_matrix:

@@ -91,7 +91,7 @@ def _blocks(image: Tensor, size: tuple[int, int], channels: int) -> Iterator[sli
     policy = policy_of("cpu")
     itemsize = accumulation_dtype(image.dtype).itemsize
     limit = policy.winograd_bytes // (ELEMENTS * channels * itemsize)
-    count = -(-tiles // max(limit, policy.winograd_tiles))
+    count = -(-tiles // max(limit, BLOCK_MULTIPLE))
     length = -(-tiles // (count * BLOCK_MULTIPLE)) * BLOCK_MULTIPLE if count else 1
     for first in range(0, tiles, length):
         yield slice(first, min(first + length, tiles))
