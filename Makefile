@@ -1,8 +1,8 @@
 # Everything from a fresh checkout: Python >= 3.10, a C++ compiler and make are all it takes.
 #   make bench         build, run the quick benchmarks in six minutes, write bench-results/
 #   make test          build, run the fast tests
-# and: bench-full, test-all, test-triton, test-gpu-proof, gpu-report, test-sanitize, test-torch,
-#   lint, format, wheel, clean
+# and: bench-full, test-all, test-triton, test-gpu-proof, gpu-report, test-avx512,
+#   test-sanitize, test-torch, lint, format, wheel, clean
 # CPU=avx2, avx512 or portable: as on a processor of that class, for bench and test.
 
 PYTHON ?= python3
@@ -23,7 +23,8 @@ $(error TRITON: expected one of $(TRITONS); got $(TRITON))
 endif
 # CUDA kernels are built for one capability here, in a quarter of the time; `make wheel` for all.
 FASTFUSE_CUDA_ARCHS ?= 90a
-# Python compiles what it imports; pip would compile all of torch.
+# Python compiles what it imports, if it may keep it; pip would compile all of torch.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
@@ -51,7 +52,7 @@ WITH ?=
 WITH_VENV := $(VENV)-$(subst ==,-,$(WITH))
 NATIVE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: bench bench-full test test-all test-triton test-gpu-proof gpu-report test-sanitize test-torch lint format wheel clean setup
+.PHONY: bench bench-full test test-all test-triton test-gpu-proof gpu-report test-avx512 test-sanitize test-torch lint format wheel clean setup
 
 setup: $(BUILT)
 
@@ -105,6 +106,11 @@ test-gpu-proof: $(BUILT)
 gpu-report: $(BUILT)
 	PYTHONPATH=$(CURDIR):$(CURDIR)/tests/support $(BIN)/python benchmarks/gpu_report.py
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/host_time.py
+
+# AVX-512's kernels and routes on a processor that has AVX2.
+test-avx512: $(BUILT)
+	FASTFUSE_EXTENSION=$$($(BIN)/python tests/support/native.py) $(PYTEST) -m "not slow" \
+	    tests/ops tests/nn tests/models
 
 test-sanitize: $(BUILT)
 	$(BIN)/python tests/support/sanitizer.py

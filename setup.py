@@ -3,7 +3,8 @@ build is in CMakeLists.txt.
 
 Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
 FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`);
-FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone. fastfuse/lib/_CUDA.so is
+FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone, FASTFUSE_EMULATE_AVX512=1
+AVX-512's for a processor without it (see `make test-avx512`). fastfuse/lib/_CUDA.so is
 built where nvcc is found: FASTFUSE_CUDA=OFF leaves it out, ON insists; FASTFUSE_CUDA_ARCHS="90a"
 builds for these compute capabilities alone.
 """
@@ -38,7 +39,9 @@ class CMakeBuild(build_ext):
         tag = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
         sanitize = os.environ.get("FASTFUSE_SANITIZE", "")
         isas = os.environ.get("FASTFUSE_ISAS", "")
-        parts = [tag, *(["sanitize"] if sanitize else []), *filter(None, isas.split(";"))]
+        emulated = os.environ.get("FASTFUSE_EMULATE_AVX512", "") not in ("", "0")
+        kinds = [*(["sanitize"] if sanitize else []), *(["emulated"] if emulated else [])]
+        parts = [tag, *kinds, *filter(None, isas.split(";"))]
         build = ROOT / "build" / "-".join(parts)
         (target.parent / CUDA_LIBRARY).unlink(missing_ok=True)  # linked anew, if there is nvcc
         configure = {
@@ -51,6 +54,7 @@ class CMakeBuild(build_ext):
             "FASTFUSE_TORCH_VERSION": torch.__version__,
             "FASTFUSE_SANITIZE": sanitize,
             "FASTFUSE_ISAS": isas,
+            "FASTFUSE_EMULATE_AVX512": "ON" if emulated else "OFF",
             "FASTFUSE_CUDA": os.environ.get("FASTFUSE_CUDA", "auto"),
             "FASTFUSE_VERSION": self.distribution.get_version(),
         }

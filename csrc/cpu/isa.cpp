@@ -14,11 +14,16 @@ namespace processor_has {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+#ifdef FASTFUSE_EMULATE_AVX512
+[[maybe_unused]] bool avx512() { return avx2(); }
+[[maybe_unused]] bool avx512_bf16() { return avx2(); }
+#else
 [[maybe_unused]] bool avx512() {
   return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 [[maybe_unused]] bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 #endif
 }  // namespace processor_has
 

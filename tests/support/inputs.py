@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from fastfuse import _extension
 from fastfuse.backends import DTYPES
+from fastfuse.ops.policy import policy_of, use_policy
 
 ISAS = _extension.module.supported_isas() if _extension.module else []
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
@@ -71,3 +74,12 @@ def of_strides(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tenso
 def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """So small that no sum of some of their products is rounded before its end."""
     return torch.randint(-8, 9, shape).to(dtype)
+
+
+@contextmanager
+def streaming_from(nbytes: int) -> Iterator[None]:
+    """CPU kernels write outputs of so many bytes past the caches, and none that are smaller."""
+    policy = policy_of("cpu")
+    assert policy.kernels is not None
+    with use_policy(policy, kernels=dataclasses.replace(policy.kernels, stream_bytes=nbytes)):
+        yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import both_layouts, every_dtype, images
+from inputs import both_layouts, every_dtype, images, streaming_from
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -66,15 +66,14 @@ def test_random_sizes(align_corners: bool) -> None:
 def test_streaming_stores_write_the_same_bits(
     isa: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    """Outputs of 16 MiB or more bypass the caches; that of a single image does not."""
-    batch = 64 if dtype == torch.float32 else 128
+    """The output of all images bypasses the caches, that of one does not."""
+    batch = 3
     x, skip = images(
         (batch, 32, 16, 32), (batch, 32, 32, 64), dtype=dtype, channels_last=channels_last
     )
-    with backend("cpu"):
+    with backend("cpu"), streaming_from(skip.nbytes):
         whole = upsample_add(x, skip)
-        assert whole.nbytes >= 16 << 20
-        for i in (0, batch - 1):
+        for i in range(batch):
             assert torch.equal(whole[i], upsample_add(x[i : i + 1], skip[i : i + 1])[0])
 
 

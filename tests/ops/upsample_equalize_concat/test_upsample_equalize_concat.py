@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import both_layouts, every_dtype, images, pyramid
+from inputs import both_layouts, every_dtype, images, pyramid, streaming_from
 from memory import peak_of, reads_proc
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,13 +110,13 @@ def test_any_levels(
 @both_layouts
 @pytest.mark.parametrize("width", [16, 128, 144])
 def test_streaming_stores_write_the_same_bits(channels_last: bool, width: int) -> None:
-    """Outputs of 16 MiB or more bypass the caches; smaller batches of the same images do not."""
-    features = images((40, 64, 32, width), (40, 32, 16, width // 2), channels_last=channels_last)
-    whole = upsample_equalize_concat(features)
-    assert whole.numel() * 4 >= 16 << 20 or width == 16
-    for i in range(0, 40, 13):
-        part = upsample_equalize_concat([f[i : i + 1] for f in features])
-        assert torch.equal(whole[i : i + 1], part)
+    """All images together bypass the caches, one of them does not."""
+    features = images((3, 64, 32, width), (3, 32, 16, width // 2), channels_last=channels_last)
+    with streaming_from(3 * 96 * 32 * width * 4):
+        whole = upsample_equalize_concat(features)
+        for i in range(3):
+            part = upsample_equalize_concat([f[i : i + 1] for f in features])
+            assert torch.equal(whole[i : i + 1], part)
 
 
 @pytest.mark.walks_memory
@@ -126,10 +126,9 @@ def test_streaming_stores_write_the_same_bits(channels_last: bool, width: int) -
 def test_streaming_stores_write_the_same_gradients(
     isa: str, dtype: torch.dtype, channels_last: bool, ratio: tuple[int, int]
 ) -> None:
-    """A level's gradient of 16 MiB or more bypasses the caches; that of a single image does not."""
-    batch = 72
+    """The gradient of all images bypasses the caches, that of one does not."""
+    batch = 3
     (x,) = images((batch, 64, 32, 64), dtype=dtype, channels_last=channels_last)
-    assert x.numel() * x.element_size() >= 16 << 20
     size = (32 * ratio[0], 64 * ratio[1])
     (grad,) = images((batch, 64, *size), dtype=dtype, channels_last=channels_last)
 
@@ -138,9 +137,10 @@ def test_streaming_stores_write_the_same_gradients(
         output = upsample_equalize_concat([leaf], size=size, std=[3.0])
         return torch.autograd.grad(output, leaf, grad)[0]
 
-    whole = gradient(x, grad)
-    for i in (0, batch // 2, batch - 1):
-        assert torch.equal(whole[i : i + 1], gradient(x[i : i + 1], grad[i : i + 1]))
+    with streaming_from(x.nbytes):
+        whole = gradient(x, grad)
+        for i in range(batch):
+            assert torch.equal(whole[i : i + 1], gradient(x[i : i + 1], grad[i : i + 1]))
 
 
 @pytest.mark.skipif(
