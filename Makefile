@@ -75,8 +75,9 @@ bench: $(BUILT)
 bench-full: $(BUILT)
 	$(ON) $(BIN)/python -m fastfuse bench --out bench-results
 
+# CUDA C++ as PTX of one GPU; the other one's in test-all and test-gpu-proof.
 test: $(BUILT)
-	$(ON) $(PYTEST) -m "not slow"
+	CUDA_TESTS_ON=sm_90a $(ON) $(PYTEST) -m "not slow"
 
 test-all: $(BUILT)
 	$(ON) $(PYTEST)

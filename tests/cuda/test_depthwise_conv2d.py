@@ -14,6 +14,7 @@ from cuda.examples import skip_without_nvcc
 from cuda.mutations import replaced, without_barrier
 from cuda.proof import ARCHS, SEEDS, emulated, ways
 from cuda.sources import Edit, Program
+from inputs import fast_and_slow, slowly
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # as enum Dtype numbers them
@@ -155,23 +156,21 @@ CASES = [
 ]
 
 
-WAYS = pytest.mark.parametrize(
-    ("program", "archs"),
-    [(PROGRAM, ARCHS), (Program("depthwise_conv2d", HIGH_TILES), ARCHS[-1:])],
-    ids=["", "high tiles"],
-)
-
-
-@WAYS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_input_gradient(case: Case, program: Program, archs: Sequence[str]) -> None:
-    _prove_forward(case, program, FEW_SEEDS, archs)
+def test_forward_and_input_gradient(case: Case) -> None:
+    _prove_forward(case, PROGRAM, FEW_SEEDS, ARCHS)
 
 
-@WAYS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradient_of_weight_and_bias(case: Case, program: Program, archs: Sequence[str]) -> None:
-    _prove_backward(case, program, FEW_SEEDS, archs)
+def test_gradient_of_weight_and_bias(case: Case) -> None:
+    _prove_backward(case, PROGRAM, FEW_SEEDS, ARCHS)
+
+
+# One of every kernel size and of every dtype, with all that a call may have.
+@fast_and_slow("case", [(CASES[i],) for i in (1, 8, 9)], [(case,) for case in CASES], ids=str)
+@pytest.mark.parametrize("prove", [_prove_forward, _prove_backward])
+def test_high_tiles(case: Case, prove: Callable[..., None]) -> None:
+    prove(case, Program("depthwise_conv2d", HIGH_TILES), FEW_SEEDS, ARCHS[1:])
 
 
 WAIT = r"wait_for_copies<kSlots - 2>\(\);"
@@ -191,10 +190,10 @@ PLANTED = Case((2, 8, 13, 33), 3, addend=True)
     ("prove", "edit"),
     [
         (_prove_forward, without_barrier(1)),  # between a row's arrival and its use
-        (_prove_forward, replaced(WAIT, ";")),
-        (_prove_forward, replaced(r"first \+ i < 0", "false")),
-        (_prove_forward, replaced(r"copy\(y \+ kSlots - 1\)", "copy(y + kSlots)")),
-        (_prove_backward, without_barrier(4)),  # between the strips' sums and their addition
+        slowly(_prove_forward, replaced(WAIT, ";")),
+        slowly(_prove_forward, replaced(r"first \+ i < 0", "false")),
+        slowly(_prove_forward, replaced(r"copy\(y \+ kSlots - 1\)", "copy(y + kSlots)")),
+        slowly(_prove_backward, without_barrier(4)),  # between the strips' sums and their addition
         (_prove_backward, replaced(r"if \(step < rows\) \{", "if (true) {")),
     ],
     ids=["barrier", "wait", "left border", "slot", "barrier of sums", "last row"],

@@ -13,6 +13,7 @@ from cuda.examples import skip_without_nvcc
 from cuda.mutations import replaced, without_barrier
 from cuda.proof import ARCHS, SEEDS, ways
 from cuda.sources import Edit, Program
+from inputs import slowly
 from torch import Tensor
 
 from fastfuse.ops.bilinear import interpolate_exactly
@@ -181,13 +182,13 @@ PLANTED_BACKWARD = Case((1, 8, 18, 38), (2,))
     ("prove", "case", "edit"),
     [
         (_prove_backward, PLANTED_BACKWARD, without_barrier(0)),
-        (_prove, PLANTED, without_barrier(1)),  # before lines are written anew
-        (_prove, PLANTED, without_barrier(2)),  # before they are read
-        (_prove, PLANTED, replaced(r"\(i == 0 && skip_first\)", "false")),
-        (_prove, PLANTED, replaced(r"if \(place.has_channels\)", "")),
-        (_prove, PLANTED, replaced(r"kTileRows / ratio \+ 2", "kTileRows / ratio + 1")),
-        (_prove_backward, PLANTED_BACKWARD, replaced("Ratio / 2 && is_last", "0 && false")),
-        (_prove_backward, BACKWARD_CASES[3], replaced("target < Tile::kTargets", "true")),
+        slowly(_prove, PLANTED, without_barrier(1)),  # before lines are written anew
+        slowly(_prove, PLANTED, without_barrier(2)),  # before they are read
+        slowly(_prove, PLANTED, replaced(r"\(i == 0 && skip_first\)", "false")),
+        slowly(_prove, PLANTED, replaced(r"if \(place.has_channels\)", "")),
+        slowly(_prove, PLANTED, replaced(r"kTileRows / ratio \+ 2", "kTileRows / ratio + 1")),
+        slowly(_prove_backward, PLANTED_BACKWARD, replaced("Ratio / 2 && is_last", "0 && false")),
+        slowly(_prove_backward, BACKWARD_CASES[3], replaced("target < Tile::kTargets", "true")),
     ],
     ids=["barrier of sums", "barrier of a level", "barrier of lines", "border", "channels",
          "a line too few", "border of the gradient", "threads"],

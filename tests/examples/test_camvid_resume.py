@@ -40,6 +40,7 @@ def processes() -> Iterator[ForkServerContext]:
         yield context
 
 
+@pytest.mark.slow  # the next one kills where it matters
 def test_killed_at_random_moments(
     processes: ForkServerContext, folder: Path, finished: Path, tmp_path: Path
 ) -> None:

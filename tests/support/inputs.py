@@ -35,6 +35,11 @@ def alternating(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
     ]
 
 
+def slowly(*values: Any) -> Any:
+    """A case of a slow test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def fast_and_slow(
     names: str,
     fast: Iterable[tuple[Any, ...]],
@@ -44,8 +49,7 @@ def fast_and_slow(
     """Parametrizes with both; those of ``slow`` that are not among ``fast`` are slow tests."""
     fast = dict.fromkeys(fast)
     rest = (values for values in dict.fromkeys(slow) if values not in fast)
-    marked = [pytest.param(*values, marks=pytest.mark.slow) for values in rest]
-    return pytest.mark.parametrize(names.split(), [*fast, *marked], ids=ids)
+    return pytest.mark.parametrize(names.split(), [*fast, *(slowly(*v) for v in rest)], ids=ids)
 
 
 def images(

@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from rounding import fma, round_bfloat16, widen_bfloat16
+from workers import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS_ON = os.environ.get("TRITON_TESTS_ON", "")
@@ -59,7 +60,11 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def _run_interpreted(path: str) -> tuple[Outcomes, str]:
-    return run_child({"TRITON_INTERPRET": "1"}, *SELECTION, path)
+    outcomes, output = made_once(
+        f"interpreted-{Path(path).stem}",
+        lambda: run_child({"TRITON_INTERPRET": "1"}, *SELECTION, path),
+    )
+    return outcomes, output
 
 
 def run_child(environment: dict[str, str], *arguments: str) -> tuple[Outcomes, str]:

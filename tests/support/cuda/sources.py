@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
+from workers import alone
+
 ROOT = Path(__file__).resolve().parents[3]
 CACHE = ROOT / ".cache" / "cuda"
 EMULATOR = Path(__file__).resolve().parent
@@ -85,13 +87,14 @@ def _compile(command: Sequence[str | Path], directory: Path, name: str, also: st
     """Runs a command that ends in "-o"; ``also`` is what it reads besides."""
     words = list(map(str, command))
     made = directory / f"{_hash(words, _version(words[0]), also)}-{name}"
-    if made.exists():
-        return made
-    partial = made.with_name(f"{made.name}.{os.getpid()}")
-    result = subprocess.run([*words, str(partial)], capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(words)}:\n{result.stdout}{result.stderr}")
-    partial.replace(made)
+    with alone(made):
+        if made.exists():
+            return made
+        partial = made.with_name(f"{made.name}.{os.getpid()}")
+        result = subprocess.run([*words, str(partial)], capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(words)}:\n{result.stdout}{result.stderr}")
+        partial.replace(made)
     return made
 
 
