@@ -74,6 +74,12 @@ class Estimates:
         flops, elements = self.work[key]
         return flops, elements * itemsize
 
+    def unknown(self, item: pytest.Item) -> plan.PlannedCell:
+        """Its place among the cells; not what it takes."""
+        suite = item.module
+        first_turn = getattr(suite, "FIRST_TURN", 0)
+        return plan.PlannedCell(item.nodeid, suite.OP, (), 0, first_turn=first_turn)
+
     def of(self, item: pytest.Item) -> plan.PlannedCell:
         suite, cell = item.module, item.callspec.params["cell"]
 
@@ -93,13 +99,8 @@ class Estimates:
         first = suite.OP not in self.suites
         self.suites.add(suite.OP)
         nbytes = self._work(suite, "fastfuse", cell)[1]
-        return plan.PlannedCell(
-            item.nodeid,
-            suite.OP,
-            (ours, ours, *rivals),
-            nbytes,
-            memory=first,
-            first_turn=getattr(suite, "FIRST_TURN", 0),
+        return dataclasses.replace(
+            self.unknown(item), variants=(ours, ours, *rivals), nbytes=nbytes, memory=first
         )
 
 
@@ -137,12 +138,16 @@ class Run:
             gemm_rates={d: rates.get(d) or gemm_rate(device, getattr(torch, d)) for d in dtypes},
             compile_s=compile_s,
         )
-        estimates, cells = Estimates(device, machine), []
-        for item in items:
-            self.say(f"estimates {item.name}")
-            cells.append(estimates.of(item))
-        self.plan = plan.Plan(cells, machine, budget, self.now)
+        estimates = Estimates(device, machine)
         by_key = {item.nodeid: item for item in items}
+
+        def estimate(cell: plan.PlannedCell) -> plan.PlannedCell:
+            self.say(f"estimates {_name(cell.key)}")
+            return estimates.of(by_key[cell.key])
+
+        unknown = [estimates.unknown(item) for item in items]
+        cells = plan.estimated(unknown, estimate, machine, budget, self.now)
+        self.plan = plan.Plan(cells, machine, budget, self.now)
         items[:] = [by_key[cell.key] for cell in self.plan.cells]
         self.console.print(self.table())
 

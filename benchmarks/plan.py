@@ -9,15 +9,25 @@ clock says, and estimates of cells to come grow or shrink with what those before
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from measure import LONG_CALL_S, MIN_ROUNDS, settled_call_s
 
-__all__ = ["RULE", "MachineRates", "Plan", "PlannedCell", "PlannedVariant", "call_s", "in_turns"]
+__all__ = [
+    "RULE",
+    "MachineRates",
+    "Plan",
+    "PlannedCell",
+    "PlannedVariant",
+    "call_s",
+    "estimated",
+    "in_turns",
+]
 
 RULE = """\
-1. Cells are taken in turns, one of every suite; a suite lists its own most important first.
+1. Cells are taken in turns, one of every suite; a suite lists its own most important first. Those
+   after twice as much work as fits are dropped without an estimate, which would take its own time.
 2. A rival that alone would take more than a sixteenth of the time is left out of its cell. A cell
    without any rival is dropped, for nothing would check it, and does not use up a turn.
 3. Cells are taken while all of them fit with 3 rounds and without compiled rivals. One that does
@@ -26,6 +36,7 @@ RULE = """\
    suite's first cell, peak memory.
 5. What is left goes to more rounds, as many for every cell."""
 RIVAL_SHARE = 1 / 16
+ESTIMATED_MOST = 2.0  # times what fits; estimates may be wrong
 MAX_ROUNDS = 20
 CELL_S = 1.5  # of the buffers of the copy rate, garbage and tables
 PREPARED_RATE = 0.05  # of the copy rate: random inputs, and results compared,
@@ -117,6 +128,51 @@ def in_turns(cells: Sequence[PlannedCell]) -> list[PlannedCell]:
     return [cells[i] for i in order]
 
 
+def _affordable(cell: PlannedCell, machine: MachineRates, rival_s: float) -> PlannedCell:
+    """Without rivals that take more than their share (2)."""
+    if cell.dropped:
+        return cell
+    long = {
+        v.title: v.least_s(machine)
+        for v in cell.variants
+        if v.rival and v.least_s(machine) > rival_s
+    }
+    for title, seconds in long.items():
+        reason = f"would take {seconds:.0f} s, more than its share, {rival_s:.0f} s"
+        cell = cell.without([title], reason)
+    if any(v.rival and not v.compiles for v in cell.variants):
+        return cell
+    least = min(long.values(), default=0.0)
+    reason = f"every rival would take {least:.0f} s or more, over its share, {rival_s:.0f} s"
+    return replace(cell, dropped=reason)
+
+
+def _least(cell: PlannedCell) -> PlannedCell:
+    """With as little as may be measured of it (3)."""
+    titles = [v.title for v in cell.variants if v.compiles]
+    return replace(cell.without(titles, "no time was left to compile it"), memory=False)
+
+
+def estimated(
+    cells: Sequence[PlannedCell],
+    estimate: Callable[[PlannedCell], PlannedCell],
+    machine: MachineRates,
+    budget_s: float,
+    now: float = 0.0,
+) -> list[PlannedCell]:
+    """The cells as ``estimate`` gives them, in turns, and the last ones dropped (1)."""
+    found, needed, left = [], 0.0, budget_s - now
+    for cell in in_turns(cells):
+        if needed > ESTIMATED_MOST * left:
+            reason = f"cells before it take more than the {left:.0f} s that there are"
+            found.append(replace(cell, dropped=reason))
+            continue
+        found.append(estimate(cell))
+        affordable = _affordable(found[-1], machine, RIVAL_SHARE * budget_s)
+        needed += 0 if affordable.dropped else _least(affordable).seconds(machine)
+    return found
+
+
 class Plan:
     """RULE applied to cells; ``cells`` are those to come, in order.
 
@@ -131,7 +187,7 @@ class Plan:
         self.machine, self.budget_s = machine, budget_s
         self.rival_s = RIVAL_SHARE * budget_s
         self.spent, self.estimated = 0.0, 0.0
-        self.cells = in_turns([self._affordable(cell) for cell in cells])
+        self.cells = in_turns([_affordable(cell, machine, self.rival_s) for cell in cells])
         self.planned = {cell.key: cell for cell in self.fit(now)}
 
     @property
@@ -140,22 +196,6 @@ class Plan:
         assumed = self.budget_s / 12
         return (self.spent + assumed) / (self.estimated + assumed)
 
-    def _affordable(self, cell: PlannedCell) -> PlannedCell:
-        """Without rivals that take more than their share (2)."""
-        long = {
-            v.title: v.least_s(self.machine)
-            for v in cell.variants
-            if v.rival and v.least_s(self.machine) > self.rival_s
-        }
-        for title, seconds in long.items():
-            reason = f"would take {seconds:.0f} s, more than its share, {self.rival_s:.0f} s"
-            cell = cell.without([title], reason)
-        if any(v.rival and not v.compiles for v in cell.variants):
-            return cell
-        least = min(long.values(), default=0.0)
-        reason = f"every rival would take {least:.0f} s or more, over its share, "
-        return replace(cell, dropped=f"{reason}{self.rival_s:.0f} s")
-
     def fit(self, now: float) -> list[PlannedCell]:
         """The cells to come as they are measured or dropped, ``now`` seconds after the start."""
         left = self.budget_s - now
@@ -163,7 +203,7 @@ class Plan:
         found: list[PlannedCell] = []
         for cell in self.cells:
             if not cell.dropped:
-                plain = self._least(cell)
+                plain = _least(cell)
                 needed = pace * plain.seconds(machine)
                 if needed <= left:
                     left, cell = left - needed, plain
@@ -178,10 +218,6 @@ class Plan:
                 if not cell.dropped and needed <= left:
                     found[i], left = more, left - needed
         return self._with_rounds(found, left)
-
-    def _least(self, cell: PlannedCell) -> PlannedCell:
-        titles = [v.title for v in cell.variants if v.compiles]
-        return replace(cell.without(titles, "no time was left to compile it"), memory=False)
 
     def _compiled(self, cell: PlannedCell, asked: PlannedCell) -> PlannedCell:
         return replace(cell, variants=asked.variants, left_out=asked.left_out)

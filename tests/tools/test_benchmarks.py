@@ -466,6 +466,25 @@ def test_cells_are_planned_in_turns() -> None:
     assert {cell.rounds for cell in planned.fit(0)} == {plan.MAX_ROUNDS}
 
 
+def test_cells_that_cannot_come_to_their_turn_are_not_estimated() -> None:
+    cells = [_planned(f"{suite}{i}", suite, 0.3) for suite in "ab" for i in range(40)]
+    cells[1] = _planned("a1", "a", 60.0)  # over its share: takes none of the time
+    asked: list[str] = []
+
+    def estimate(cell: plan.PlannedCell) -> plan.PlannedCell:
+        asked.append(cell.key)
+        return next(c for c in cells if c.key == cell.key)
+
+    unknown = [plan.PlannedCell(cell.key, cell.suite, (), nbytes=0) for cell in cells]
+    one = cells[0].seconds(MACHINE)
+    found = plan.estimated(unknown, estimate, MACHINE, budget_s=10.5 * one)
+    assert asked[:5] == ["a0", "b0", "a1", "b1", "a2"]
+    assert len(asked) == 1 + 22  # all of twice the time, and the first one beyond
+    planned = plan.Plan(found, MACHINE, 10.5 * one).fit(0)
+    assert len(_keys(planned)) == 10
+    assert planned[-1].dropped.startswith("cells before it take more than the ")
+
+
 def test_a_rival_that_takes_more_than_its_share_is_left_out() -> None:
     slow, fast = _planned("a0", "a", 5.0), _planned("a1", "a", 0.01)
     quick = plan.PlannedVariant("quick", 0.01)
