@@ -77,7 +77,7 @@ bench-full: $(BUILT)
 
 # CUDA C++ as PTX of one GPU; the other one's in test-all and test-gpu-proof.
 test: $(BUILT)
-	CUDA_TESTS_ON=sm_90a $(ON) $(PYTEST) -m "not slow"
+	$(ON) CUDA_TESTS_ON=sm_90a $(PYTEST) -m "not slow"
 
 test-all: $(BUILT)
 	$(ON) $(PYTEST)

@@ -159,7 +159,7 @@ def test_ignored_pixels(ignore_index: int) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("layout", STRIDES)
+@fast_and_slow("layout", [("channels_last",)], [(layout,) for layout in STRIDES])
 def test_infinite_logits(layout: str) -> None:
     """A class that is out of the question, one that is certain, and NaN: as in PyTorch."""
     for size in ((2, 3), (4, 6)):

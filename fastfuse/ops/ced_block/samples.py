@@ -20,7 +20,7 @@ _LARGE = {
     "scaled": ((2, 24, 9, 13), 96, True, True),
     "kept": ((2, 24, 9, 13), 96, True, False),
     "plain": ((1, 17, 12, 11), 68, False, True),
-    "several chunks": ((1, 8, 40, 45), 4096, True, True),
+    "several chunks": ((1, 8, 40, 45), 1024, True, True),
     "one pixel": ((3, 12, 1, 1), 48, True, True),
 }
 
