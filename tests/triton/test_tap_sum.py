@@ -136,8 +136,12 @@ POOLED = [(1, 1), (2, 2), (3, 3), (6, 6)]
 
 
 @interpreted
-@fast_and_slow("size dtype", zip(POOLED, DTYPES, strict=True), product(POOLED, DTYPES), ids=_id)
-@pytest.mark.parametrize("parts", [2, 5])
+@fast_and_slow(
+    "size dtype parts",
+    zip(POOLED, DTYPES, (2, 5, 5, 2), strict=True),
+    product(POOLED, DTYPES, (2, 5)),
+    ids=_id,
+)
 def test_backward_of_split_rows(
     size: tuple[int, int], dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch,
     plans_anew: None,
