@@ -25,6 +25,8 @@ endif
 FASTFUSE_CUDA_ARCHS ?= 90a
 # Python compiles what it imports, if it may keep it; pip would compile all of torch.
 unexport PYTHONDONTWRITEBYTECODE
+# What a shell may have left set would narrow the tests, or be installed.
+unexport CUDA_TESTS_ON FASTFUSE_EMULATE_AVX512
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
@@ -110,8 +112,8 @@ gpu-report: $(BUILT)
 
 # AVX-512's kernels and routes on a processor that has AVX2.
 test-avx512: $(BUILT)
-	FASTFUSE_EXTENSION=$$($(BIN)/python tests/support/native.py) $(PYTEST) -m "not slow" \
-	    tests/ops tests/nn tests/models
+	emulated=$$($(BIN)/python tests/support/native.py) && \
+	    FASTFUSE_EXTENSION=$$emulated $(PYTEST) -m "not slow" tests/ops tests/nn tests/models
 
 test-sanitize: $(BUILT)
 	$(BIN)/python tests/support/sanitizer.py

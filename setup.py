@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         tag = f"py{sys.version_info.major}{sys.version_info.minor}-torch{torch.__version__}"
         sanitize = os.environ.get("FASTFUSE_SANITIZE", "")
         isas = os.environ.get("FASTFUSE_ISAS", "")
-        emulated = os.environ.get("FASTFUSE_EMULATE_AVX512", "") not in ("", "0")
+        emulated = os.environ.get("FASTFUSE_EMULATE_AVX512") == "1"
         kinds = [*(["sanitize"] if sanitize else []), *(["emulated"] if emulated else [])]
         parts = [tag, *kinds, *filter(None, isas.split(";"))]
         build = ROOT / "build" / "-".join(parts)

@@ -8,7 +8,9 @@ clock says, and estimates of cells to come grow or shrink with what those before
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,8 +28,9 @@ __all__ = [
 ]
 
 RULE = """\
-1. Cells are taken in turns, one of every suite; a suite lists its own most important first. Those
-   after twice as much work as fits are dropped without an estimate, which would take its own time.
+1. Cells are taken in turns, one of every suite; a suite lists its own most important first. After
+   the turn with which the time, and twice the time, are full, cells are dropped without an
+   estimate, which would take time of its own.
 2. A rival that alone would take more than a sixteenth of the time is left out of its cell. A cell
    without any rival is dropped, for nothing would check it, and does not use up a turn.
 3. Cells are taken while all of them fit with 3 rounds and without compiled rivals. One that does
@@ -161,16 +164,28 @@ def estimated(
     now: float = 0.0,
 ) -> list[PlannedCell]:
     """The cells as ``estimate`` gives them, in turns, and the last ones dropped (1)."""
-    found, needed, left = [], 0.0, budget_s - now
-    for cell in in_turns(cells):
-        if needed > ESTIMATED_MOST * left:
-            reason = f"cells before it take more than the {left:.0f} s that there are"
-            found.append(replace(cell, dropped=reason))
-            continue
-        found.append(estimate(cell))
-        affordable = _affordable(found[-1], machine, RIVAL_SHARE * budget_s)
-        needed += 0 if affordable.dropped else _least(affordable).seconds(machine)
-    return found
+    left = budget_s - now
+    rooms = {most: most for most in (left, ESTIMATED_MOST * left)}
+    waiting: dict[str, deque[PlannedCell]] = {}
+    for cell in cells:
+        waiting.setdefault(cell.suite, deque()).append(cell)
+    found: list[PlannedCell] = []
+    for turn in itertools.count():
+        if all(room < most / 20 for most, room in rooms.items()) or not any(waiting.values()):
+            break
+        for queue in waiting.values():
+            taken = not queue or turn < queue[0].first_turn
+            while queue and not taken:
+                found.append(estimate(queue.popleft()))
+                affordable = _affordable(found[-1], machine, RIVAL_SHARE * budget_s)
+                taken = not affordable.dropped  # else it does not use up the turn (2)
+                needed = _least(affordable).seconds(machine)
+                for most, room in rooms.items():
+                    if taken and needed <= min(left, room):
+                        rooms[most] = room - needed
+    reason = f"cells before it take more than the {left:.0f} s that there are"
+    rest = [cell for queue in waiting.values() for cell in queue]
+    return found + [replace(cell, dropped=reason) for cell in in_turns(rest)]
 
 
 class Plan:

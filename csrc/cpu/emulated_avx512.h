@@ -1,6 +1,6 @@
 // AVX-512 on a processor that has only AVX2: included before everything else where
 // FASTFUSE_EMULATE_AVX512 is on, it gives the AVX-512 bodies the few instructions that they name.
-// The compiler itself splits the vectors of 64 bytes. Slow, and exact: for tests alone.
+// The compiler itself splits the vectors of 64 bytes. Slow: for tests alone.
 #pragma once
 
 #include <immintrin.h>
@@ -119,7 +119,7 @@ FASTFUSE_EMULATED __m512 scalef_ps(__m512 a, __m512 n) {
     v.lanes[i] = __builtin_ldexpf(v.lanes[i], static_cast<int>(__builtin_floorf(power.lanes[i])));
   return v.whole;
 }
-// The instruction promises a relative error of 2^-14: so much is wrong here.
+// The instruction promises a relative error of 2^-14: so much too small is a result here.
 FASTFUSE_EMULATED __m512 rcp14_ps(__m512 a) {
   Floats v{a};
   for (float& lane : v.lanes) lane = 1.0f / lane;

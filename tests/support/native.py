@@ -23,8 +23,8 @@ def build(kind: str, isas: Sequence[str], **wanted: str) -> Path:
         wanted: variables for setup.py.
     """
     out = ROOT / "build" / "-".join((kind, *isas))
-    # Nothing of CUDA's kernels is called.
-    environment = {**os.environ, "FASTFUSE_ISAS": ";".join(isas), "FASTFUSE_CUDA": "OFF", **wanted}
+    usual = {"FASTFUSE_SANITIZE": "", "FASTFUSE_EMULATE_AVX512": "", "FASTFUSE_CUDA": "OFF"}
+    environment = {**os.environ, **usual, "FASTFUSE_ISAS": ";".join(isas), **wanted}
     subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(out)],
         cwd=ROOT,

@@ -60,9 +60,9 @@ def interpreted(test: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def _run_interpreted(path: str) -> tuple[Outcomes, str]:
+    arguments = (*SELECTION, path)
     outcomes, output = made_once(
-        f"interpreted-{Path(path).stem}",
-        lambda: run_child({"TRITON_INTERPRET": "1"}, *SELECTION, path),
+        f"interpreted {arguments}", lambda: run_child({"TRITON_INTERPRET": "1"}, *arguments)
     )
     return outcomes, output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -25,10 +26,13 @@ def made_once(name: str, make: Callable[[], Any]) -> Any:
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if run is None:
         return make()
-    folder = Path(tempfile.gettempdir(), f"fastfuse-tests-{run}")
+    # An option may name two runs alike; their processes have two parents.
+    folder = Path(tempfile.gettempdir(), f"fastfuse-tests-{run}-{os.getppid()}")
     folder.mkdir(exist_ok=True)
-    path = folder / f"{name}.json"
+    path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     with alone(path):
         if not path.exists():
-            path.write_text(json.dumps(make()), encoding="utf-8")
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(make()), encoding="utf-8")
+            partial.replace(path)
     return json.loads(path.read_text(encoding="utf-8"))

@@ -466,23 +466,38 @@ def test_cells_are_planned_in_turns() -> None:
     assert {cell.rounds for cell in planned.fit(0)} == {plan.MAX_ROUNDS}
 
 
-def test_cells_that_cannot_come_to_their_turn_are_not_estimated() -> None:
-    cells = [_planned(f"{suite}{i}", suite, 0.3) for suite in "ab" for i in range(40)]
-    cells[1] = _planned("a1", "a", 60.0)  # over its share: takes none of the time
+def _estimated(cells: list[plan.PlannedCell], budget: float) -> tuple[list[str], plan.Plan]:
+    """The cells that were estimated, and the plan."""
     asked: list[str] = []
+    known = {cell.key: cell for cell in cells}
 
     def estimate(cell: plan.PlannedCell) -> plan.PlannedCell:
         asked.append(cell.key)
-        return next(c for c in cells if c.key == cell.key)
+        return known[cell.key]
 
     unknown = [plan.PlannedCell(cell.key, cell.suite, (), nbytes=0) for cell in cells]
-    one = cells[0].seconds(MACHINE)
-    found = plan.estimated(unknown, estimate, MACHINE, budget_s=10.5 * one)
-    assert asked[:5] == ["a0", "b0", "a1", "b1", "a2"]
-    assert len(asked) == 1 + 22  # all of twice the time, and the first one beyond
-    planned = plan.Plan(found, MACHINE, 10.5 * one).fit(0)
-    assert len(_keys(planned)) == 10
-    assert planned[-1].dropped.startswith("cells before it take more than the ")
+    found = plan.estimated(unknown, estimate, MACHINE, budget)
+    assert sorted(cell.key for cell in found) == sorted(known)
+    return asked, plan.Plan(found, MACHINE, budget)
+
+
+def test_cells_that_cannot_come_to_their_turn_are_not_estimated() -> None:
+    cells = [_planned(f"{suite}{i}", suite, 0.3) for suite in "ab" for i in range(40)]
+    cells[1] = _planned("a1", "a", 60.0)  # over its share: takes none of the time, and no turn
+    budget = 10.5 * cells[0].seconds(MACHINE)
+    asked, planned = _estimated(cells, budget)
+    assert asked[:6] == ["a0", "b0", "a1", "a2", "b1", "a3"]
+    assert len(asked) == 1 + 20
+    assert _keys(planned.fit(0)) == _keys(plan.Plan(cells, MACHINE, budget).fit(0))
+    assert planned.fit(0)[-1].dropped.startswith("cells before it take more than the ")
+
+
+def test_small_cells_after_large_ones_are_estimated() -> None:
+    large = [_planned(f"a{i}", "a", 0.5, rivals=20) for i in range(4)]
+    small = [_planned(f"a{i}", "a", 0.1) for i in range(4, 10)]
+    budget = 1.5 * large[0].seconds(MACHINE)
+    _, planned = _estimated(large + small, budget)
+    assert _keys(planned.fit(0)) == ["a0", *(cell.key for cell in small)]
 
 
 def test_a_rival_that_takes_more_than_its_share_is_left_out() -> None:

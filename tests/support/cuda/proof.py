@@ -20,7 +20,10 @@ from cuda.emulation import Call, Emulator, Launch
 from cuda.sources import Program
 
 # GPUs whose PTX runs; CUDA_TESTS_ON=sm_90a in the environment leaves it at that one.
-ARCHS = tuple(os.environ.get("CUDA_TESTS_ON", "sm_80 sm_90a").split())
+KNOWN_ARCHS = ("sm_80", "sm_90a")
+ARCHS = tuple((os.environ.get("CUDA_TESTS_ON") or " ".join(KNOWN_ARCHS)).split())
+if unknown := set(ARCHS) - set(KNOWN_ARCHS):
+    raise ValueError(f"CUDA_TESTS_ON: expected some of {KNOWN_ARCHS}; got {sorted(unknown)}")
 SEEDS = range(20)
 
 

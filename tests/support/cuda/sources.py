@@ -87,8 +87,10 @@ def _compile(command: Sequence[str | Path], directory: Path, name: str, also: st
     """Runs a command that ends in "-o"; ``also`` is what it reads besides."""
     words = list(map(str, command))
     made = directory / f"{_hash(words, _version(words[0]), also)}-{name}"
+    if made.exists():
+        return made
     with alone(made):
-        if made.exists():
+        if made.exists():  # another process was quicker
             return made
         partial = made.with_name(f"{made.name}.{os.getpid()}")
         result = subprocess.run([*words, str(partial)], capture_output=True, text=True, check=False)
