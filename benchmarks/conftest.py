@@ -58,6 +58,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("cell", cells, ids=str, indirect=True)
 
 
+def _unknown(item: pytest.Item) -> plan.PlannedCell:
+    """Its place among the cells; not what it takes."""
+    suite = item.module
+    first_turn = getattr(suite, "FIRST_TURN", 0)
+    return plan.PlannedCell(item.nodeid, suite.OP, (), 0, first_turn=first_turn)
+
+
 class Estimates:
     """Cells as ``plan`` sees them. Work is counted once for all dtypes, in bytes of an element."""
 
@@ -73,12 +80,6 @@ class Estimates:
             self.work[key] = flops, nbytes / itemsize
         flops, elements = self.work[key]
         return flops, elements * itemsize
-
-    def unknown(self, item: pytest.Item) -> plan.PlannedCell:
-        """Its place among the cells; not what it takes."""
-        suite = item.module
-        first_turn = getattr(suite, "FIRST_TURN", 0)
-        return plan.PlannedCell(item.nodeid, suite.OP, (), 0, first_turn=first_turn)
 
     def of(self, item: pytest.Item) -> plan.PlannedCell:
         suite, cell = item.module, item.callspec.params["cell"]
@@ -100,7 +101,7 @@ class Estimates:
         self.suites.add(suite.OP)
         nbytes = self._work(suite, "fastfuse", cell)[1]
         return dataclasses.replace(
-            self.unknown(item), variants=(ours, ours, *rivals), nbytes=nbytes, memory=first
+            _unknown(item), variants=(ours, ours, *rivals), nbytes=nbytes, memory=first
         )
 
 
@@ -145,7 +146,7 @@ class Run:
             self.say(f"estimates {_name(cell.key)}")
             return estimates.of(by_key[cell.key])
 
-        unknown = [estimates.unknown(item) for item in items]
+        unknown = [_unknown(item) for item in items]
         cells = plan.estimated(unknown, estimate, machine, budget, self.now)
         self.plan = plan.Plan(cells, machine, budget, self.now)
         items[:] = [by_key[cell.key] for cell in self.plan.cells]

@@ -163,7 +163,7 @@ def estimated(
     budget_s: float,
     now: float = 0.0,
 ) -> list[PlannedCell]:
-    """The cells as ``estimate`` gives them, in turns, and the last ones dropped (1)."""
+    """The cells as ``estimate`` gives them, those that come too late dropped (1)."""
     left = budget_s - now
     rooms = {most: most for most in (left, ESTIMATED_MOST * left)}
     waiting: dict[str, deque[PlannedCell]] = {}
@@ -184,8 +184,7 @@ def estimated(
                     if taken and needed <= min(left, room):
                         rooms[most] = room - needed
     reason = f"cells before it take more than the {left:.0f} s that there are"
-    rest = [cell for queue in waiting.values() for cell in queue]
-    return found + [replace(cell, dropped=reason) for cell in in_turns(rest)]
+    return found + [replace(cell, dropped=reason) for queue in waiting.values() for cell in queue]
 
 
 class Plan:

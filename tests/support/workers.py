@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import Any
 
 
+def write(path: Path, text: str) -> None:
+    """A file that is there whole or not at all: several processes may make the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """No other process is in it for the same path; a file beside it stays."""
@@ -32,7 +40,5 @@ def made_once(name: str, make: Callable[[], Any]) -> Any:
     path = folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
     with alone(path):
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(make()), encoding="utf-8")
-            partial.replace(path)
+            write(path, json.dumps(make()))
     return json.loads(path.read_text(encoding="utf-8"))

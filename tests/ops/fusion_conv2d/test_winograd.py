@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from inputs import images
 
-from fastfuse import _extension
+from fastfuse import _extension, backend
 from fastfuse.backends import DTYPES, accumulation_dtype
 from fastfuse.ops.fusion_conv2d import winograd
+from fastfuse.ops.fusion_conv2d.samples import samples
 from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.tolerances import relative_error, tolerance
 
@@ -158,3 +160,32 @@ def test_what_does_not_fit_is_refused() -> None:
     op = torch.ops.fastfuse.winograd_gradient
     with pytest.raises(RuntimeError, match="winograd: tiles and gradients must be as many"):
         op(torch.empty(9, 4, 5), torch.empty(36, 4, 5), torch.empty(36, 3, 4), False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_takes_it(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every op owes is asserted of samples, and of this one it must be asserted of Winograd's
+    algorithm, forward and backward, wherever products of the dtype are not the library's own."""
+    if dtype in policy_of("cpu").native - {torch.float64, torch.float32}:
+        pytest.skip(f"from more channels on for {dtype}, which this processor multiplies itself")
+    called = set()
+
+    def noted(name: str) -> None:
+        call = getattr(winograd, name)
+
+        def note(*args: Any, **options: Any) -> Any:
+            called.add(name)
+            return call(*args, **options)
+
+        monkeypatch.setattr(winograd, name, note)
+
+    for name in ("convolve", "input_gradient", "weight_gradient"):
+        noted(name)
+    (sample, _) = (
+        s
+        for s in samples(device="cpu", dtype=dtype, channels_last=True)
+        if s.name.startswith("by Winograd")
+    )
+    with backend("cpu"):
+        sample.call(*(x.detach().requires_grad_() for x in sample.inputs)).sum().backward()
+    assert called == {"convolve", "input_gradient", "weight_gradient"}

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from cuda.sources import MissingCompilerError, Program, write
+from workers import write
+
+from cuda.sources import MissingCompilerError, Program
 
 SPILLS = ("STL", "LDL")  # to and from local memory
 

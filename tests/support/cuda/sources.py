@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-from workers import alone
+from workers import alone, write
 
 ROOT = Path(__file__).resolve().parents[3]
 CACHE = ROOT / ".cache" / "cuda"
@@ -63,14 +63,6 @@ def _closure(name: str) -> Texts:
         texts[name] = text
         names += re.findall(r'#include "(cuda/[^"]+)"', text)
     return texts
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is there whole or not at all: several processes may make the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _hash(*said: object) -> str:
