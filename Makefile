@@ -21,8 +21,10 @@ TRITON ?= $(TRITONS)
 ifneq ($(filter-out $(TRITONS),$(TRITON)),)
 $(error TRITON: expected one of $(TRITONS); got $(TRITON))
 endif
-# CUDA kernels are built for one capability here, in a quarter of the time; `make wheel` for all.
+# CUDA kernels are built for one capability here, in a quarter of the time, and the CPU's for what
+# this processor has; `make wheel` builds all.
 FASTFUSE_CUDA_ARCHS ?= 90a
+FASTFUSE_ISAS ?= native
 # Python compiles what it imports, if it may keep it; pip would compile all of torch.
 unexport PYTHONDONTWRITEBYTECODE
 # What a shell may have left set would narrow the tests, or be installed.
@@ -31,6 +33,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# On Linux, tensors of tests that walk memory lie between pages that nobody may touch.
+ifeq ($(shell uname -s),Linux)
+GUARDED := build/guarded_memory.so
+PYTEST := LD_PRELOAD=$(CURDIR)/$(GUARDED) $(PYTEST)
+endif
 # What makes fastfuse, oneDNN, PyTorch and MKL take a class of instructions.
 ON_avx512 := FASTFUSE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 \
     MKL_ENABLE_INSTRUCTIONS=AVX512
@@ -67,9 +74,13 @@ $(READY): pyproject.toml Makefile
 	touch $@
 
 $(BUILT): $(READY) $(NATIVE)
-	FASTFUSE_CUDA_ARCHS="$(FASTFUSE_CUDA_ARCHS)" \
+	FASTFUSE_CUDA_ARCHS="$(FASTFUSE_CUDA_ARCHS)" FASTFUSE_ISAS="$(FASTFUSE_ISAS)" \
 	    $(PIP) --no-build-isolation --editable ".[test,lint]"
 	touch $@
+
+$(GUARDED): tests/support/guarded_memory.cpp
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -o $@ $<
 
 bench: $(BUILT)
 	$(ON) $(BIN)/python -m fastfuse bench --quick --out bench-results
@@ -78,13 +89,13 @@ bench-full: $(BUILT)
 	$(ON) $(BIN)/python -m fastfuse bench --out bench-results
 
 # CUDA C++ as PTX of one GPU; the other one's in test-all and test-gpu-proof.
-test: $(BUILT)
+test: $(BUILT) $(GUARDED)
 	$(ON) CUDA_TESTS_ON=sm_90a $(PYTEST) -m "not slow"
 
-test-all: $(BUILT)
+test-all: $(BUILT) $(GUARDED)
 	$(ON) $(PYTEST)
 
-test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
+test-triton: $(BUILT) $(GUARDED) $(TRITON:%=.venv-triton/%/.ready)
 	@for version in $(TRITON); do \
 	    echo "triton $$version"; PYTHONPATH=$(CURDIR)/.venv-triton/$$version \
 	    $(PYTEST) tests/triton || exit; \
@@ -98,7 +109,7 @@ test-triton: $(BUILT) $(TRITON:%=.venv-triton/%/.ready)
 
 # The fast Triton tests again, on the PTX that kernels compile to for each of these GPUs; CUDA C++.
 GPUS := sm_80 sm_90
-test-gpu-proof: $(BUILT)
+test-gpu-proof: $(BUILT) $(GUARDED)
 	@for gpu in $(GPUS); do \
 	    echo "PTX for $$gpu"; TRITON_TESTS_ON=$$gpu $(PYTEST) tests/triton -m "not slow" || exit; \
 	done
@@ -111,7 +122,7 @@ gpu-report: $(BUILT)
 	PYTHONPATH=$(CURDIR) $(BIN)/python benchmarks/host_time.py
 
 # AVX-512's kernels and routes on a processor that has AVX2.
-test-avx512: $(BUILT)
+test-avx512: $(BUILT) $(GUARDED)
 	emulated=$$($(BIN)/python tests/support/native.py) && \
 	    FASTFUSE_EXTENSION=$$emulated $(PYTEST) -m "not slow" tests/ops tests/nn tests/models
 
@@ -129,7 +140,7 @@ $(WITH_VENV)/.ready: pyproject.toml
 	    --disable-pip-version-check --no-build-isolation --editable ".[test]" peft accelerate
 	touch $@
 
-test-torch: $(WITH_VENV)/.ready $(BUILT)
+test-torch: $(WITH_VENV)/.ready $(BUILT) $(GUARDED)
 	$(WITH_VENV)/bin/python -m fastfuse info
 	$(subst $(BIN),$(WITH_VENV)/bin,$(PYTEST)) -m "not slow" \
 	    --ignore tests/triton --ignore tests/tools/test_sanitizer.py

@@ -3,10 +3,10 @@ build is in CMakeLists.txt.
 
 Environment: FASTFUSE_SKIP_NATIVE=1 installs the Python alone (reference backend only);
 FASTFUSE_SANITIZE=address,undefined builds with sanitizers (see `make test-sanitize`);
-FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone, FASTFUSE_EMULATE_AVX512=1
-AVX-512's for a processor without it (see `make test-avx512`). fastfuse/lib/_CUDA.so is
-built where nvcc is found: FASTFUSE_CUDA=OFF leaves it out, ON insists; FASTFUSE_CUDA_ARCHS="90a"
-builds for these compute capabilities alone.
+FASTFUSE_ISAS="portable;avx2" builds for these instruction sets alone, =native for those that this
+processor has, FASTFUSE_EMULATE_AVX512=1 AVX-512's for a processor without it (see
+`make test-avx512`). fastfuse/lib/_CUDA.so is built where nvcc is found: FASTFUSE_CUDA=OFF leaves it
+out, ON insists; FASTFUSE_CUDA_ARCHS="90a" builds for these compute capabilities alone.
 """
 
 import os

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import triton_interpreter
+from guarded_memory import guarded
 from inputs import ISAS
 
 from fastfuse.backends import backend
@@ -31,6 +32,12 @@ def _same_start() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _guarded_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    with guarded("walks_memory" in request.keywords):
+        yield
 
 
 @pytest.fixture

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import setuptools
 from setuptools.dist import Distribution
+from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,26 +55,21 @@ esac
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="runs a shell script")
-def test_an_nvcc_that_does_not_compile(tmp_path: Path) -> None:
-    """It may know no compiler as new as the host's: then there are kernels of CPUs alone."""
+Configure = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def configure(tmp_path: Path) -> Configure:
+    """CMake with these definitions, in a folder of this test."""
     pybind11 = pytest.importorskip("pybind11")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     cmake = shutil.which("cmake", path=path)
     if cmake is None or shutil.which("ninja", path=path) is None:
         pytest.skip("needs cmake and ninja")
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(NVCC, encoding="utf-8")
-    nvcc.chmod(0o755)
+    usual = {"Python_EXECUTABLE": sys.executable, "pybind11_DIR": pybind11.get_cmake_dir()}
 
-    def configure(with_cuda: str) -> subprocess.CompletedProcess[str]:
-        definitions = {
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-            "FASTFUSE_CUDA": with_cuda,
-        }
-        options = [f"-D{name}={value}" for name, value in definitions.items()]
+    def run(**definitions: str) -> subprocess.CompletedProcess[str]:
+        options = [f"-D{name}={value}" for name, value in {**usual, **definitions}.items()]
         return subprocess.run(
             [cmake, "-S", str(ROOT), "-B", str(tmp_path / "build"), "-G", "Ninja", *options],
             env={**os.environ, "PATH": path, "CUDA_HOME": str(tmp_path)},
@@ -78,9 +77,53 @@ def test_an_nvcc_that_does_not_compile(tmp_path: Path) -> None:
             text=True,
         )
 
-    without = configure("auto")
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="runs a shell script")
+def test_an_nvcc_that_does_not_compile(configure: Configure, tmp_path: Path) -> None:
+    """It may know no compiler as new as the host's: then there are kernels of CPUs alone."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC, encoding="utf-8")
+    nvcc.chmod(0o755)
+    without = configure(FASTFUSE_CUDA="auto")
     assert without.returncode == 0, without.stderr
     assert f"fastfuse: without CUDA kernels: expected {nvcc} to compile" in without.stdout
     assert "unsupported GNU version" in without.stdout
-    assert configure("ON").returncode != 0
-    assert "expected auto, ON or OFF; got maybe" in configure("maybe").stderr
+    assert configure(FASTFUSE_CUDA="ON").returncode != 0
+    assert "expected auto, ON or OFF; got maybe" in configure(FASTFUSE_CUDA="maybe").stderr
+
+
+def test_instruction_sets(configure: Configure) -> None:
+    """``native`` is what this processor has, whatever the module that is installed was built for."""
+    native = configure(FASTFUSE_CUDA="OFF", FASTFUSE_ISAS="native")
+    assert native.returncode == 0, native.stderr
+    (found,) = re.findall(r"fastfuse: for (\S+), which this processor has", native.stdout)
+    assert found.split(";")[0] == "portable"
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\nflags", 1)[1].split()
+        named = {"avx2": "avx2", "avx512f": "avx512", "avx512_bf16": "avx512_bf16"}
+        assert found.split(";")[1:] == [isa for flag, isa in named.items() if flag in flags]
+    unknown = configure(FASTFUSE_CUDA="OFF", FASTFUSE_ISAS="portable;sse9")
+    assert unknown.returncode != 0
+    assert "expected native or some of" in unknown.stderr and "sse9" in unknown.stderr
+
+
+@pytest.mark.slow
+def test_every_instruction_set_compiles(configure: Configure, tmp_path: Path) -> None:
+    """Development builds leave out what this processor has not."""
+    include = ";".join(include_paths())
+    done = configure(FASTFUSE_CUDA="OFF", FASTFUSE_TORCH_INCLUDE=include)
+    assert done.returncode == 0, done.stderr
+    ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or "ninja"
+    vectors = [
+        f"fastfuse_simd_{isa}"
+        for isa in ("portable", "avx2", "avx512", "avx512_bf16")
+        if platform.machine() in ("x86_64", "AMD64") or isa == "portable"
+    ]
+    built = subprocess.run(
+        [ninja, "-C", str(tmp_path / "build"), *vectors], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout
+    assert "warning:" not in built.stdout

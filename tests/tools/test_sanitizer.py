@@ -1,4 +1,7 @@
-"""The tests that walk memory, on a build with the address and undefined-behaviour sanitizers."""
+"""The tests that walk memory, on a build with the address and undefined-behaviour sanitizers.
+
+Everywhere else they run between guard pages (guarded_memory.py), which see accesses too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pytest
 import sanitizer
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
 )

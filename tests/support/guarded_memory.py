@@ -1,0 +1,41 @@
+"""Tensors of tests that walk memory lie between pages that nobody may touch.
+
+Where guarded_memory.cpp is preloaded, as the Makefile does on Linux, an access outside of a tensor
+ends the process, and pytest names the test. Elsewhere nothing is guarded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+
+
+@functools.cache
+def switch() -> Callable[[bool], None] | None:
+    """Turns guards on or off for memory that is asked for from now on; None: not preloaded."""
+    return getattr(ctypes.CDLL(None), "fastfuse_guard_memory", None)
+
+
+@contextmanager
+def guarded(wanted: bool) -> Iterator[None]:
+    turn = switch() if wanted else None
+    if turn is None:
+        yield
+        return
+    turn(True)
+    try:
+        yield
+    finally:
+        turn(False)
+
+
+def build(path: Path, compiler: str = "g++") -> None:
+    """What is to be preloaded."""
+    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    subprocess.run([*command, "-o", str(path), str(SOURCE)], check=True)
