@@ -4,10 +4,13 @@
 // Tensors end where a page ends, and so begin anywhere; every fourth begins where a page begins.
 #include <sys/mman.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+
+#ifdef __GLIBC__  // others have no second name for what is replaced
 
 extern "C" void __libc_free(void*);
 extern "C" void* __libc_memalign(size_t, size_t);
@@ -16,10 +19,10 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kPages = size_t{1} << 19;  // 2 GiB, used in turn: what was given back stays shut
-constexpr size_t kTensors = 64;             // the alignment that PyTorch asks for and no kernel needs
-constexpr int kFresh = 0xff;                // NaN in every floating-point dtype
+constexpr size_t kTensors = 64;  // the alignment that PyTorch asks for and no kernel needs
+constexpr int kFresh = 0xff;     // NaN in every floating-point dtype
 
-bool on = false;
+std::atomic<bool> on = false;
 std::mutex mutex;
 char* arena = nullptr;
 uint32_t blocks[kPages];  // how many pages the block has that begins here; 0: none begins
@@ -92,3 +95,5 @@ extern "C" void free(void* memory) noexcept {
   madvise(arena + first * kPage, bytes, MADV_DONTNEED);
   mprotect(arena + first * kPage, bytes, PROT_NONE);
 }
+
+#endif

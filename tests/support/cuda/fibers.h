@@ -124,8 +124,8 @@ UNCHECKED inline void make_stacks() {
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (made == MAP_FAILED) std::abort();
   stacks = static_cast<char*>(made);
-  // A page that nobody may touch, below each warp's: below each thread's they would be more pieces of
-  // memory than a process may have that loads dozens of programs.
+  // A page that nobody may touch, below each warp's: below each thread's they would be more pieces
+  // of memory than a process may have that loads dozens of programs.
   for (int i = 0; i < kMaxThreads; i += kWarp)
     mprotect(const_cast<char*>(threads[i].stack()) - kPage, kPage, PROT_NONE);
 }

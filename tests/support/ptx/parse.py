@@ -14,6 +14,7 @@ BITS = {
     **{"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16x2": 32},
 }
 NAME = r"%?[\w$]+"
+SILENT = re.compile(r"//.*|^[ \t]*\.(?:loc|file)[ \t].*", re.MULTILINE)  # comments, debuggers' words
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{\n")
 MEMORY = re.compile(rf"(\.extern )?\.shared (?:\.align (\d+) )?\.(\w+) ({NAME})(?:\[(\d*)\])?")
 
@@ -53,7 +54,7 @@ class Kernel:
 
 def parse(ptx: str, name: str | None = None) -> Kernel:
     """A kernel of a module, which has no other if it is not named."""
-    lines = [re.sub(r"//.*|^\s*\.(loc|file)\s.*", "", line).strip() for line in ptx.split("\n")]
+    lines = [line.strip() for line in SILENT.sub("", ptx).split("\n")]
     text = "\n".join(lines)
     entries = [entry for entry in ENTRY.finditer(text) if name in (None, entry[1])]
     if len(entries) != 1:
