@@ -14,7 +14,8 @@ BITS = {
     **{"f16": 16, "bf16": 16, "f32": 32, "f64": 64, "f16x2": 32, "bf16x2": 32},
 }
 NAME = r"%?[\w$]+"
-SILENT = re.compile(r"//.*|^[ \t]*\.(?:loc|file)[ \t].*", re.MULTILINE)  # comments, debuggers' words
+# Comments, and what is for debuggers.
+SILENT = re.compile(r"//.*|^[ \t]*\.(?:loc|file)[ \t].*", re.MULTILINE)
 ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{\n")
 MEMORY = re.compile(rf"(\.extern )?\.shared (?:\.align (\d+) )?\.(\w+) ({NAME})(?:\[(\d*)\])?")
 
