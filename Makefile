@@ -33,10 +33,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 # Processes that share the tests; threads of one that wait for another's must not spin meanwhile.
 JOBS ?= 2
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-# On Linux, tensors of tests that walk memory lie between pages that nobody may touch.
-ifeq ($(shell uname -s),Linux)
+# On Linux, tensors of tests that walk memory lie between pages that nobody may touch; not where a
+# path would be two to the loader.
+ifeq ($(shell uname -s) $(words $(subst :, ,$(CURDIR))),Linux 1)
 GUARDED := build/guarded_memory.so
-PYTEST := LD_PRELOAD=$(CURDIR)/$(GUARDED) $(PYTEST)
+PYTEST := LD_PRELOAD=$(CURDIR)/$(GUARDED)$(LD_PRELOAD:%=:%) $(PYTEST)
 endif
 # What makes fastfuse, oneDNN, PyTorch and MKL take a class of instructions.
 ON_avx512 := FASTFUSE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512 \

@@ -1,12 +1,16 @@
-// Tensors' memory between pages that nobody may touch: an access outside of a tensor, or after its
-// memory was given back, ends the process. Preloaded, and on where guarded_memory.py turns it on.
+// Memory of tensors and of kernels between pages that nobody may touch: an access behind it, or
+// after it was given back, ends the process. Preloaded, and on where guarded_memory.py turns it on.
 //
-// Tensors end where a page ends, and so begin anywhere; every fourth begins where a page begins.
+// Memory ends where a page ends, and so begins anywhere. What lies before it on its page is NaN to
+// who reads it, and looked at when the memory is given back.
+#include <pthread.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -27,7 +31,6 @@ std::mutex mutex;
 char* arena = nullptr;
 uint32_t blocks[kPages];  // how many pages the block has that begins here; 0: none begins
 size_t next = 1;          // the arena's first page stays shut
-size_t count = 0;
 
 // The first of n pages in turn that no block has; 0 where there are none.
 size_t place(size_t n) {
@@ -46,7 +49,13 @@ size_t place(size_t n) {
   return 0;
 }
 
+bool guards(size_t alignment, size_t size) {
+  return on && size > 0 && size < kPages / 2 * kPage && alignment >= kTensors && alignment <= kPage;
+}
+
+// Null where there is no place.
 void* guarded(size_t alignment, size_t size) {
+  const std::lock_guard<std::mutex> held(mutex);
   if (arena == nullptr) {
     void* reserved = mmap(nullptr, kPages * kPage, PROT_NONE,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -54,14 +63,24 @@ void* guarded(size_t alignment, size_t size) {
     arena = static_cast<char*>(reserved);
   }
   const size_t pages = (size + kPage - 1) / kPage;
-  const size_t first = pages < kPages ? place(pages + 1) : 0;  // the last one is the guard
+  const size_t first = place(pages + 1);  // the last one is the guard
   char* begin = arena + first * kPage;
   if (first == 0 || mprotect(begin, pages * kPage, PROT_READ | PROT_WRITE) != 0) return nullptr;
   blocks[first] = static_cast<uint32_t>(pages + 1);
   std::memset(begin, kFresh, pages * kPage);
-  size_t before = ++count % 4 == 0 ? 0 : pages * kPage - size;
+  size_t before = pages * kPage - size;
   if (alignment > kTensors) before -= before % alignment;
   return begin + before;
+}
+
+void end(const char* why) {
+  if (write(STDERR_FILENO, why, std::strlen(why)) < 0) std::abort();
+  std::abort();
+}
+
+// A child has the threads of none but the one that forked.
+__attribute__((constructor)) void stay_usable_in_children() {
+  pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 }
 
 }  // namespace
@@ -70,13 +89,14 @@ extern "C" __attribute__((visibility("default"))) void fastfuse_guard_memory(int
   on = wanted != 0;
 }
 
+extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
+  void* memory = guards(alignment, size) ? guarded(alignment, size) : nullptr;
+  return memory != nullptr ? memory : __libc_memalign(alignment, size);
+}
+
 extern "C" int posix_memalign(void** result, size_t alignment, size_t size) noexcept {
-  void* memory = nullptr;
-  if (on && size > 0 && alignment >= kTensors && alignment <= kPage) {
-    const std::lock_guard<std::mutex> held(mutex);
-    memory = guarded(alignment, size);
-  }
-  if (memory == nullptr) memory = __libc_memalign(alignment, size);
+  if (alignment % sizeof(void*) != 0 || (alignment & (alignment - 1)) != 0) return EINVAL;
+  void* memory = aligned_alloc(alignment, size);
   if (memory == nullptr) return ENOMEM;
   *result = memory;
   return 0;
@@ -90,10 +110,15 @@ extern "C" void free(void* memory) noexcept {
   }
   const size_t first = static_cast<size_t>(address - arena) / kPage;
   const std::lock_guard<std::mutex> held(mutex);
+  if (blocks[first] == 0) end("guarded memory: given back twice, or not where it begins\n");
+  char* begin = arena + first * kPage;
+  for (const char* before = begin; before < address; ++before) {
+    if (*before != static_cast<char>(kFresh)) end("guarded memory: written before it begins\n");
+  }
   const size_t bytes = (blocks[first] - 1) * kPage;
   blocks[first] = 0;
-  madvise(arena + first * kPage, bytes, MADV_DONTNEED);
-  mprotect(arena + first * kPage, bytes, PROT_NONE);
+  madvise(begin, bytes, MADV_DONTNEED);
+  mprotect(begin, bytes, PROT_NONE);
 }
 
 #endif

@@ -670,7 +670,7 @@ def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("target", ["bench", "bench-full", "test", "test-all"])
 def test_make_forces_a_lower_processor(target: str) -> None:
-    assert "FASTFUSE_ISA" not in _make(target).stdout
+    assert "FASTFUSE_ISA=" not in _make(target).stdout
     for cpu, forced in (
         ("avx2", "FASTFUSE_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"),
         ("portable", "FASTFUSE_ISA=portable ONEDNN_MAX_CPU_ISA=SSE41"),

@@ -50,9 +50,20 @@ def test_capabilities_of_an_earlier_build_are_forgotten(
 NVCC = """#!/bin/sh
 case "$*" in
   --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
-  *) echo "unsupported GNU version" >&2; exit 1 ;;
+  *) {} ;;
 esac
 """
+
+
+def _make_nvcc(folder: Path, otherwise: str) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(NVCC.format(otherwise), encoding="utf-8")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+runs_scripts = pytest.mark.skipif(sys.platform != "linux", reason="runs a shell script")
 
 
 Configure = Callable[..., subprocess.CompletedProcess[str]]
@@ -80,19 +91,33 @@ def configure(tmp_path: Path) -> Configure:
     return run
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="runs a shell script")
+@runs_scripts
 def test_an_nvcc_that_does_not_compile(configure: Configure, tmp_path: Path) -> None:
     """It may know no compiler as new as the host's: then there are kernels of CPUs alone."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(NVCC, encoding="utf-8")
-    nvcc.chmod(0o755)
+    nvcc = _make_nvcc(tmp_path, 'echo "unsupported GNU version" >&2; exit 1')
     without = configure(FASTFUSE_CUDA="auto")
     assert without.returncode == 0, without.stderr
     assert f"fastfuse: without CUDA kernels: expected {nvcc} to compile" in without.stdout
     assert "unsupported GNU version" in without.stdout
     assert configure(FASTFUSE_CUDA="ON").returncode != 0
     assert "expected auto, ON or OFF; got maybe" in configure(FASTFUSE_CUDA="maybe").stderr
+
+
+@runs_scripts
+@pytest.mark.parametrize(
+    ("capabilities", "ptx"),
+    [("80;90a;100", {"80"}), ("90a;100;80", {"100"}), ("90a", set())],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ptx_is_what_other_gpus_compile(
+    configure: Configure, tmp_path: Path, capabilities: str, ptx: set[str]
+) -> None:
+    _make_nvcc(tmp_path, "exit 0")
+    made = configure(FASTFUSE_CUDA="ON", FASTFUSE_CUDA_ARCHS=capabilities)
+    assert made.returncode == 0, made.stderr
+    commands = (tmp_path / "build" / "build.ninja").read_text(encoding="utf-8")
+    assert set(re.findall(r"code=compute_(\w+)", commands)) == ptx
+    assert set(re.findall(r"code=sm_(\w+)", commands)) == set(capabilities.split(";"))
 
 
 def test_instruction_sets(configure: Configure) -> None:

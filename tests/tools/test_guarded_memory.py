@@ -1,4 +1,4 @@
-"""Accesses outside of tensors end the process: no test that walks memory passes with one."""
+"""Accesses behind memory and after its life end the process; before it, writes, and whole pages."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ import guarded_memory
 import pytest
 import torch
 
-requires_linux = pytest.mark.skipif(
-    sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux"
-)
+SEGFAULT = -signal.SIGSEGV
 START = """
 import ctypes, json, os, torch
 from guarded_memory import guarded
@@ -25,8 +23,12 @@ torch.set_num_threads(1)  # a process that forks has no threads
 def read(address): ctypes.c_char.from_address(address).value
 with guarded(True):
     tensors = [torch.ones(n) for n in (1, 5, 1023, 1024, 1025, 100_000) for _ in range(4)]
-x = tensors[1]
-at_a_page = next(t for t in tensors if t.data_ptr() % 4096 == 0 and t.numel() == 5)
+x = tensors[4]
+page = next(t for t in tensors if t.numel() == 1024)  # as long as one
+libc = ctypes.CDLL(None)
+libc.aligned_alloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.aligned_alloc.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
+with guarded(True): scratch = libc.aligned_alloc(64, 128)
 statuses = {}
 for name, code in ACCESSES.items():
     child = os.fork()
@@ -38,9 +40,19 @@ print(json.dumps(statuses))
 """
 ACCESSES = {
     "inside": ("for t in tensors: read(t.data_ptr()); read(t.data_ptr() + 4 * t.numel() - 1)", 0),
-    "behind": ("read(x.data_ptr() + 4 * x.numel())", -signal.SIGSEGV),
-    "before": ("read(at_a_page.data_ptr() - 1)", -signal.SIGSEGV),
-    "after": ("address = x.data_ptr(); tensors[1] = x = None; read(address)", -signal.SIGSEGV),
+    **{
+        f"behind {i}": (f"read(tensors[{i}].data_ptr() + 4 * tensors[{i}].numel())", SEGFAULT)
+        for i in range(24)
+    },
+    "before a page": ("read(page.data_ptr() - 1)", SEGFAULT),
+    "written before": (
+        "ctypes.c_char.from_address(x.data_ptr() - 3).value = 0; tensors[4] = x = None",
+        -signal.SIGABRT,
+    ),
+    "after": ("address = x.data_ptr(); tensors[4] = x = None; read(address)", SEGFAULT),
+    "twice": ("libc.free(scratch); libc.free(scratch)", -signal.SIGABRT),
+    "a kernel's": ("read(scratch + 128)", SEGFAULT),
+    "inside of it": ("read(scratch); read(scratch + 127); libc.free(scratch)", 0),
     "fresh": ("with guarded(True): assert torch.empty(100).isnan().all()", 0),
     # More than all addresses, beside tensors that stay where they are.
     "again": (
@@ -86,7 +98,9 @@ def test_what_is_preloaded_is_used() -> None:
 
 
 @pytest.mark.walks_memory
-@pytest.mark.skipif(guarded_memory.switch() is None, reason="no guards: see make test")
+@pytest.mark.skipif(
+    guarded_memory.switch() is None or mmap.PAGESIZE != 4096, reason="no guards: see make test"
+)
 def test_marked_tests_are_guarded() -> None:
     assert torch.empty(100).isnan().all()
 
