@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import ISAS, both_layouts, every_dtype
+from inputs import ISAS, both_layouts, every_dtype, slowly
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -125,7 +125,9 @@ def test_opcheck(op: str, channels_last: bool) -> None:
 
 
 @each_op
-@pytest.mark.parametrize(("name", "dynamic"), [("cpu", False), ("cpu", True), ("reference", False)])
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("cpu", False), ("cpu", True), slowly("reference", False)]
+)
 def test_compile(op: str, name: str, dynamic: bool) -> None:
     """One graph, forward and backward, with the strides of eager mode."""
     torch._dynamo.reset()
