@@ -79,9 +79,11 @@ $(BUILT): $(READY) $(NATIVE)
 	    $(PIP) --no-build-isolation --editable ".[test,lint]"
 	touch $@
 
+ifneq ($(GUARDED),)
 $(GUARDED): tests/support/guarded_memory.cpp
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -o $@ $<
+endif
 
 bench: $(BUILT)
 	$(ON) $(BIN)/python -m fastfuse bench --quick --out bench-results

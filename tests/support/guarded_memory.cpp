@@ -95,7 +95,8 @@ extern "C" void* aligned_alloc(size_t alignment, size_t size) noexcept {
 }
 
 extern "C" int posix_memalign(void** result, size_t alignment, size_t size) noexcept {
-  if (alignment % sizeof(void*) != 0 || (alignment & (alignment - 1)) != 0) return EINVAL;
+  const bool is_power = alignment > 0 && (alignment & (alignment - 1)) == 0;
+  if (!is_power || alignment % sizeof(void*) != 0) return EINVAL;
   void* memory = aligned_alloc(alignment, size);
   if (memory == nullptr) return ENOMEM;
   *result = memory;

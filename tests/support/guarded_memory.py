@@ -1,7 +1,7 @@
 """Tensors of tests that walk memory lie between pages that nobody may touch.
 
-Where guarded_memory.cpp is preloaded, as the Makefile does on Linux, an access outside of a tensor
-ends the process, and pytest names the test. Elsewhere nothing is guarded.
+Where guarded_memory.cpp is preloaded, as the Makefile does on Linux, an access behind one ends the
+process, and pytest names the test. Elsewhere nothing is guarded.
 """
 
 from __future__ import annotations
