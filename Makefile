@@ -80,9 +80,8 @@ $(BUILT): $(READY) $(NATIVE)
 	touch $@
 
 ifneq ($(GUARDED),)
-$(GUARDED): tests/support/guarded_memory.cpp
-	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -shared -fPIC -o $@ $<
+$(GUARDED): tests/support/guarded_memory.cpp | $(READY)
+	$(BIN)/python tests/support/guarded_memory.py $@
 endif
 
 bench: $(BUILT)

@@ -2,13 +2,18 @@
 
 Where guarded_memory.cpp is preloaded, as the Makefile does on Linux, an access behind one ends the
 process, and pytest names the test. Elsewhere nothing is guarded.
+
+``python tests/support/guarded_memory.py PATH`` builds what is to be preloaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +40,13 @@ def guarded(wanted: bool) -> Iterator[None]:
         turn(False)
 
 
-def build(path: Path, compiler: str = "g++") -> None:
+def build(path: Path) -> None:
     """What is to be preloaded."""
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC"]
-    subprocess.run([*command, "-o", str(path), str(SOURCE)], check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    subprocess.run([*compiler, *flags, "-o", str(path), str(SOURCE)], check=True)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))

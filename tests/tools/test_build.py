@@ -143,11 +143,9 @@ def test_every_instruction_set_compiles(configure: Configure, tmp_path: Path) ->
     done = configure(FASTFUSE_CUDA="OFF", FASTFUSE_TORCH_INCLUDE=include)
     assert done.returncode == 0, done.stderr
     ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or "ninja"
-    vectors = [
-        f"fastfuse_simd_{isa}"
-        for isa in ("portable", "avx2", "avx512", "avx512_bf16")
-        if platform.machine() in ("x86_64", "AMD64") or isa == "portable"
-    ]
+    commands = (tmp_path / "build" / "build.ninja").read_text(encoding="utf-8")
+    vectors = re.findall(r"^build (fastfuse_simd_\w+): phony", commands, re.MULTILINE)
+    assert len(vectors) == (4 if platform.machine() in ("x86_64", "AMD64") else 1)
     built = subprocess.run(
         [ninja, "-C", str(tmp_path / "build"), *vectors], capture_output=True, text=True
     )
