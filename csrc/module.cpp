@@ -36,12 +36,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "set_sizes",
       [](int64_t ring_bytes, int64_t depthwise_ring_bytes, int64_t stream_bytes, int64_t grain,
-         int64_t depthwise_grain) {
-        fastfuse::sizes() = {ring_bytes, depthwise_ring_bytes, stream_bytes, grain,
-                             depthwise_grain};
+         int64_t depthwise_grain, int64_t mlp_bytes, int64_t mlp_parts) {
+        fastfuse::sizes() = {ring_bytes, depthwise_ring_bytes, stream_bytes,
+                             grain,      depthwise_grain,      mlp_bytes,
+                             mlp_parts};
       },
       pybind11::kw_only(), pybind11::arg("ring_bytes"), pybind11::arg("depthwise_ring_bytes"),
       pybind11::arg("stream_bytes"), pybind11::arg("grain"), pybind11::arg("depthwise_grain"),
+      pybind11::arg("mlp_bytes"), pybind11::arg("mlp_parts"),
       "Sizes of the kernels that depend on the machine; fastfuse/ops/policy.py explains them.");
   m.def(
       "sizes",
@@ -53,6 +55,8 @@ PYBIND11_MODULE(_C, m) {
         found["stream_bytes"] = s.stream_bytes;
         found["grain"] = s.grain;
         found["depthwise_grain"] = s.depthwise_grain;
+        found["mlp_bytes"] = s.mlp_bytes;
+        found["mlp_parts"] = s.mlp_parts;
         return found;
       },
       "The sizes in force.");

@@ -18,6 +18,7 @@ class Matrix {
     rows_ = tensor.size(0);
     channels_ = tensor.size(1);
   }
+  const char* op() const { return op_; }
   Dtype dtype() const { return dtype_; }
   int64_t rows() const { return rows_; }
   int64_t channels() const { return channels_; }

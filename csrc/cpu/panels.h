@@ -90,18 +90,19 @@ void multiply(A* out, int64_t out_stride, Strided<A> left, int64_t rows, const A
   }
 }
 
-// to[c][t] = from[t][c], of whole vectors.
+// to[c][r] = from[r][c], of whole vectors both ways.
 template <class A>
-FASTFUSE_INLINE void transpose_rows(A* to, int64_t to_stride, const A* from, int64_t stride) {
+FASTFUSE_INLINE void transpose_rows(A* to, int64_t to_stride, const A* from, int64_t stride,
+                                    int64_t rows, int64_t columns) {
   constexpr int lanes = kLanes<A>;
-  for (int64_t t = 0; t < to_stride; t += lanes)
-    for (int64_t c = 0; c < stride; c += lanes) {
+  for (int64_t r = 0; r < rows; r += lanes)
+    for (int64_t c = 0; c < columns; c += lanes) {
       Vec<A> block[lanes];
       FASTFUSE_UNROLL
-      for (int i = 0; i < lanes; ++i) block[i] = load(from + (t + i) * stride + c);
+      for (int i = 0; i < lanes; ++i) block[i] = load(from + (r + i) * stride + c);
       transpose<A>(block);
       FASTFUSE_UNROLL
-      for (int i = 0; i < lanes; ++i) store(to + (c + i) * to_stride + t, block[i]);
+      for (int i = 0; i < lanes; ++i) store(to + (c + i) * to_stride + r, block[i]);
     }
 }
 

@@ -11,6 +11,8 @@ struct Sizes {
   int64_t stream_bytes = 16 << 20;          // outputs from here on are written past the caches
   int64_t grain = 16384;                    // values worth waking a thread for
   int64_t depthwise_grain = 1 << 18;        // multiply-adds
+  int64_t mlp_bytes = 384 << 10;            // of a tile's pixels between an MLP's products
+  int64_t mlp_parts = 1;                    // of pixels, whose sums parameters get
 };
 
 // Process-wide. They may be set while no kernel runs.

@@ -287,7 +287,7 @@ void forward(const WindowAttention& op, int64_t begin, int64_t end, void* memory
       gather<S>(f.keys, s.stride, q + op.channels, 3 * op.channels, bias_of(1), op.pads_with_bias,
                 tokens, 0, s.tokens, size, A(1));
       clear(f.keys + s.tokens * s.stride, (s.row_stride - s.tokens) * s.stride);
-      transpose_rows(f.transposed, s.row_stride, f.keys, s.stride);
+      transpose_rows(f.transposed, s.row_stride, f.keys, s.stride, s.row_stride, s.stride);
       gather<S>(f.values, s.stride, q + 2 * op.channels, 3 * op.channels, bias_of(2),
                 op.pads_with_bias, tokens, 0, s.tokens, size, A(1));
     }
@@ -469,8 +469,8 @@ void backward(const WindowAttentionBackward& all, int64_t begin, int64_t end, vo
       gather<S>(f.grads, s.stride, grad, op.channels, static_cast<const A*>(nullptr), false, tokens,
                 0, s.tokens, size, A(1));
       clear(f.grads + s.tokens * s.stride, (s.rows - s.tokens) * s.stride);
-      transpose_rows(f.transposed_keys, s.row_stride, f.keys, s.stride);
-      transpose_rows(f.transposed_values, s.row_stride, f.values, s.stride);
+      transpose_rows(f.transposed_keys, s.row_stride, f.keys, s.stride, s.row_stride, s.stride);
+      transpose_rows(f.transposed_values, s.row_stride, f.values, s.stride, s.row_stride, s.stride);
       clear(f.grad_keys, s.matrix());
       clear(f.grad_values, s.matrix());
       for (int64_t first = 0; first < s.tokens; first += kQueries) {

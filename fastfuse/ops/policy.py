@@ -117,6 +117,8 @@ class KernelSizes:
     stream_bytes: int  # outputs from here on are written past the caches
     grain: int  # values worth waking a thread for
     depthwise_grain: int  # multiply-adds
+    mlp_bytes: int  # of a tile's pixels between an MLP's products
+    mlp_parts: int  # of pixels, each with sums of its own for the parameters' gradients
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,12 @@ class Policy:
     # ---- blocks ----
     hidden_bytes: int  # of a chunk's hidden tensor: long enough for products, short enough to stay
     hidden_rows: int  # of a chunk, at least; shorter products are slow
+    # dtypes whose MLPs are one kernel of ours, products included, instead of a library's
+    whole_mlp: frozenset[torch.dtype]
+    # backward, from so many pixels a channel on in each of KernelSizes.mlp_parts: sums of parts
+    # take their time
+    whole_mlp_pixels: float
+
     # ---- GPUs: ops that CUDA C++ runs where it covers them, and not Triton ----
     cuda_ops: frozenset[str]
     # dtypes of products that are our own, with what follows them, instead of a library's
@@ -185,6 +193,12 @@ class Policy:
     moments_values: int  # converted to float64 at a time
 
     kernels: KernelSizes | None = None  # None on GPUs
+
+    def backward_is_whole(self, dtype: torch.dtype, pixels: int, channels: int) -> bool:
+        """Whether the gradients of an MLP are one kernel of ours, as the MLP is."""
+        if dtype not in self.whole_mlp or self.kernels is None:
+            return False
+        return pixels >= self.whole_mlp_pixels * channels * self.kernels.mlp_parts
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of ``dtype`` are computed."""
@@ -232,6 +246,9 @@ def _cpu(machine: Machine) -> Policy:
         cudnn=False,
         hidden_bytes=3 * MIB,
         hidden_rows=512,
+        # Without FMA half as fast as the library; with AVX-512 not measured.
+        whole_mlp=frozenset(DTYPES if machine.isa == "avx2" else ()),
+        whole_mlp_pixels=1.5,
         cuda_ops=frozenset(),
         fused_linear=frozenset(),
         fusion_costs=dict.fromkeys(DTYPES, CPU_COSTS),
@@ -258,6 +275,8 @@ def _cpu(machine: Machine) -> Policy:
             stream_bytes=machine.l3 // (2 if avx512 else 4),
             grain=16384,
             depthwise_grain=1 << 18,
+            mlp_bytes=machine.l2 * 3 // 4,
+            mlp_parts=machine.cores,
         ),
     )
 
@@ -273,6 +292,8 @@ _CUDA = Policy(
     cudnn=True,
     hidden_bytes=256 * MIB,  # GPUs want chunks that fill them; the limit is for memory
     hidden_rows=512,
+    whole_mlp=frozenset(),
+    whole_mlp_pixels=0.0,
     # By counted instructions, bytes and waves: docs/gpu_report.md.
     cuda_ops=frozenset({"tap_sum", "depthwise_conv2d", "upsample_cross_entropy"}),
     # By counted bytes: a library writes the hidden tensor, and what follows reads it, once more.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastfuse.ops.batch_norm.autograd import batch_moments, norm_relu, norm_relu_conv
-from fastfuse.ops.pointwise.mlp import to_accumulation
+from fastfuse.ops.pointwise.parameters import to_accumulation
 
 __all__ = ["BatchNorm", "measure", "normalized_relu", "normalized_relu_conv"]
 

@@ -12,7 +12,7 @@ from fastfuse.ops.define import steps_of
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm, convolution_bias
+from fastfuse.ops.pointwise.parameters import Mlp, Norm, convolution_bias
 
 __all__ = ["backward", "forward", "kept_shapes"]
 

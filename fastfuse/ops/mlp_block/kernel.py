@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfuse.ops.layout import as_matrix
 from fastfuse.ops.memory import empty
 from fastfuse.ops.pointwise import mlp as pointwise
-from fastfuse.ops.pointwise.mlp import Mlp, Norm
+from fastfuse.ops.pointwise.parameters import Mlp, Norm
 
 __all__ = ["backward", "forward", "kept_shapes"]
 

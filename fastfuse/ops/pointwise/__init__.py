@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from fastfuse.ops.define import COMPILED, Op
 
-__all__ = ["LINEAR_SCHEMAS", "SCHEMAS"]
+__all__ = ["LINEAR_SCHEMAS", "MLP_SCHEMAS", "SCHEMAS"]
 
 SCHEMAS = (
     # out = [skip +] [GELU](LN(x)) over channels, the bracketed parts on demand
@@ -57,3 +57,24 @@ LINEAR_SCHEMAS = (
 for _schema in LINEAR_SCHEMAS:
     _name = _schema.partition("(")[0]
     Op(_schema, kernels={"triton": f"fastfuse.ops.pointwise.linear:{_name}"})
+
+# On CPUs, where the policy says so: the steps above with both products between them, a tile of
+# pixels at a time. Weights are contiguous, in the accumulation dtype.
+MLP_SCHEMAS = (
+    # with n = LN(inputs), or inputs: kept = n W1^T; out = x + keep[image] * scale *
+    # (GELU(kept + b1) W2^T + b2); out may be inputs
+    "mlp_into(Tensor(a!) out, Tensor(b!)? kept, Tensor x, Tensor inputs, Tensor? norm_weight, "
+    "Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
+    "Tensor fc2_bias, Tensor? scale, Tensor? keep, SymInt pixels) -> ()",
+    # with g = keep[image] * grad, a = GELU(h) and gh = (scale * g) W2 * GELU'(h): the gradient of
+    # inputs; grad_fc1_weight = gh^T n, grad_fc2_weight = g^T a without the scale; biases' are the
+    # sums of gh and g
+    "mlp_backward_into(Tensor(a!) grad_inputs, Tensor(b!)? grad_norm_weight, "
+    "Tensor(c!)? grad_norm_bias, Tensor(d!)? grad_fc1_weight, Tensor(e!) grad_fc1_bias, "
+    "Tensor(f!)? grad_fc2_weight, Tensor(g!) grad_fc2_bias, Tensor grad, Tensor inputs, "
+    "Tensor? kept, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor fc1_weight, "
+    "Tensor fc1_bias, Tensor fc2_weight, Tensor? scale, Tensor? keep, SymInt pixels) -> ()",
+)
+
+for _schema in MLP_SCHEMAS:
+    Op(_schema, kernels={"cpu": COMPILED})

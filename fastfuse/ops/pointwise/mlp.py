@@ -1,19 +1,20 @@
 """The MLP of a block, ``x + keep * scale * (W2 GELU(W1 n + b1) + b2)``, and its gradients.
 
-n is the input, or the layer norm of the input. Pixels are processed a chunk at a time, so that the
-hidden tensor, four times as wide as the image, stays in the last-level cache between the products
-and what is done to it. The products are the library's. Images of a dtype that the processor does
-not multiply are converted to float32 a chunk at a time, and results rounded once.
+n is the input, or the layer norm of the input. Where the policy says so, it is one kernel of ours
+(csrc/cpu/mlp_simd.cpp). Else pixels are processed a chunk at a time, so that the hidden tensor,
+four times as wide as the image, stays in the last-level cache between the products and what is done
+to it, and the products are the library's. Images of a dtype that the processor does not multiply
+are converted to float32 a chunk at a time, and results rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from fastfuse.backends import accumulation_dtype
 from fastfuse.ops.define import steps_of
 from fastfuse.ops.matmul import (
     MatmulRoute,
@@ -23,100 +24,13 @@ from fastfuse.ops.matmul import (
     wide_product,
 )
 from fastfuse.ops.memory import empty
+from fastfuse.ops.pointwise import whole_mlp
+from fastfuse.ops.pointwise.parameters import Mlp, MlpGradients, Norm
 from fastfuse.ops.policy import policy_of
 
-__all__ = [
-    "Chunks",
-    "Mlp",
-    "MlpGradients",
-    "Norm",
-    "backward",
-    "convolution_bias",
-    "forward",
-    "mlp_route",
-    "to_accumulation",
-]
+__all__ = ["Chunks", "backward", "forward", "mlp_route"]
 
 ROW_MULTIPLE = 128
-
-
-@overload
-def to_accumulation(vector: Tensor) -> Tensor: ...
-
-
-@overload
-def to_accumulation(vector: None) -> None: ...
-
-
-def to_accumulation(vector: Tensor | None) -> Tensor | None:
-    """A vector as the pointwise steps take it: contiguous, in the accumulation dtype."""
-    if vector is None:
-        return None
-    if vector.dtype not in (torch.float32, torch.float64):
-        vector = vector.float()
-    return vector.contiguous()
-
-
-def convolution_bias(bias: Tensor, x: Tensor) -> Tensor:
-    """The bias as the depthwise convolution of x takes it: the CPU kernels in x's dtype."""
-    return bias.to(x.dtype) if x.device.type == "cpu" else bias
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, eps: float) -> Norm:
-        return cls(to_accumulation(weight), to_accumulation(bias), eps)
-
-
-class Mlp(NamedTuple):
-    """Matrices in the dtype of images, vectors in the accumulation dtype.
-
-    Attributes:
-        pixels: rows of an image.
-    """
-
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    scale: Tensor | None
-    keep: Tensor | None
-    norm: Norm | None
-    pixels: int
-
-    @classmethod
-    def of(
-        cls, x: Tensor, parameters: Sequence[Any], keep: Tensor | None, norm: Norm | None = None
-    ) -> Mlp:
-        """Of a block's last five parameters: both layers' and the scale."""
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale = parameters
-        return cls(
-            fc1_weight,
-            to_accumulation(fc1_bias),
-            fc2_weight,
-            to_accumulation(fc2_bias),
-            to_accumulation(scale),
-            to_accumulation(keep),
-            norm,
-            x.shape[2] * x.shape[3],
-        )
-
-
-class MlpGradients(NamedTuple):
-    """Of vectors in the accumulation dtype; of matrices too where they sum several chunks. In the
-    order of a block's parameters."""
-
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    fc1_weight: Tensor
-    fc1_bias: Tensor
-    fc2_weight: Tensor
-    fc2_bias: Tensor
-    scale: Tensor | None
 
 
 def mlp_route(backend: str, image: Tensor) -> str:
@@ -125,11 +39,19 @@ def mlp_route(backend: str, image: Tensor) -> str:
         return backend
     batch, channels, height, width = image.shape
     rows = image.new_empty(batch * height * width, channels)
+    policy = policy_of(image.device.type)
     chunks = Chunks(rows, 4 * channels)
     products = str(MatmulRoute.of(image.device.type, image.dtype, chunks.rows))
     if chunks.fuses:
         products = "products with what follows them"
-    return f"{backend}; {products}, {chunks.length} of {chunks.rows} pixels at a time"
+    steps = f"{products}, {chunks.length} of {chunks.rows} pixels at a time"
+    if image.dtype not in policy.whole_mlp:
+        return f"{backend}; {steps}"
+    dtype = str(accumulation_dtype(image.dtype)).removeprefix("torch.")
+    whole = f"{backend}; products in {dtype} in one kernel with what lies between them"
+    if policy.backward_is_whole(image.dtype, *rows.shape):
+        return whole
+    return f"{whole}; their gradients: {steps}"
 
 
 class Chunks:
@@ -179,6 +101,9 @@ def forward(out: Tensor, x: Tensor, inputs: Tensor, mlp: Mlp, kept: Tensor | Non
 
     ``kept`` (rows, hidden) receives the hidden tensor before its bias, for :func:`backward`.
     """
+    if x.dtype in policy_of(x.device.type).whole_mlp:
+        whole_mlp.forward(out, x, inputs, mlp, kept)
+        return
     ops = steps_of(x.device.type)
     hidden, channels = mlp.fc1_weight.shape
     chunks = Chunks(x, hidden)
@@ -264,6 +189,9 @@ def backward(
     of fc2_weight is scale * G, and that of the scale the rows' sums of fc2_weight * G: no product
     is computed twice.
     """
+    policy = policy_of(grad.device.type)
+    if policy.backward_is_whole(grad.dtype, *grad.shape):
+        return whole_mlp.backward(grad_inputs, grad, inputs, mlp, kept, of_parameters)
     ops = steps_of(grad.device.type)
     hidden, channels = mlp.fc1_weight.shape
     accumulation = mlp.fc1_bias
@@ -326,19 +254,9 @@ def backward(
         of_grad_inputs.write(result, target)
     if fc1 is None or fc2 is None:
         return None
-    grad_fc2, grad_scale = fc2.result(), None
-    if mlp.scale is not None:
-        grad_fc2 = grad_fc2.to(accumulation.dtype)
-        room = fc2_weight if fc2_weight.dtype == grad_fc2.dtype else None  # fresh memory is slow
-        grad_scale = torch.mul(grad_fc2, unscaled_fc2, out=room).sum(1) + mlp.fc2_bias * fc2_bias
-        grad_fc2 *= mlp.scale[:, None]
-        fc2_bias = mlp.scale * fc2_bias
-    return MlpGradients(
-        norm_weight=norm_sums[0] if mlp.norm else None,
-        norm_bias=norm_sums[1] if mlp.norm else None,
-        fc1_weight=fc1.result(),
-        fc1_bias=fc1_bias,
-        fc2_weight=grad_fc2,
-        fc2_bias=fc2_bias,
-        scale=grad_scale,
+    room = None
+    if mlp.scale is not None and fc2_weight.dtype == accumulation.dtype:
+        room = fc2_weight  # fresh memory is slow
+    return MlpGradients.of_sums(
+        mlp, norm_sums, fc1.result(), fc1_bias, fc2.result(), fc2_bias, unscaled_fc2, room
     )

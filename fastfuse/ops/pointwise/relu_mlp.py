@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastfuse.ops.define import COMPILED, Op
 from fastfuse.ops.layout import as_matrix, to_memory_format
-from fastfuse.ops.pointwise.mlp import Chunks, to_accumulation
+from fastfuse.ops.pointwise.mlp import Chunks
+from fastfuse.ops.pointwise.parameters import to_accumulation
 
 __all__ = ["relu_mlp"]
 

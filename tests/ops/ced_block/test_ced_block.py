@@ -45,14 +45,16 @@ KEEP = [0.0, 0.25, 1.5, 0.0, 2.0]
 def test_chunks_of_rows(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, recompute: bool, block: Block
 ) -> None:
-    """Chunks that are parts of an image, an image, or several; each image with its own factor."""
+    """Chunks that are parts of an image, an image, or several; each image with its own factor.
+    Products are the library's."""
     monkeypatch.setattr(mlp, "ROW_MULTIPLE", 1)
     policy = policy_of("cpu")
     chunk = rows * 32 * policy.product_dtype(dtype).itemsize
     (x, *parameters), (cotangent,) = block.inputs((5, 8, 3, 4)), images((5, 8, 3, 4))
     inputs = [t.to(dtype) for t in (x, *parameters)]
     cotangent, keep = cotangent.to(dtype), torch.tensor(KEEP)
-    with backend("cpu"), use_policy(policy, hidden_bytes=chunk, hidden_rows=1):
+    library = {"hidden_bytes": chunk, "hidden_rows": 1, "whole_mlp": frozenset()}
+    with backend("cpu"), use_policy(policy, **library):
         assert len(list(mlp.Chunks(matrix_of(inputs[0]), 32))) == math.ceil(60 / rows)
         results = with_gradients(block.call, inputs, cotangent, keep=keep, recompute=recompute)
     expected = with_gradients(
@@ -403,18 +405,20 @@ def test_a_changed_input_is_noticed(block: Block) -> None:
 @pytest.mark.walks_memory
 @both_blocks
 @both_ways
+@pytest.mark.parametrize("whole", [False, True], ids=["library", "whole"])
 @pytest.mark.parametrize(
     ("dtype", "channels_last"), alternating([torch.float32, torch.bfloat16], [False, True])
 )
 def test_same_bits_from_run_to_run(
-    dtype: torch.dtype, recompute: bool, channels_last: bool, block: Block
+    dtype: torch.dtype, whole: bool, recompute: bool, channels_last: bool, block: Block
 ) -> None:
     """Several chunks, several threads."""
     shape, hidden = (2, 40, 29, 31), 160
     inputs = block.inputs(shape, hidden, dtype=dtype, channels_last=channels_last)
     (cotangent,) = images(shape, dtype=dtype, channels_last=channels_last)
     torch.set_num_threads(2)
-    with use_policy(policy_of("cpu"), hidden_bytes=128 * hidden * 8, hidden_rows=128):
+    policy = {"hidden_bytes": 128 * hidden * 8, "hidden_rows": 128}
+    with use_policy(policy_of("cpu"), whole_mlp=frozenset([dtype] if whole else []), **policy):
         assert len(list(mlp.Chunks(matrix_of(inputs[0]), hidden))) > 1
         results = [
             with_gradients(block.call, inputs, cotangent, recompute=recompute) for _ in range(3)
