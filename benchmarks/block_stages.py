@@ -3,7 +3,7 @@
     python benchmarks/block_stages.py [--out FILE.png] [--rounds N]
 
 Forward, and backward with and without recomputing what forward computed. The products are the
-library's; GELU comes with the bias before it, and in the steps of lr_ced_block's convolutions GELU
+library's, or where the policy says so the MLP is one kernel, of which no steps are told; GELU comes with the bias before it, and in the steps of lr_ced_block's convolutions GELU
 and the image added belong to the layer norm. Of the depthwise convolution backward has the gradient
 of the image and, if it recomputes, forward's too. Sums are PyTorch's, over chunks and weights. The
 rest is mostly Python.
@@ -43,6 +43,7 @@ TABLE_WIDTH = 200  # where there is no terminal
 FORWARD, RECOMPUTING, BACKWARD = "forward", "backward, recompute", "backward"
 STAGES = {  # and their colors
     "products": "#1f5fa8",
+    "MLP as one kernel": "#123a66",
     "depthwise convolution": "#e69138",
     "its weight's gradient": "#b45f06",
     "layer norm": "#3f8f4f",
@@ -51,11 +52,13 @@ STAGES = {  # and their colors
     "sums": "#7fb3b3",
     "rest": "#bbbbbb",
 }
-PRODUCTS, CONVOLUTION, GRADIENT, NORM, GELU, RESIDUAL, SUMS, REST = STAGES
+PRODUCTS, WHOLE, CONVOLUTION, GRADIENT, NORM, GELU, RESIDUAL, SUMS, REST = STAGES
 EVENTS = {
     "aten::mm": PRODUCTS,
     "mkldnn::_linear_pointwise": PRODUCTS,
     "aten::addmm": PRODUCTS,
+    "fastfuse::mlp_into": WHOLE,
+    "fastfuse::mlp_backward_into": WHOLE,
     "fastfuse::depthwise_conv2d": CONVOLUTION,
     "fastfuse::depthwise_conv2d_backward_weight": GRADIENT,
     "fastfuse::layer_norm_into": NORM,
