@@ -3,10 +3,11 @@
     python benchmarks/block_stages.py [--out FILE.png] [--rounds N]
 
 Forward, and backward with and without recomputing what forward computed. The products are the
-library's, or where the policy says so the MLP is one kernel, of which no steps are told; GELU comes with the bias before it, and in the steps of lr_ced_block's convolutions GELU
-and the image added belong to the layer norm. Of the depthwise convolution backward has the gradient
-of the image and, if it recomputes, forward's too. Sums are PyTorch's, over chunks and weights. The
-rest is mostly Python.
+library's, or where the policy says so the MLP is one kernel, of which no steps are told; GELU comes
+with the bias before it, and in the steps of lr_ced_block's convolutions GELU and the image added
+belong to the layer norm. Of the depthwise convolution backward has the gradient of the image and,
+if it recomputes, forward's too. Sums are PyTorch's, over chunks and weights. The rest is mostly
+Python.
 """
 
 from __future__ import annotations
