@@ -168,7 +168,7 @@ void mlp_backward_into(Tensor grad_inputs, std::optional<Tensor> grad_norm_weigh
   op.fc1_transposed = fc1_transposed.get();
   op.fc2_transposed = fc2_transposed.get();
 
-  const MlpSums at = found.sums(f);
+  const MlpSums at = found.sums(f, op.of_parameters);
   const int64_t panels = panels_of(f, found);
   const int64_t parts =
       std::max<int64_t>(1, std::min(sizes().mlp_parts, ceil_div(f.rows, kPartRows)));

@@ -29,7 +29,8 @@ struct MlpBackward {
   bool of_parameters;
 };
 
-// What parameters get, summed over the pixels of a part: vectors where these lie among its values.
+// What parameters get, summed over the pixels of a part: where it lies among the part's values.
+// Sums of tiles are added, so that no sum is long.
 struct MlpSums {
   int64_t stride;              // of the matrices' rows, of which there are `hidden`
   int64_t fc1, fc2;            // sums of hidden gradient x input, and of activation x gradient
@@ -53,7 +54,7 @@ struct MlpKernels {
     void (*transpose)(const Transposition&, int64_t begin, int64_t end);
     int64_t (*forward_bytes)(const Mlp&, int64_t panels);  // of scratch memory for so many
     int64_t (*backward_bytes)(const Mlp&, int64_t panels);
-    MlpSums (*sums)(const Mlp&);
+    MlpSums (*sums)(const Mlp&, bool of_matrices);
     int64_t panel;  // pixels
   } kernels[kNumDtypes];
 };

@@ -16,8 +16,9 @@ namespace {
 constexpr int kPanelVectors = 2;
 template <class A>
 constexpr int64_t kPanel = kPanelVectors * kLanes<A>;
-constexpr int64_t kDepth = 256;   // a panel so deep is half a first-level cache
-constexpr int64_t kOutputs = 48;  // rows of a weight so deep stay in the second level
+constexpr int64_t kMinPanels = 3;  // of a tile, or a weight is read for few pixels
+constexpr int64_t kDepth = 256;    // a panel so deep is half a first-level cache
+constexpr int64_t kOutputs = 48;   // rows of a weight so deep stay in the second level
 
 // The distance of rows so long: an odd number of cache lines, or columns would meet few sets.
 template <class A>
@@ -29,7 +30,7 @@ int64_t row_stride(int64_t length) {
 // A tile: its matrices' sizes.
 template <class A>
 struct Tile {
-  int64_t pixels;                // whole panels, an odd number as above
+  int64_t pixels;                // an odd number of panels, as above, or all there are
   int64_t channels;              // the distance of rows
   int64_t matrix, hidden, rows;  // values of [channel][pixel], [hidden][pixel], [pixel][channel]
 
@@ -38,9 +39,8 @@ struct Tile {
     const int64_t outputs = round_up(round_up(op.hidden, kPanelMultiple), kLanes<A>);
     const int64_t each =
         (matrices * channels + hiddens * outputs) * static_cast<int64_t>(sizeof(A));
-    int64_t fitting = max_of(op.tile_bytes / each / kPanel<A>, 2);
-    fitting = min_of(fitting | 1, panels);
-    pixels = fitting * kPanel<A>;
+    const int64_t fitting = max_of(op.tile_bytes / each / kPanel<A>, kMinPanels);
+    pixels = min_of(fitting - (fitting % 2 == 0), panels) * kPanel<A>;
     matrix = channels * pixels;
     hidden = outputs * pixels;
     rows = pixels * channels;
@@ -56,42 +56,14 @@ Tile<A> backward_tile(const Mlp& op, int64_t panels) {
   return Tile<A>(op, panels, 3, 2);
 }
 
-// Rows of out = weight right, or += it, of a panel.
-template <class A, bool Add, int Rows>
-FASTFUSE_INLINE void multiply_rows(A* out, int64_t stride, const A* weight, int64_t weight_stride,
-                                   const A* right, int64_t depth) {
-  constexpr int lanes = kLanes<A>;
-  Vec<A> sums[Rows][kPanelVectors];
-  FASTFUSE_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    FASTFUSE_UNROLL
-    for (int v = 0; v < kPanelVectors; ++v)
-      sums[r][v] = Add ? load(out + r * stride + v * lanes) : Vec<A>{};
-  }
-  for (int64_t k = 0; k < depth; ++k, right += stride) {
-    Vec<A> x[kPanelVectors];
-    FASTFUSE_UNROLL
-    for (int v = 0; v < kPanelVectors; ++v) x[v] = load(right + v * lanes);
-    FASTFUSE_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-      const A factor = weight[r * weight_stride + k];
-      FASTFUSE_UNROLL
-      for (int v = 0; v < kPanelVectors; ++v) sums[r][v] += factor * x[v];
-    }
-  }
-  FASTFUSE_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    FASTFUSE_UNROLL
-    for (int v = 0; v < kPanelVectors; ++v) store(out + r * stride + v * lanes, sums[r][v]);
-  }
-}
-
+// A panel of out = weight right, or of out += weight right, of exactly so many rows.
 template <class A, bool Add>
 void multiply_block(A* out, int64_t stride, const A* weight, int64_t weight_stride, int64_t rows,
                     const A* right, int64_t depth) {
   const auto next = [&](auto count) {
     constexpr int n = decltype(count)::value;
-    multiply_rows<A, Add, n>(out, stride, weight, weight_stride, right, depth);
+    multiply_rows<A, kPanelVectors, Add, n>(out, stride, {weight, weight_stride, 1}, right, stride,
+                                            depth);
     out += n * stride;
     weight += n * weight_stride;
     rows -= n;
@@ -253,10 +225,10 @@ void forward(const Mlp& op, int64_t begin, int64_t end, void* scratch) {
 }
 
 template <class A>
-MlpSums sums_of(const Mlp& op) {
+MlpSums sums_of(const Mlp& op, bool of_matrices) {
   MlpSums s{};
   s.stride = row_stride<A>(op.channels);
-  const int64_t matrix = round_up(op.hidden, kPanelMultiple) * s.stride;
+  const int64_t matrix = of_matrices ? round_up(op.hidden, kPanelMultiple) * s.stride : 0;
   s.fc2 = matrix;
   s.fc1_bias = 2 * matrix;
   s.fc2_bias = s.fc1_bias + op.hidden;
@@ -278,8 +250,9 @@ void backward(const MlpBackward& op, int64_t begin, int64_t end, void* part, voi
   A* activated = matrix + size.matrix;
   A* grad_hidden = activated + size.hidden;
   A* values = grad_hidden + size.hidden;
+  A* of_tile = values + 2 * size.channels;  // its sums, as those of the part from fc2_bias on
   const int64_t vectors = round_up(f.channels, kLanes<A>);
-  const MlpSums at = sums_of<A>(f);
+  const MlpSums at = sums_of<A>(f, op.of_parameters);
   A* sums = static_cast<A*>(part);
   const int64_t written = begin < end ? at.fc1_bias : 0;  // by the first tile
   clear(sums + written, at.values - written);
@@ -294,10 +267,11 @@ void backward(const MlpBackward& op, int64_t begin, int64_t end, void* part, voi
       multiply_weight(activated, vector(f.fc1_weight), f.hidden, f.channels, matrix, stride,
                       columns, [](int64_t, int64_t) {});
     }
+    clear(of_tile, 3 * f.channels);
     clear(g_rows + count * size.channels, (columns - count) * size.channels);
     for_kept_rows<A>(f.images, first, first + count, [&](int64_t i, A keep) {
       const S* grad = row_of<const S>(op.grad, i);
-      A *to = g_rows + (i - first) * size.channels, *sum = sums + at.fc2_bias;
+      A *to = g_rows + (i - first) * size.channels, *sum = of_tile;
       for_channels<A>(f.channels, [&](auto vectors, int64_t c, auto load, auto store) {
         for (int v = 0; v < decltype(vectors)::value; ++v, c += kLanes<A>) {
           const Vec<A> g = load(grad + c) * keep;
@@ -314,11 +288,15 @@ void backward(const MlpBackward& op, int64_t begin, int64_t end, void* part, voi
                         const A bias = vector(f.fc1_bias)[n];
                         Vec<A> sum = {};
                         for (int64_t t = 0; t < columns; t += kLanes<A>) {
-                          const auto both = gelu_with_derivative<kNarrow<S>>(load(h + t) + bias);
+                          // Float32 vectors get all of float32, of narrow images too.
+                          const auto both = gelu_with_derivative<false>(load(h + t) + bias);
                           const Vec<A> grad = load(g + t) * both.derivative;
                           store(h + t, both.value);
                           store(g + t, grad);
-                          sum += grad;
+                          if (t + kLanes<A> <= count)
+                            sum += grad;
+                          else  // no pixel that is not there: its zero might meet an infinity
+                            for (int64_t i = t; i < count; ++i) sum[i - t] += grad[i - t];
                         }
                         sums[at.fc1_bias + n] += sum_of_lanes<A>(sum);
                       }
@@ -344,7 +322,7 @@ void backward(const MlpBackward& op, int64_t begin, int64_t end, void* part, voi
       const A* g = g_rows + t * size.channels;
       S* to = row_of<S>(op.grad_inputs, first + t);
       if (f.norm_weight)
-        layer_norm_backward_row(to, sums + at.norm_weight, sums + at.norm_bias, g,
+        layer_norm_backward_row(to, of_tile + f.channels, of_tile + 2 * f.channels, g,
                                 row_of<const S>(f.inputs, first + t), vector(f.norm_weight),
                                 vector(f.norm_bias), f.channels, f.eps, false, values);
       else
@@ -353,6 +331,7 @@ void backward(const MlpBackward& op, int64_t begin, int64_t end, void* part, voi
             store(to + c, load(g + c));
         });
     }
+    for (int64_t i = 0; i < 3 * f.channels; ++i) sums[at.fc2_bias + i] += of_tile[i];
   });
 }
 
@@ -393,7 +372,7 @@ int64_t forward_bytes(const Mlp& op, int64_t panels) {
 template <class A>
 int64_t backward_bytes(const Mlp& op, int64_t panels) {
   const Tile<A> t = backward_tile<A>(op, panels);
-  return (2 * t.rows + t.matrix + 2 * t.hidden + 2 * t.channels) * static_cast<int64_t>(sizeof(A));
+  return (2 * t.rows + t.matrix + 2 * t.hidden + 5 * t.channels) * static_cast<int64_t>(sizeof(A));
 }
 
 template <class S>

@@ -24,38 +24,49 @@ struct Strided {
   int64_t row, column;
 };
 
-// A panel of out = left right, or of out += left right.
+// Rows of a panel of out = left right, or of out += left right: what is added is summed apart, so
+// that long sums are sums of shorter ones.
+template <class A, int Vectors, bool Add, int Rows>
+FASTFUSE_INLINE void multiply_rows(A* out, int64_t out_stride, Strided<A> left, const A* right,
+                                   int64_t right_stride, int64_t depth) {
+  constexpr int lanes = kLanes<A>;
+  Vec<A> sums[Rows][Vectors];
+  FASTFUSE_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    FASTFUSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = Vec<A>{};
+  }
+  const A* l = left.data;
+  for (int64_t k = 0; k < depth; ++k, l += left.column, right += right_stride) {
+    Vec<A> x[Vectors];
+    FASTFUSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) x[v] = load(right + v * lanes);
+    FASTFUSE_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const A factor = l[r * left.row];
+      FASTFUSE_UNROLL
+      for (int v = 0; v < Vectors; ++v) sums[r][v] += factor * x[v];
+    }
+  }
+  FASTFUSE_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    FASTFUSE_UNROLL
+    for (int v = 0; v < Vectors; ++v) {
+      A* const to = out + r * out_stride + v * lanes;
+      store(to, Add ? load(to) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+// A panel, of rows up to a multiple of its own.
 template <class A, int Vectors, bool Add>
 FASTFUSE_INLINE void multiply_panel(A* out, int64_t out_stride, Strided<A> left, int64_t rows,
                                     const A* right, int64_t right_stride, int64_t depth) {
-  constexpr int kRows = kPanelRows<Vectors>, lanes = kLanes<A>;
-  for (int64_t i = 0; i < rows; i += kRows) {
-    A* const to = out + i * out_stride;
-    Vec<A> sums[kRows][Vectors];
-    FASTFUSE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FASTFUSE_UNROLL
-      for (int v = 0; v < Vectors; ++v)
-        sums[r][v] = Add ? load(to + r * out_stride + v * lanes) : Vec<A>{};
-    }
-    const A *l = left.data + i * left.row, *from = right;
-    for (int64_t k = 0; k < depth; ++k, l += left.column, from += right_stride) {
-      Vec<A> x[Vectors];
-      FASTFUSE_UNROLL
-      for (int v = 0; v < Vectors; ++v) x[v] = load(from + v * lanes);
-      FASTFUSE_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        const A factor = l[r * left.row];
-        FASTFUSE_UNROLL
-        for (int v = 0; v < Vectors; ++v) sums[r][v] += factor * x[v];
-      }
-    }
-    FASTFUSE_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FASTFUSE_UNROLL
-      for (int v = 0; v < Vectors; ++v) store(to + r * out_stride + v * lanes, sums[r][v]);
-    }
-  }
+  constexpr int kRows = kPanelRows<Vectors>;
+  for (int64_t i = 0; i < rows; i += kRows)
+    multiply_rows<A, Vectors, Add, kRows>(out + i * out_stride, out_stride,
+                                          {left.data + i * left.row, left.row, left.column}, right,
+                                          right_stride, depth);
 }
 
 // out = left right, of whole vectors of columns; rows are done up to a multiple of a panel's, which

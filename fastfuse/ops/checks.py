@@ -255,7 +255,7 @@ def check_matrix(
         numbers = ", ".join("at least 1" if extent is None else str(extent) for extent in shape)
         raise ValueError(
             f"{op}: {argument} must have shape {meaning} = ({numbers}); "
-            f"got shape {tuple(matrix.shape)}"
+            f"got shape {tuple(matrix.shape)}, and an input of {like.shape[1]} channels"
         )
     check_same_kind(op, argument, matrix, like)
 

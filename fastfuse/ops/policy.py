@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from fastfuse import _extension
-from fastfuse.backends import DTYPES
+from fastfuse.backends import DTYPES, accumulation_dtype
 from fastfuse.ops.costs import CPU_COSTS, GPU_COSTS, GPU_TF32_COSTS, FusionCosts
 
 __all__ = [
@@ -159,9 +159,10 @@ class Policy:
     hidden_rows: int  # of a chunk, at least; shorter products are slow
     # dtypes whose MLPs are one kernel of ours, products included, instead of a library's
     whole_mlp: frozenset[torch.dtype]
-    # backward, from so many pixels a channel on in each of KernelSizes.mlp_parts: sums of parts
-    # take their time
+    # backward, from so many pixels a channel on in each of KernelSizes.mlp_parts: the sums of parts
+    # take their time, and no more than so many bytes
     whole_mlp_pixels: float
+    whole_mlp_bytes: int
 
     # ---- GPUs: ops that CUDA C++ runs where it covers them, and not Triton ----
     cuda_ops: frozenset[str]
@@ -194,11 +195,18 @@ class Policy:
 
     kernels: KernelSizes | None = None  # None on GPUs
 
-    def backward_is_whole(self, dtype: torch.dtype, pixels: int, channels: int) -> bool:
+    def backward_is_whole(
+        self, dtype: torch.dtype, pixels: int, channels: int, hidden: int
+    ) -> bool:
         """Whether the gradients of an MLP are one kernel of ours, as the MLP is."""
         if dtype not in self.whole_mlp or self.kernels is None:
             return False
-        return pixels >= self.whole_mlp_pixels * channels * self.kernels.mlp_parts
+        parts = self.kernels.mlp_parts
+        sums = 2 * channels * hidden * accumulation_dtype(dtype).itemsize  # of both weights
+        return (
+            pixels >= self.whole_mlp_pixels * channels * parts
+            and sums * parts <= self.whole_mlp_bytes
+        )
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of ``dtype`` are computed."""
@@ -249,6 +257,7 @@ def _cpu(machine: Machine) -> Policy:
         # Without FMA half as fast as the library; with AVX-512 not measured.
         whole_mlp=frozenset(DTYPES if machine.isa == "avx2" else ()),
         whole_mlp_pixels=1.5,
+        whole_mlp_bytes=64 * MIB,
         cuda_ops=frozenset(),
         fused_linear=frozenset(),
         fusion_costs=dict.fromkeys(DTYPES, CPU_COSTS),
@@ -294,6 +303,7 @@ _CUDA = Policy(
     hidden_rows=512,
     whole_mlp=frozenset(),
     whole_mlp_pixels=0.0,
+    whole_mlp_bytes=0,
     # By counted instructions, bytes and waves: docs/gpu_report.md.
     cuda_ops=frozenset({"tap_sum", "depthwise_conv2d", "upsample_cross_entropy"}),
     # By counted bytes: a library writes the hidden tensor, and what follows reads it, once more.

@@ -88,11 +88,17 @@ class Case:
         )  # fmt: skip
         return out
 
-    def backward(self, kept: Tensor | None = None, of_parameters: bool = True) -> list[Tensor]:
+    def backward(
+        self,
+        kept: Tensor | None = None,
+        of_parameters: bool = True,
+        grad_inputs: Tensor | None = None,
+    ) -> list[Tensor]:
         """The gradients of inputs, [norm's,] fc1_weight, its bias, fc2_weight, and its bias."""
         _, channels, hidden = self.size
         vector = wide(self.dtype)
-        grad_inputs = surrounded(*self.x.shape, self.dtype, torch.nan)
+        if grad_inputs is None:
+            grad_inputs = surrounded(*self.x.shape, self.dtype, torch.nan)
         of_norm = [None if v is None else torch.full_like(v, torch.nan) for v in self.norm]
         of_fc1 = torch.full((hidden, channels), torch.nan, dtype=vector)
         of_fc2 = torch.full((channels, hidden), torch.nan, dtype=vector)
@@ -184,7 +190,11 @@ def test_inputs_may_be_overwritten(isa: str) -> None:
     """Each pixel is read before it is written."""
     case = Case((61, 24, 96), torch.float32, norm=True, scale=True, keep=True)
     with kernel_sizes(**SMALL):
-        expected = case.forward()
+        expected, gradients = case.forward(), case.backward()
+        again = Case.__new__(Case)
+        again.__dict__.update(case.__dict__, inputs=case.inputs.clone())
+        over = again.backward(grad_inputs=again.inputs)
+        assert all(torch.equal(a, b) for a, b in zip(over, gradients, strict=True))
         assert torch.equal(case.forward(out=case.inputs), expected)
 
 
@@ -216,6 +226,30 @@ def test_far_values(isa: str) -> None:
     assert torch.equal(found[others], expected[others])
 
 
+def test_an_infinite_weight_meets_no_pixel_that_is_not_there() -> None:
+    """A panel that is not full has the gradients of its pixels alone."""
+    case = Case((15, 2, 1), torch.float32, norm=False, scale=False, keep=False)
+    case.inputs.fill_(1)
+    case.grad.fill_(1)
+    case.fc1_weight.fill_(1)
+    case.fc2_weight.copy_(torch.tensor([[torch.inf], [1.0]]))
+    of_fc1_bias = case.backward()[2]
+    assert of_fc1_bias.isposinf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_many_pixels(dtype: torch.dtype) -> None:
+    """Those of equal values, whose roundings do not cancel: as exact as the library's route."""
+    channels, pixels = 8, 1 << 18
+    case = Case((pixels, channels, 32), dtype, norm=True, scale=False, keep=False)
+    case.grad.fill_(0.1)
+    case.fc1_bias.zero_()
+    gradients = case.backward()
+    exact = case.exact()[2]
+    for i, (got, want) in enumerate(zip(gradients[1:], exact[1:], strict=True)):
+        assert relative_error(got, want) <= 2e-5, i
+
+
 # ---- routes --------------------------------------------------------------------------------------
 
 
@@ -243,6 +277,11 @@ def test_few_pixels_have_the_librarys_gradients() -> None:
     block = fastfuse.nn.CEDBlock(16)
     x = torch.randn(1, 16, 9, 9, requires_grad=True)
     gradients = {}
+    # as bytes of sums of parts would be too many
+    usual = policy_of("cpu")
+    assert usual.backward_is_whole(torch.float32, 1 << 20, 16, 64) or not usual.whole_mlp
+    with use_policy(usual, whole_mlp=frozenset([torch.float32]), whole_mlp_bytes=1) as policy:
+        assert not policy.backward_is_whole(torch.float32, 1 << 20, 16, 64)
     for pixels in (1.0, 1000.0):
         whole = {"whole_mlp": frozenset([torch.float32]), "whole_mlp_pixels": pixels}
         with use_policy(policy_of("cpu"), **whole):

@@ -67,8 +67,8 @@ MLP_SCHEMAS = (
     "Tensor? norm_bias, float eps, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight, "
     "Tensor fc2_bias, Tensor? scale, Tensor? keep, SymInt pixels) -> ()",
     # with g = keep[image] * grad, a = GELU(h) and gh = (scale * g) W2 * GELU'(h): the gradient of
-    # inputs; grad_fc1_weight = gh^T n, grad_fc2_weight = g^T a without the scale; biases' are the
-    # sums of gh and g
+    # inputs, which may be over them; grad_fc1_weight = gh^T n, grad_fc2_weight = g^T a without the
+    # scale; biases' are the sums of gh and g
     "mlp_backward_into(Tensor(a!) grad_inputs, Tensor(b!)? grad_norm_weight, "
     "Tensor(c!)? grad_norm_bias, Tensor(d!)? grad_fc1_weight, Tensor(e!) grad_fc1_bias, "
     "Tensor(f!)? grad_fc2_weight, Tensor(g!) grad_fc2_bias, Tensor grad, Tensor inputs, "
