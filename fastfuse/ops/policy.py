@@ -195,18 +195,14 @@ class Policy:
 
     kernels: KernelSizes | None = None  # None on GPUs
 
-    def backward_is_whole(
-        self, dtype: torch.dtype, pixels: int, channels: int, hidden: int
-    ) -> bool:
-        """Whether the gradients of an MLP are one kernel of ours, as the MLP is."""
-        if dtype not in self.whole_mlp or self.kernels is None:
+    def backward_is_whole(self, pixels: torch.Tensor, hidden: int) -> bool:
+        """Whether the gradients of an MLP of (pixels, C) are one kernel of ours, as the MLP is."""
+        if pixels.dtype not in self.whole_mlp or self.kernels is None:
             return False
-        parts = self.kernels.mlp_parts
-        sums = 2 * channels * hidden * accumulation_dtype(dtype).itemsize  # of both weights
-        return (
-            pixels >= self.whole_mlp_pixels * channels * parts
-            and sums * parts <= self.whole_mlp_bytes
-        )
+        (count, channels), parts = pixels.shape, self.kernels.mlp_parts
+        sums = 2 * channels * hidden * accumulation_dtype(pixels.dtype).itemsize * parts
+        enough = count >= self.whole_mlp_pixels * channels * parts
+        return enough and sums <= self.whole_mlp_bytes
 
     def product_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which products of ``dtype`` are computed."""

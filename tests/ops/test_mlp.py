@@ -265,7 +265,7 @@ def test_the_policy_chooses(whole: bool) -> None:
     block = fastfuse.nn.CEDBlock(8)
     x = torch.randn(1, 8, 20, 20, requires_grad=True)
     dtypes = frozenset([torch.float32] if whole else [])
-    with use_policy(policy_of("cpu"), whole_mlp=dtypes, whole_mlp_pixels=1.0):
+    with kernel_sizes(mlp_parts=2), use_policy(policy_of("cpu"), whole_mlp=dtypes):
         ops = called(lambda: block(x).sum().backward())
     assert ("fastfuse::mlp_into" in ops) == whole
     assert ("fastfuse::mlp_backward_into" in ops) == whole
@@ -278,13 +278,14 @@ def test_few_pixels_have_the_librarys_gradients() -> None:
     x = torch.randn(1, 16, 9, 9, requires_grad=True)
     gradients = {}
     # as bytes of sums of parts would be too many
-    usual = policy_of("cpu")
-    assert usual.backward_is_whole(torch.float32, 1 << 20, 16, 64) or not usual.whole_mlp
-    with use_policy(usual, whole_mlp=frozenset([torch.float32]), whole_mlp_bytes=1) as policy:
-        assert not policy.backward_is_whole(torch.float32, 1 << 20, 16, 64)
+    many = torch.empty(1 << 20, 16)
+    for limit in (1, 1 << 20):
+        whole = {"whole_mlp": frozenset([torch.float32]), "whole_mlp_bytes": limit}
+        with kernel_sizes(mlp_parts=2), use_policy(policy_of("cpu"), **whole) as policy:
+            assert policy.backward_is_whole(many, 64) == (limit > 1)
     for pixels in (1.0, 1000.0):
         whole = {"whole_mlp": frozenset([torch.float32]), "whole_mlp_pixels": pixels}
-        with use_policy(policy_of("cpu"), **whole):
+        with kernel_sizes(mlp_parts=2), use_policy(policy_of("cpu"), **whole):
             leaves = [x, *block.parameters()]
 
             def step() -> None:

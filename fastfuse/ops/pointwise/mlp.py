@@ -49,7 +49,7 @@ def mlp_route(backend: str, image: Tensor) -> str:
         return f"{backend}; {steps}"
     dtype = str(accumulation_dtype(image.dtype)).removeprefix("torch.")
     whole = f"{backend}; products in {dtype} in one kernel with what lies between them"
-    if policy.backward_is_whole(image.dtype, *rows.shape, 4 * channels):
+    if policy.backward_is_whole(rows, 4 * channels):
         return whole
     return f"{whole}; their gradients: {steps}"
 
@@ -190,7 +190,7 @@ def backward(
     is computed twice.
     """
     policy = policy_of(grad.device.type)
-    if policy.backward_is_whole(grad.dtype, *grad.shape, mlp.fc1_weight.shape[0]):
+    if policy.backward_is_whole(grad, mlp.fc1_weight.shape[0]):
         return whole_mlp.backward(grad_inputs, grad, inputs, mlp, kept, of_parameters)
     ops = steps_of(grad.device.type)
     hidden, channels = mlp.fc1_weight.shape
