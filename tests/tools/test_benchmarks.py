@@ -52,6 +52,7 @@ from variants import BY_TRITON, EXACT, Variant, tensors
 
 import fastfuse
 from fastfuse.ops import OPERATIONS
+from fastfuse.ops.policy import policy_of, use_policy
 from fastfuse.verify import MismatchError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -747,18 +748,25 @@ def test_report_shows_every_way_what_it_keeps_and_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("suite", BLOCKS)
+@pytest.mark.parametrize("whole", [False, True], ids=["library", "whole"])
 def test_stages_of_a_block(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suite: ModuleType
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole: bool, suite: ModuleType
 ) -> None:
     shape = dataclasses.replace(suite.SHAPES["tiny"], channels=64, height=16, width=16)
     monkeypatch.setitem(suite.SHAPES, "small", shape)
-    passes = block_stages.stages(suite, "small", "float32", rounds=2)
+    dtypes = frozenset([torch.float32] if whole else [])
+    with use_policy(policy_of("cpu"), whole_mlp=dtypes, whole_mlp_pixels=0.0):
+        passes = block_stages.stages(suite, "small", "float32", rounds=2)
     forward = passes.pop("forward")
     assert set(passes) == {"backward", "backward, recompute"}
     assert forward.pop("its weight's gradient") == 0
     assert forward.pop("sums") >= 0
+    of_library = {"products", "GELU", "residual"}
+    if suite is bench_ced_block:
+        of_library.add("layer norm")
+    absent = of_library if whole else {"MLP as one kernel"}
     for spent in (forward, *passes.values()):
-        assert all(milliseconds > 0 for milliseconds in spent.values()), spent
+        assert {stage for stage, milliseconds in spent.items() if milliseconds == 0} == absent
     spent = {("a block", name): spent for name, spent in passes.items()}
     assert block_stages.table(spent).row_count == 2
     block_stages.plot(spent, tmp_path / "stages.png")
