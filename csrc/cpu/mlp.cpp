@@ -128,9 +128,6 @@ void add_parts(const Gradients& to, A* sums, const MlpSums& at, int64_t parts, c
   add(to.norm_bias, at.norm_bias, op.channels);
 }
 
-// Fewer rows than so many a part are summed in less time than the sums of the parts are.
-constexpr int64_t kPartRows = 128;
-
 void mlp_backward_into(Tensor grad_inputs, std::optional<Tensor> grad_norm_weight,
                        std::optional<Tensor> grad_norm_bias, std::optional<Tensor> grad_fc1_weight,
                        Tensor grad_fc1_bias, std::optional<Tensor> grad_fc2_weight,
@@ -170,8 +167,7 @@ void mlp_backward_into(Tensor grad_inputs, std::optional<Tensor> grad_norm_weigh
 
   const MlpSums at = found.sums(f, op.of_parameters);
   const int64_t panels = panels_of(f, found);
-  const int64_t parts =
-      std::max<int64_t>(1, std::min(sizes().mlp_parts, ceil_div(f.rows, kPartRows)));
+  const int64_t parts = std::max<int64_t>(1, std::min(sizes().mlp_parts, panels));
   const Scratch sums(parts * at.values * size);
   advise_huge_pages(sums.get(), parts * at.values * size);
   const int64_t work = 5 * f.rows * f.channels * f.hidden;
